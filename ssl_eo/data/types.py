@@ -1,0 +1,226 @@
+"""What flows from a source to an objective: `Sample` -> `ViewPlan`s -> `Batch` -> `PixelBatch`.
+
+A sample holds raw tiles in their stored dtype. A plan says which pixels of a tile a view shows and how. A batch stacks
+raw tiles and plans, crosses to the device as integers, and is rendered there into normalised pixels.
+
+B samples per rank, V views of one role per sample, R = V*B rows (views outermost), C bands of a tile, c bands of a
+view, H W tile pixels, h w view pixels, N patches of a view, K visible patches, M = N - K masked patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl_eo.sensors import ChannelMeta, Sensor
+
+__all__ = [
+    "Batch",
+    "MaskBatch",
+    "PixelBatch",
+    "Sample",
+    "Source",
+    "Tile",
+    "TileBatch",
+    "TileSchema",
+    "ViewBatch",
+    "ViewPlan",
+    "Views",
+    "move_to",
+]
+
+T = TypeVar("T")
+
+
+@dataclass
+class Tile:
+    """Raw pixels of one sensor over one place: `pixels [C, H, W]` in the stored dtype, `bands` its C band names."""
+
+    pixels: NDArray[Any]
+    bands: tuple[str, ...]
+    gsd_m: float
+
+
+@dataclass
+class Sample:
+    """One place, seen through one or more tiles. Tile names are the keys of `Source.schema`.
+
+    `label` is an integer class, a `[H, W]` integer map, a `[K]` multi-hot vector, or None. `meta` holds plain values
+    (`latitude`, `longitude`, `date`, ...).
+    """
+
+    key: str
+    tiles: dict[str, Tile]
+    meta: dict[str, Any] = field(default_factory=dict)
+    label: Any = None
+
+
+@dataclass(frozen=True)
+class TileSchema:
+    """What every tile of one name looks like in a source, and the statistics that normalise it.
+
+    `mean` and `std` are per band, in stored units, over valid pixels. `shape` is (H, W). A tile name is the sensor's
+    name unless a source holds several tiles of one sensor (resolutions, dates): then `sensor_name@what`.
+    """
+
+    sensor: Sensor
+    bands: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, int]
+    gsd_m: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        n = len(self.bands)
+        if len(self.mean) != n or len(self.std) != n:
+            raise ValueError(
+                f"statistics of {self.sensor.name}: {len(self.mean)} means and {len(self.std)} standard deviations"
+                f" for {n} bands"
+            )
+        if not all(np.isfinite(self.mean)) or not all(s > 0 and np.isfinite(s) for s in self.std):
+            raise ValueError(f"statistics of {self.sensor.name} must be finite and std positive, got std {self.std}")
+
+
+class Source(Protocol):
+    """A readable collection of samples. Cheap to pickle or fork: file handles are opened on first use in a process.
+
+    `read` raises `ValueError` or `OSError` for a bad sample; the loader quarantines it. `chunk_size` is the length of
+    the contiguous runs that are cheap to read together. `fingerprint` identifies the content (not the location).
+    """
+
+    @property
+    def schema(self) -> Mapping[str, TileSchema]: ...
+
+    @property
+    def label_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def chunk_size(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """One view: a box of a tile, resized, then flipped, then turned, with an affine change of normalised values.
+
+    `box` is (top, left, height, width) in pixels of the tile, fractions allowed. The box is resized to `size` (h, w),
+    flipped left-right if `flip`, then turned by `rot90` quarter turns counter-clockwise (`torch.rot90` on (H, W); with
+    an odd count `size` is the size after turning). `bands` are positions in the tile, None for all. A normalised
+    value v becomes `v * gain + bias`.
+    """
+
+    tile: str
+    box: tuple[float, float, float, float]
+    size: tuple[int, int]
+    flip: bool = False
+    rot90: int = 0
+    bands: tuple[int, ...] | None = None
+    gain: float = 1.0
+    bias: float = 0.0
+
+
+@dataclass
+class TileBatch:
+    """Raw tiles of one name, stacked: `pixels [B, C, H, W]` in the stored dtype.
+
+    `has_no_data` is decided by the worker that read the tiles; when False, rendering skips all validity work.
+    """
+
+    pixels: Tensor
+    has_no_data: bool
+
+
+@dataclass
+class ViewBatch:
+    """Plans of one role as tensors, R = V*B rows, views outermost. All rows share tile name, view size and c.
+
+    `row [R]` is the sample each view shows; `bands [R, c]` or None; `box [R, 4]`; `flip [R]` bool; `rot90 [R]`;
+    `gain [R]`, `bias [R]`.
+    """
+
+    tile: str
+    size: tuple[int, int]
+    n_views: int
+    row: Tensor
+    box: Tensor
+    flip: Tensor
+    rot90: Tensor
+    gain: Tensor
+    bias: Tensor
+    bands: Tensor | None = None
+
+
+@dataclass
+class MaskBatch:
+    """Patch masks of one role with exact counts, so that shapes are static.
+
+    `mask [R, N]` bool, True = hidden. `ids_keep [R, K]` and `ids_masked [R, M]`: flat patch indices, ascending.
+    """
+
+    mask: Tensor
+    ids_keep: Tensor
+    ids_masked: Tensor
+
+
+@dataclass
+class PixelBatch:
+    """Rendered views of one role: `pixels [R, c, h, w]` float32, normalised, zero where not valid.
+
+    `valid [R, c, h, w]` bool or None when every pixel is valid. `gsd_m [R]` is the ground size of a view pixel.
+    """
+
+    pixels: Tensor
+    channels: ChannelMeta
+    gsd_m: Tensor
+    valid: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """One rank's part of a global batch. `views`, `masks` and `pixels` are keyed by role ("image", "global", ...).
+
+    `source` is the index of the source in `data.sources`. `pixels` is empty until `render` fills it.
+    """
+
+    step: int
+    source: int
+    keys: list[str]
+    tiles: dict[str, TileBatch]
+    views: dict[str, ViewBatch]
+    masks: dict[str, MaskBatch] = field(default_factory=dict)
+    pixels: dict[str, PixelBatch] = field(default_factory=dict)
+
+
+class Views(Protocol):
+    """How an objective looks at samples. Picklable: it travels to the loader's workers."""
+
+    def plan(self, sample: Sample, rng: np.random.Generator) -> Any:
+        """All random choices for one sample: plans and masks."""
+        ...
+
+    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int) -> Batch:
+        """Stack samples and their plans into a batch of static shapes."""
+        ...
+
+
+def move_to(value: T, device: torch.device | str, non_blocking: bool = False) -> T:
+    """`value` with every tensor inside it (dataclasses, dicts, lists) moved to `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=non_blocking)  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {k: move_to(v, device, non_blocking) for k, v in value.items()}  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type) and not isinstance(value, (Sensor, TileSchema)):
+        return type(value)(**{f.name: move_to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+    return value
