@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "AgreedFlag",
     "World",
+    "all_agree",
     "barrier",
     "broadcast_object",
     "gather",
@@ -96,6 +97,15 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def all_agree(flag: Tensor) -> Tensor:
+    """Logical and of the 0-d bool `flag` over ranks, on its device, without a host sync."""
+    if world_size() == 1:
+        return flag
+    agreed = flag.to(torch.int32)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return agreed > 0
 
 
 class _Gather(torch.autograd.Function):

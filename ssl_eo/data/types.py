@@ -9,7 +9,7 @@ view, H W tile pixels, h w view pixels, N patches of a view, K visible patches, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +32,7 @@ __all__ = [
     "ViewBatch",
     "ViewPlan",
     "Views",
+    "map_tensors",
     "move_to",
 ]
 
@@ -147,7 +148,8 @@ class ViewBatch:
     """Plans of one role as tensors, R = V*B rows, views outermost. All rows share tile name, view size and c.
 
     `row [R]` is the sample each view shows; `bands [R, c]` or None; `box [R, 4]`; `flip [R]` bool; `rot90 [R]`;
-    `gain [R]`, `bias [R]`.
+    `gain [R]`, `bias [R]`. `resample` is False when every row shows the top left pixels of its tile as they are: then
+    rendering only normalises them.
     """
 
     tile: str
@@ -160,6 +162,7 @@ class ViewBatch:
     gain: Tensor
     bias: Tensor
     bands: Tensor | None = None
+    resample: bool = True
 
 
 @dataclass
@@ -215,12 +218,19 @@ class Views(Protocol):
         ...
 
 
-def move_to(value: T, device: torch.device | str, non_blocking: bool = False) -> T:
-    """`value` with every tensor inside it (dataclasses, dicts, lists) moved to `device`."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: T) -> T:
+    """`value` with `function` applied to every tensor inside it (dataclasses, dicts, lists)."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=non_blocking)  # type: ignore[return-value]
+        return function(value)  # type: ignore[return-value]
     if isinstance(value, dict):
-        return {k: move_to(v, device, non_blocking) for k, v in value.items()}  # type: ignore[return-value]
+        return {k: map_tensors(function, v) for k, v in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [map_tensors(function, v) for v in value]  # type: ignore[return-value]
     if is_dataclass(value) and not isinstance(value, type) and not isinstance(value, (Sensor, TileSchema)):
-        return type(value)(**{f.name: move_to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+        return type(value)(**{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)})
     return value
+
+
+def move_to(value: T, device: torch.device | str, non_blocking: bool = False) -> T:
+    """`value` with every tensor inside it moved to `device`."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking), value)

@@ -1,0 +1,5 @@
+"""`python -m ssl_eo` and `torchrun -m ssl_eo` are `ssl-eo`."""
+
+from ssl_eo.cli import main
+
+raise SystemExit(main())

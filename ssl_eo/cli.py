@@ -1,0 +1,247 @@
+"""The command line: `ssl-eo train | eval | export | data | report | config`.
+
+Exit status: 0 done, 2 wrong usage or config, 1 failure, 75 stopped on request and resumable. Everything heavy is
+imported inside its command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_eo import __version__
+
+__all__ = ["main"]
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; user errors become one line on stderr and status 2."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        status: int = arguments.run(arguments)
+    except ValueError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except (RuntimeError, OSError) as error:
+        if os.environ.get("SSL_EO_TRACEBACK"):
+            raise
+        return _fail(f"{error} (set SSL_EO_TRACEBACK=1 for the traceback)", EXIT_FAILURE)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return status
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"ssl-eo: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ssl-eo", description="Self-supervised pretraining for Earth observation.")
+    parser.add_argument("--version", action="version", version=f"ssl_eo {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    train = commands.add_parser("train", help="pretrain; the same command resumes")
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="print the resolved config")
+    _add_config(config)
+    config.set_defaults(run=_config)
+
+    export = commands.add_parser("export", help="write the encoder of a checkpoint as a bundle")
+    export.add_argument("--checkpoint", required=True, help="a run directory, or one step_ directory of it")
+    export.add_argument("--out", required=True, help="the bundle folder to write")
+    export.set_defaults(run=_export)
+
+    evaluate = commands.add_parser("eval", help="probe a frozen encoder")
+    evaluate.add_argument("--model", required=True, help="a run directory or a bundle folder")
+    evaluate.add_argument("--tasks", nargs="+", required=True, help="names in datasets_meta/benchmarks, or YAML files")
+    evaluate.add_argument("--pool", default=None, help="cls, mean, cls_mean or mean_std; default: as in training")
+    evaluate.add_argument("--taps", nargs="+", type=float, default=None, help="depths that are read; 1 is the last")
+    evaluate.add_argument("--out", default=None, help="folder for eval.jsonl; default: the model's")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="write report.html of run directories")
+    report.add_argument("paths", nargs="+", metavar="RUN")
+    report.set_defaults(run=_report)
+
+    data = commands.add_parser("data", help="pack, index, measure and check data")
+    _add_data_commands(data)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="a YAML file, or a name below configs/ such as 'demo'")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optim.lr=0.001")
+
+
+def _add_data_commands(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="action")
+    pack = actions.add_parser("pack", help="write a source as indexed shards; resumable")
+    pack.add_argument("--out", required=True, help="folder for the shards")
+    pack.add_argument("--split", default=None, help="subfolder of --out, for instance train")
+    pack.add_argument("--codec", default="raw", choices=("raw", "blosc"), help="blosc is lossless and needs an extra")
+    pack.add_argument("--shard-size-mb", type=float, default=512)
+    pack.set_defaults(run=_data_pack)
+    stats = actions.add_parser("stats", help="per-band statistics of a source or of packed shards")
+    stats.set_defaults(run=_data_stats)
+    index = actions.add_parser("index", help="index WebDataset tar shards")
+    index.set_defaults(run=_data_index)
+    check = actions.add_parser("check", help="verify every byte of packed shards")
+    check.set_defaults(run=_data_check)
+    for action in (pack, stats):
+        action.add_argument("--source", required=True, help="a module of ssl_eo.data.sources, or a dotted name")
+        action.add_argument("--root", default=None, help="where the source's files are")
+        action.add_argument("options", nargs="*", metavar="key=value", help="other options of the source")
+    for action in (index, check):
+        action.add_argument("--root", required=True, help="folder of the shards")
+    for action in (pack, stats, index, check):
+        action.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; 0 works in this one")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from ssl_eo.config import load
+    from ssl_eo.train.trainer import train
+
+    return train(load(arguments.config, arguments.overrides))
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from ssl_eo.config import load, to_dict
+
+    print(yaml.safe_dump(to_dict(load(arguments.config, arguments.overrides)), sort_keys=False), end="")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ssl_eo.train.export import export_encoder
+
+    step = export_encoder(Path(arguments.checkpoint), Path(arguments.out))
+    print(f"wrote {arguments.out} (encoder after step {step})")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from ssl_eo.eval.report import write_report
+
+    for path in arguments.paths:
+        print(write_report(Path(path)))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from ssl_eo.config import build
+    from ssl_eo.eval.hook import EvalConfig
+    from ssl_eo.eval.offline import evaluate, print_table
+    from ssl_eo.train.export import open_encoder
+
+    encoder, defaults = open_encoder(Path(arguments.model))
+    chosen = {"pool": arguments.pool, "taps": arguments.taps}
+    raw = {**defaults, **{k: v for k, v in chosen.items() if v is not None}}
+    cfg = build(EvalConfig, {**raw, "every_n_steps": 1, "tasks": arguments.tasks}, "eval")
+    records = evaluate(encoder, cfg, Path(arguments.out or arguments.model))
+    print_table(records)
+    return EXIT_FAILURE if any(r["kind"] == "error" for r in records) else 0
+
+
+def _data_pack(arguments: argparse.Namespace) -> int:
+    from ssl_eo.data.pack import pack
+
+    source = _open_source(arguments)
+    with _progress("packing") as progress:
+        report = pack(
+            source,
+            arguments.out,
+            split=arguments.split,
+            codec=arguments.codec,
+            shard_size_mb=arguments.shard_size_mb,
+            n_workers=arguments.workers,
+            progress=progress,
+        )
+    print(
+        f"{report.folder}: {report.n_samples} samples in {report.n_shards} shards, {report.n_bytes / 1e6:.1f} MB"
+        f" ({report.n_shards_kept} shards kept from an earlier run, {report.n_bad} bad samples left out)"
+    )
+    return 0
+
+
+def _data_stats(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssl_eo.data.pack import stats
+
+    source = _open_source(arguments)
+    with _progress("measuring") as progress:
+        report = stats(source, n_workers=arguments.workers, progress=progress)
+    table = Table(title=f"{report.n_samples} samples ({report.n_bad} bad left out), stored units")
+    for column in ("tile", "band", "valid pixels", "mean", "std", "min", "max"):
+        table.add_column(column, justify="left" if column in ("tile", "band") else "right")
+    for tile, band, count, *values in report.rows():
+        table.add_row(tile, band, f"{count:,}", *(f"{v:.4f}" for v in values))
+    Console().print(table)
+    return 0
+
+
+def _data_index(arguments: argparse.Namespace) -> int:
+    from ssl_eo.data.pack import index
+
+    with _progress("indexing") as progress:
+        report = index(arguments.root, n_workers=arguments.workers, progress=progress)
+    print(f"{arguments.root}: indexed {report.n_samples} samples in {report.n_shards} shards")
+    return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from ssl_eo.data.pack import check
+
+    with _progress("checking") as progress:
+        report = check(arguments.root, n_workers=arguments.workers, progress=progress)
+    for p in report.problems:
+        where = f"{p.shard}: {p.member or 'the shard'}, byte {p.offset}"
+        print(f"{where}: {p.reason}", file=sys.stderr)
+    if not report.ok:
+        return _fail(f"{len(report.problems)} problems; fetch or pack the shards named above again", EXIT_FAILURE)
+    print(f"{arguments.root}: {report.n_samples} samples in {report.n_shards} shards are whole")
+    return 0
+
+
+def _open_source(arguments: argparse.Namespace) -> Any:
+    from omegaconf import OmegaConf
+
+    from ssl_eo.config import build
+    from ssl_eo.data.loader import SourceConfig, open_source
+
+    for option in arguments.options:
+        if "=" not in option:
+            raise ValueError(f"option {option!r}: write key=value, for instance split=train")
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.options))
+    root = {} if arguments.root is None else {"root": arguments.root}
+    return open_source(build(SourceConfig, {"name": arguments.source, **root, **options}, "--source"))
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with the time left on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,361 @@
+"""From a step to a batch: workers read, check, plan and collate; the main process counts what could not be read.
+
+The unit of work is a rank's part of one step, or a micro-batch of it, so a batch depends on (seed, config, step, rank)
+alone: not on how many workers there are, which of them made it, or what ran before. Views are drawn from the generator
+at (seed, "view", step, slot), slot being the sample's position in the global batch: a sample that comes twice in a
+batch gets two different views.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_eo.components import resolve
+from ssl_eo.data.order import Mixture, Order, check_lanes
+from ssl_eo.data.plans import check_sample
+from ssl_eo.data.render import Interpolation
+from ssl_eo.data.types import Batch, Sample, Source, Views, map_tensors
+from ssl_eo.seeding import numpy_generator
+
+__all__ = ["BadSample", "DataConfig", "Loader", "Locates", "SourceConfig", "StepDataset", "open_source"]
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 100  # unreadable samples in a row, in one place of a batch, before loading fails
+MIN_BAD_SAMPLES = 10  # a run never stops for fewer, whatever their share
+
+
+@dataclass
+class SourceConfig:
+    """One entry of `data.sources`: a module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
+
+    name: str
+    options: Any = field(metadata={"package": "ssl_eo.data.sources"})
+    weight: float = 1.0  # share of the steps this source feeds, relative to the other sources' weights
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight must be positive and finite, got {self.weight}")
+
+
+@dataclass
+class DataConfig:
+    """What is read, in which order, and how. From `n_workers` on, nothing changes a batch."""
+
+    sources: list[SourceConfig]
+    n_lanes: int = 8  # parallel streams of samples; a multiple of the world size, divides train.global_batch_size
+    window_chunks: int = 8  # chunks of a lane that are shuffled together
+    interpolation: Interpolation = "bicubic"  # of views that are resized
+    n_workers: int = 2  # reading processes per rank; 0 reads in the training process
+    prefetch_batches: int = 2  # batches that each worker prepares ahead
+    max_bad_ratio: float = 0.01  # share of unreadable samples at which the run stops
+    pin_memory: bool = True  # page-locked batches, for copies that overlap with compute; CUDA only
+    start_method: Literal["auto", "fork", "forkserver"] = "auto"  # of workers; auto forks unless CUDA is in use
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one source")
+        for key, least in (("n_lanes", 1), ("window_chunks", 1), ("n_workers", 0), ("prefetch_batches", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        if not 0 <= self.max_bad_ratio <= 1:
+            raise ValueError(f"max_bad_ratio must be between 0 and 1, got {self.max_bad_ratio}")
+
+
+@runtime_checkable
+class Locates(Protocol):
+    """A source that knows (key, file) of a sample without reading it. Optional; it completes the quarantine lines."""
+
+    def locate(self, index: int) -> tuple[str, str]: ...
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used and was replaced; one line of `quarantine.jsonl`."""
+
+    step: int
+    source: str
+    index: int
+    key: str | None
+    shard: str | None
+    reason: str
+
+
+@dataclass
+class Outcome:
+    """What a worker sends back for a step: a batch, or the `error` that prevented it and its traceback."""
+
+    bad: list[BadSample]
+    batch: Batch | None = None
+    error: str = ""
+    trace: str = ""
+
+    def pin_memory(self) -> Outcome:
+        """Called by torch's pinning thread."""
+        return Outcome(self.bad, map_tensors(Tensor.pin_memory, self.batch), self.error, self.trace)
+
+
+class WorkerTraceback(Exception):
+    """The traceback of an error in a worker, as the cause of the error raised in the training process."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+def open_source(cfg: SourceConfig) -> Source:
+    """The source that `cfg` names, opened with its options."""
+    source: Source = resolve("ssl_eo.data.sources", cfg.name).Source(cfg.options)
+    return source
+
+
+class StepDataset(Dataset[Outcome]):
+    """This rank's parts of the global batches, a pure function of its arguments.
+
+    With n micro-batches to a step, `dataset[i]` is part `i % n` of step `i // n`.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        sources: Sequence[Source],
+        views: Views,
+        *,
+        seed: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        n_micro_batches: int = 1,
+    ) -> None:
+        assert len(sources) == len(cfg.sources)
+        check_lanes(global_batch_size, cfg.n_lanes, world_size)
+        if (global_batch_size // world_size) % n_micro_batches:
+            raise ValueError(
+                f"train.accumulate = {n_micro_batches} does not divide the {global_batch_size // world_size} samples of"
+                f" a rank (train.global_batch_size = {global_batch_size}, world size {world_size})"
+            )
+        self.names = [s.name for s in cfg.sources]
+        self.sources = list(sources)
+        self.views = views
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.n_micro_batches = n_micro_batches
+        self.mixture = Mixture(tuple(s.weight for s in cfg.sources), seed)
+        self.orders = [
+            Order(len(s), s.chunk_size, cfg.n_lanes, global_batch_size, seed, cfg.window_chunks, source=i)
+            for i, s in enumerate(sources)
+        ]
+
+    def __getitem__(self, i: int) -> Outcome:
+        step, part = divmod(i, self.n_micro_batches)
+        source = self.mixture.source(step)
+        bad: list[BadSample] = []
+        try:
+            return Outcome(bad, self._batch(step, part, source, bad))
+        except Exception as error:
+            where = f"step {step}, data.sources[{source}] ({self.names[source]})"
+            return Outcome(bad, None, f"{where}: {_describe(error)}", traceback.format_exc())
+
+    def _batch(self, step: int, part: int, source: int, bad: list[BadSample]) -> Batch:
+        order = self.orders[source]
+        slots = order.slots(self.rank, self.world_size)
+        ids = order.batch(self.mixture.source_step(step), self.rank, self.world_size)
+        n = len(slots) // self.n_micro_batches
+        mine = slice(part * n, (part + 1) * n)
+        pairs = zip(slots[mine], ids[mine].tolist(), strict=True)
+        planned = [self._sample(step, source, slot, index, bad) for slot, index in pairs]
+        return self.views.collate(planned, step, source)
+
+    def _sample(self, step: int, source: int, slot: int, index: int, bad: list[BadSample]) -> tuple[Sample, Any]:
+        """The sample `index` and its plan, or those of the first usable sample that takes its place."""
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            if (item := self._try(step, source, slot, index, bad)) is not None:
+                return item
+            index = self.orders[source].replacement(self.mixture.source_step(step), slot, attempt)
+        raise RuntimeError(f"{MAX_ATTEMPTS} samples in a row could not be used; the last: {bad[-1].reason}")
+
+    def _try(self, step: int, source: int, slot: int, index: int, bad: list[BadSample]) -> tuple[Sample, Any] | None:
+        """The sample `index` and its plan, or None and a new record in `bad`."""
+        reader = self.sources[source]
+        try:
+            sample = reader.read(index)
+            check_sample(sample, reader.schema)
+            return sample, self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
+        except (ValueError, OSError, EOFError) as error:
+            key, shard = reader.locate(index) if isinstance(reader, Locates) else (None, None)
+            bad.append(BadSample(step, self.names[source], index, key, shard, _describe(error)))
+            return None
+
+
+class Loader:
+    """Iterates over this rank's batches of steps `start_step`, ..., `total_steps - 1`; close it in the end.
+
+    With `n_micro_batches` above 1 each step gives as many batches, which together hold the same samples and views.
+
+    Workers start at once. They are forked, which is quick, unless CUDA is in use: then a server process that has never
+    touched the device forks them. They leave SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 to the training process, which may
+    want more batches before it stops, and they end when it ends, however it ends.
+
+    `n_seen` and `n_bad` count samples delivered and samples replaced since `start_step`. Each replaced sample is a line
+    of `quarantine_path`; a step repeated after a resume repeats its lines.
+    """
+
+    def __init__(
+        self,
+        cfg: DataConfig,
+        sources: Sequence[Source],
+        views: Views,
+        *,
+        seed: int,
+        global_batch_size: int,
+        total_steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        n_micro_batches: int = 1,
+        quarantine_path: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.n_seen = 0
+        self.n_bad = 0
+        self._max_bad_ratio = cfg.max_bad_ratio
+        self._quarantine_path = quarantine_path
+        dataset = StepDataset(
+            cfg,
+            sources,
+            views,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            n_micro_batches=n_micro_batches,
+        )
+        on_cuda = torch.device(device).type == "cuda"
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(start_step * n_micro_batches, total_steps * n_micro_batches),
+            num_workers=cfg.n_workers,
+            prefetch_factor=cfg.prefetch_batches if cfg.n_workers else None,
+            multiprocessing_context=_context(cfg.start_method, on_cuda) if cfg.n_workers else None,
+            worker_init_fn=_set_up_worker,
+            pin_memory=cfg.pin_memory and on_cuda,
+            generator=torch.Generator(),  # DataLoader draws a seed that nothing here uses: not from the global stream
+        )
+        if cfg.n_workers:
+            _raise_open_file_limit()
+        others = set(multiprocessing.active_children())
+        self._running: list[Iterator[Outcome]] = [iter(loader)]
+        workers = [c for c in multiprocessing.active_children() if c not in others]
+        self._stop = weakref.finalize(self, _stop_workers, self._running, workers)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._running:
+            raise StopIteration
+        try:
+            outcome = next(self._running[0])
+        except StopIteration:
+            self.close()
+            raise
+        self._quarantine(outcome.bad)
+        if outcome.batch is None:
+            raise RuntimeError(f"loading failed at {outcome.error}") from WorkerTraceback(outcome.trace)
+        self.n_seen += len(outcome.batch.keys)
+        self._check_bad_ratio()
+        return outcome.batch
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers. The loader is then at its end."""
+        self._stop()
+
+    def _quarantine(self, bad: list[BadSample]) -> None:
+        if not bad:
+            return
+        self.n_bad += len(bad)
+        logger.warning("step %d: replaced %d samples, the first: %s", bad[0].step, len(bad), bad[0].reason)
+        if self._quarantine_path is not None:
+            # One write in append mode, so that the lines of several ranks do not mix.
+            lines = "".join(json.dumps(asdict(b)) + "\n" for b in bad)
+            with self._quarantine_path.open("ab", buffering=0) as file:
+                file.write(lines.encode())
+
+    def _check_bad_ratio(self) -> None:
+        if self.n_bad > max(MIN_BAD_SAMPLES, self._max_bad_ratio * self.n_seen):
+            where = f"; see {self._quarantine_path}" if self._quarantine_path is not None else ""
+            raise RuntimeError(
+                f"{self.n_bad} samples could not be used for {self.n_seen} that could, more than data.max_bad_ratio ="
+                f" {self._max_bad_ratio:g} allows{where}; repair the data or raise the limit"
+            )
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _context(start_method: str, on_cuda: bool) -> multiprocessing.context.BaseContext:
+    """How to start workers. A fork inherits the state of the CUDA driver and of its threads, which is unsafe."""
+    if start_method == "auto":
+        start_method = "fork" if sys.platform == "linux" and not on_cuda else "forkserver"
+    context = multiprocessing.get_context(start_method)
+    if start_method == "forkserver":
+        context.set_forkserver_preload([__name__])  # import torch once, not once a worker
+    return context
+
+
+def _set_up_worker(worker: int) -> None:
+    # A scheduler signals every process of a job. A worker that obeyed would take the training process down with it
+    # before that could write its checkpoint.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    # DataLoader's own watch looks at the parent's process id, which for a worker of a fork server is the server's; and
+    # the server in turn lives as long as its workers.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _raise_open_file_limit() -> None:
+    # Every tensor that comes from a worker holds a file descriptor; the usual soft limit of 1024 is a few batches.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _stop_workers(running: list[Iterator[Outcome]], workers: list[multiprocessing.process.BaseProcess]) -> None:
+    running.clear()  # dropping DataLoader's iterator asks its workers to end and waits a few seconds for each
+    for worker in workers:
+        if worker.is_alive():  # stuck in a read, and deaf to SIGTERM
+            worker.kill()
+        worker.join()

@@ -1,0 +1,210 @@
+"""What one sample looks like inside a shard: the names and the bytes of its members.
+
+A sample is `<key>.<tile name>.npy` for each tile (`.npy.blosc` when compressed), `<key>.label.npy` when its label is
+an array, and `<key>.json` with everything else. WebDataset splits a member's name at the first dot and lowers the case
+of what follows; the rules for keys and tile names exist so that it finds the same samples as we do.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from mmap import mmap
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_eo.components import suggest
+
+__all__ = [
+    "CODECS",
+    "LABEL_MEMBER",
+    "META_MEMBER",
+    "NpyHeader",
+    "check_tile_names",
+    "decode_meta",
+    "decompress",
+    "encode_array",
+    "encode_meta",
+    "escape_key",
+    "read_npy_header",
+    "tile_member",
+    "unescape_key",
+    "view_npy",
+]
+
+CODECS = {"raw": ".npy", "blosc": ".npy.blosc"}  # codec -> what follows the tile name
+LABEL_MEMBER = "label.npy"
+META_MEMBER = "json"
+
+_KEY_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_=+@")
+_TILE_NAME = re.compile(r"[A-Za-z0-9_@+-]+")
+_MAX_NPY_HEADER = 10_240  # bytes; NumPy itself refuses longer ones
+_BLOSC_HEADER = struct.Struct("<4B3I")  # version, codec version, flags, itemsize, raw, block and compressed bytes
+
+
+def escape_key(key: str) -> str:
+    """`key` with every UTF-8 byte outside `A-Z a-z 0-9 - _ = + @` written as `%XX`; `unescape_key` reverses it."""
+    if not key:
+        raise ValueError("a sample's key is empty")
+    return "".join(chr(b) if b in _KEY_BYTES else f"%{b:02X}" for b in key.encode())
+
+
+def unescape_key(escaped: str) -> str:
+    """The key that `escape_key` was given."""
+    return unquote(escaped)
+
+
+def check_tile_names(names: Iterable[str]) -> None:
+    """Raise `ValueError` for a tile name that readers of tar shards could not find again."""
+    seen: dict[str, str] = {"label": "label"}
+    for name in names:
+        if not _TILE_NAME.fullmatch(name):
+            raise ValueError(
+                f"tile name {name!r}: allowed in shards are letters, digits and _ @ + - (no dot, no slash)"
+            )
+        if (other := seen.setdefault(name.lower(), name)) != name or name == "label":
+            why = "'label' is reserved" if other == "label" else f"differs from {other!r} in case alone"
+            raise ValueError(f"tile name {name!r} cannot be stored in shards: {why}; rename the tile")
+
+
+def tile_member(tile: str, codec: str) -> str:
+    """The part of a tile's member name after the key, e.g. `"optical.npy"`."""
+    if codec not in CODECS:
+        allowed = list(CODECS)
+        raise ValueError(f"codec of tile {tile}: no codec {codec!r}{suggest(codec, allowed)} (allowed: {allowed})")
+    return tile + CODECS[codec]
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NpyHeader:
+    """A parsed NPY header and its bytes. Members with these very bytes need no parsing again."""
+
+    raw: bytes
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    file_size: int  # header and data
+
+
+def encode_array(array: NDArray[Any], codec: str = "raw") -> bytes:
+    """The bytes of `array` as an NPY file in C order, compressed as `codec` says.
+
+    `blosc` compresses the whole NPY file (Blosc 1 container, bitshuffle of the array's item size, LZ4, level 5), so
+    any Blosc decompressor gives back a `.npy` file.
+    """
+    if array.dtype.hasobject:
+        raise ValueError(f"arrays of Python objects cannot be stored (dtype {array.dtype})")
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, np.asarray(array, order="C"), version=(1, 0), allow_pickle=False)
+    npy = stream.getvalue()
+    if codec == "raw":
+        return npy
+    blosc = _blosc()
+    itemsize = array.itemsize if array.itemsize in (1, 2, 4, 8) else 1
+    return bytes(blosc.compress(npy, b"lz4", 5, shuffle=blosc.BITSHUFFLE, typesize=itemsize))
+
+
+def decompress(data: bytes | memoryview) -> bytes:
+    """The NPY file inside a `blosc` member. Raises `ValueError` when it is damaged."""
+    if len(data) < _BLOSC_HEADER.size:
+        raise ValueError(f"{len(data)} bytes are too few for a Blosc buffer")
+    *_, n_raw, _, n_compressed = _BLOSC_HEADER.unpack_from(data)
+    if n_compressed != len(data):
+        raise ValueError(f"its Blosc header promises {n_compressed} bytes, the member has {len(data)}")
+    if n_raw > 256 * n_compressed:  # LZ4 cannot expand that far: a damaged count must not allocate gigabytes
+        raise ValueError(f"its Blosc header promises {n_raw} bytes out of {n_compressed}")
+    try:
+        return bytes(_blosc().decompress(data))
+    except RuntimeError as error:
+        raise ValueError(f"Blosc cannot decompress it: {error}") from None
+
+
+def read_npy_header(head: bytes, member_size: int) -> NpyHeader:
+    """Parse the first bytes of an NPY member of `member_size` bytes; `ValueError` if they do not describe it."""
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"NPY version {version}, allowed are 1.0 and 2.0")
+    except Exception as error:  # the text of a damaged header goes through Python's parser: many types of error
+        raise ValueError(f"not a valid NPY header: {error}") from None
+    if dtype.hasobject:
+        raise ValueError(f"NPY of Python objects (dtype {dtype}) is never loaded")
+    file_size = stream.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or file_size != member_size:
+        raise ValueError(f"NPY header promises {dtype} {shape}, {file_size} bytes; the member has {member_size}")
+    return NpyHeader(head[: stream.tell()], dtype, shape, "F" if is_fortran else "C", file_size)
+
+
+def view_npy(
+    buffer: bytes | mmap, offset: int, size: int, expected: NpyHeader | None = None
+) -> tuple[NDArray[Any], NpyHeader]:
+    """The array of the NPY file at `buffer[offset:offset + size]`, a read-only view, and its header.
+
+    `expected`, a header met before, spares the parsing when the bytes are the same.
+    """
+    header = expected
+    if header is None or size != header.file_size or buffer[offset : offset + len(header.raw)] != header.raw:
+        header = read_npy_header(bytes(buffer[offset : offset + min(size, _MAX_NPY_HEADER)]), size)
+    start = offset + len(header.raw)
+    return np.ndarray(header.shape, header.dtype, buffer, start, order=header.order), header
+
+
+# --- label and meta ---------------------------------------------------------------------------------------------------
+
+
+def encode_meta(label: Any, meta: Mapping[str, Any], gsd_m: Mapping[str, float]) -> bytes:
+    """The `.json` member. `gsd_m` holds the tiles whose ground sampling differs from the schema's.
+
+    Tuples and arrays in `meta` become lists, NumPy scalars plain numbers; non-finite numbers are written as `NaN`,
+    `Infinity` and `-Infinity`. Raises `ValueError` for what JSON cannot hold.
+    """
+    content: dict[str, Any] = {"label": label, "meta": dict(meta)}
+    if gsd_m:
+        content["gsd_m"] = dict(gsd_m)
+    try:
+        return json.dumps(content, default=_plain, ensure_ascii=False, separators=(",", ":")).encode()
+    except TypeError as error:
+        raise ValueError(f"label or meta cannot be stored as JSON: {error}") from None
+
+
+def decode_meta(data: bytes | memoryview) -> dict[str, Any]:
+    """What `encode_meta` wrote: keys `label`, `meta`, and perhaps `gsd_m`. Raises `ValueError` when damaged."""
+    try:
+        content = json.loads(bytes(data))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("meta"), dict) or "label" not in content:
+        raise ValueError("a sample's JSON is one object with the keys 'label' and 'meta'")
+    return content
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is none of number, text, boolean, list, mapping, None")
+
+
+def _blosc() -> Any:
+    try:
+        from numcodecs import blosc
+    except ImportError:
+        raise ImportError("compressed shards need numcodecs: pip install 'ssl_eo[codec]'") from None
+    # One thread: loader workers are the parallelism, and with several the order of blocks in a buffer may vary.
+    blosc.use_threads = False
+    return blosc

@@ -1,0 +1,244 @@
+"""Draw view plans from a sample's own generator, and stack samples and plans into tensors of static shape.
+
+Everything here is host work on a few numbers per view: no pixel is touched before `render`, except to see whether a
+tile holds no-data. Boxes are (top, left, height, width) in pixels of their tile and lie inside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ssl_eo.data.types import Sample, Tile, TileBatch, TileSchema, ViewBatch, ViewPlan
+from ssl_eo.sensors import Sensor
+
+__all__ = [
+    "CropConfig",
+    "aligned",
+    "band_subset",
+    "check_sample",
+    "multi_crop",
+    "resized_crop",
+    "stack_tiles",
+    "stack_views",
+    "whole",
+]
+
+_N_TRIES = 10
+
+
+@dataclass
+class CropConfig:
+    """A random resized crop with flips, quarter turns and jitter.
+
+    Jitter is one affine per view on standardised values, not clamped: with probability `jitter_prob` a value v becomes
+    `v * (1 + c) + b`, with c uniform in [-contrast, contrast] and b uniform in [-brightness, brightness]. Both are thus
+    in standard deviations of the band, and 0 is the band's mean over the dataset.
+    """
+
+    size_px: int  # height and width of the view, in pixels
+    scale: tuple[float, float] = (0.2, 1.0)  # range of the box's share of the tile's area
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)  # range of the box's width / height
+    flip: bool = True  # left-right, with probability 1/2
+    rot90: bool = True  # 0 to 3 quarter turns, equally likely; imagery from above has no up
+    brightness: float = 0.0  # largest added value, in standard deviations
+    contrast: float = 0.0  # largest relative change of the values
+    jitter_prob: float = 0.0  # probability that a view is jittered
+
+    def __post_init__(self) -> None:
+        if self.size_px < 1:
+            raise ValueError(f"size_px must be at least 1, got {self.size_px}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be (low, high) with 0 < low <= high <= 1, got {tuple(self.scale)}")
+        if not 0 < self.aspect[0] <= self.aspect[1]:
+            raise ValueError(f"aspect must be (low, high) with 0 < low <= high, got {tuple(self.aspect)}")
+        if self.brightness < 0:
+            raise ValueError(f"brightness must not be negative, got {self.brightness}")
+        if not 0 <= self.contrast < 1:
+            raise ValueError(f"contrast must be in [0, 1), got {self.contrast}")
+        if not 0 <= self.jitter_prob <= 1:
+            raise ValueError(f"jitter_prob must be in [0, 1], got {self.jitter_prob}")
+
+
+def whole(tile: str, shape: tuple[int, int], size_px: int) -> ViewPlan:
+    """The whole tile of `shape` (H, W), resized to `size_px` squared: the view of an evaluation."""
+    return ViewPlan(tile, (0.0, 0.0, float(shape[0]), float(shape[1])), (size_px, size_px))
+
+
+def resized_crop(
+    tile: str,
+    shape: tuple[int, int],
+    cfg: CropConfig,
+    rng: np.random.Generator,
+    bands: tuple[int, ...] | None = None,
+) -> ViewPlan:
+    """A box of random area, aspect and place in a tile of `shape` (H, W), resized, flipped, turned and jittered."""
+    flip = cfg.flip and bool(rng.random() < 0.5)
+    rot90 = int(rng.integers(4)) if cfg.rot90 else 0
+    gain, bias = 1.0, 0.0
+    if cfg.jitter_prob > 0 and rng.random() < cfg.jitter_prob:
+        gain += float(rng.uniform(-cfg.contrast, cfg.contrast))
+        bias = float(rng.uniform(-cfg.brightness, cfg.brightness))
+    return ViewPlan(tile, _crop_box(shape, cfg, rng), (cfg.size_px, cfg.size_px), flip, rot90, bands, gain, bias)
+
+
+def _crop_box(shape: tuple[int, int], cfg: CropConfig, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """Area uniform in `scale`, aspect log-uniform, both redrawn until the box fits; else the largest centred box
+    whose aspect is allowed (Szegedy et al. 2015, section 6, in the form used since by the field).
+    """
+    height, width = float(shape[0]), float(shape[1])
+    if cfg.scale[0] == 1:
+        return 0.0, 0.0, height, width  # the only box with the area of the whole tile
+    low, high = math.log(cfg.aspect[0]), math.log(cfg.aspect[1])
+    for u_area, u_aspect, u_top, u_left in rng.random((_N_TRIES, 4)).tolist():
+        area = height * width * (cfg.scale[0] + u_area * (cfg.scale[1] - cfg.scale[0]))
+        aspect = math.exp(low + u_aspect * (high - low))
+        h, w = math.sqrt(area / aspect), math.sqrt(area * aspect)
+        if h <= height and w <= width:
+            return u_top * (height - h), u_left * (width - w), h, w
+    aspect = min(max(width / height, cfg.aspect[0]), cfg.aspect[1])
+    h, w = min(height, width / aspect), min(width, height * aspect)
+    return (height - h) / 2, (width - w) / 2, h, w
+
+
+def multi_crop(
+    tile: str,
+    shape: tuple[int, int],
+    crops: Mapping[str, tuple[CropConfig, int]],
+    rng: np.random.Generator,
+) -> dict[str, list[ViewPlan]]:
+    """Several crops of one tile: role -> (config, number of views) becomes role -> plans.
+
+    Two views are `{"view": (cfg, 2)}`; multi-crop is `{"global": (cfg_global, 2), "local": (cfg_local, 8)}`.
+    """
+    return {role: [resized_crop(tile, shape, cfg, rng) for _ in range(n)] for role, (cfg, n) in crops.items()}
+
+
+def aligned(
+    plan: ViewPlan,
+    schema: TileSchema,
+    other: str,
+    other_schema: TileSchema,
+    size: tuple[int, int] | None = None,
+    size_ratio: float = 1.0,
+) -> ViewPlan:
+    """The view of the tile `other` that shows the same ground, equally flipped and turned, as `plan` does of its tile.
+
+    Tiles of a sample share the top left corner of their footprint, so a box is carried over in metres. The view has
+    `size` (h, w), or by default the plan's size times `size_ratio`. Bands and jitter belong to a sensor and are not
+    carried over. Footprints are rarely a whole number of pixels of every sensor: up to one pixel of overhang is cut
+    off; a `ValueError` says when the other tile does not cover the box.
+    """
+    ratio = schema.gsd_m / other_schema.gsd_m
+    top, left, height, width = (ratio * edge for edge in plan.box)
+    (tile_height, tile_width), slack = other_schema.shape, 1.0 + 1e-6
+    if top + height > tile_height + slack or left + width > tile_width + slack:
+        raise ValueError(
+            f"tile {other!r} of {tile_height} x {tile_width} pixels of {other_schema.gsd_m:g} m does not cover the box"
+            f" {plan.box} of tile {plan.tile!r} ({schema.gsd_m:g} m a pixel); draw the plan on the smaller footprint"
+        )
+    box = (top, left, min(height, tile_height - top), min(width, tile_width - left))
+    h, w = size or (round(plan.size[0] * size_ratio), round(plan.size[1] * size_ratio))
+    return ViewPlan(other, box, (h, w), plan.flip, plan.rot90)
+
+
+def band_subset(rng: np.random.Generator, n_bands: int, low: int, high: int) -> tuple[int, ...]:
+    """Ascending positions of a random subset of `n_bands` bands; its size is uniform in `low` to `high`.
+
+    All bands when there are no more than `low`. Rows of one batch need equal counts: give them `low == high`.
+    """
+    if not 1 <= low <= high:
+        raise ValueError(f"a band subset needs 1 <= low <= high, got low {low} and high {high}")
+    if n_bands <= low:
+        return tuple(range(n_bands))
+    n_kept = int(rng.integers(low, min(high, n_bands) + 1))
+    return tuple(np.sort(rng.permutation(n_bands)[:n_kept]).tolist())
+
+
+def check_sample(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
+    """Raises `ValueError` when the sample cannot be used: a tile of `schema` is missing, has another shape, dtype or
+    band list, or holds nothing but no-data. The message names sample, tile, what was found and what is expected.
+    """
+    for name, expected in schema.items():
+        tile = _checked_tile(sample, name, expected)
+        valid = _valid(tile.pixels, expected.sensor)
+        if valid is not None and not valid.any():
+            raise ValueError(f"tile {name!r} of sample {sample.key!r} is all no-data")
+
+
+def stack_tiles(
+    samples: Sequence[Sample], names: Iterable[str], schema: Mapping[str, TileSchema]
+) -> dict[str, TileBatch]:
+    """The tiles `names` of all samples, `[B, C, H, W]` in the stored dtype.
+
+    Raises `ValueError` as `check_sample` does for a tile that does not match the schema.
+    """
+    stacked = {}
+    for name in names:
+        tiles = [_checked_tile(sample, name, schema[name]).pixels for sample in samples]
+        has_no_data = any(
+            valid is not None and not valid.all() for valid in (_valid(t, schema[name].sensor) for t in tiles)
+        )
+        stacked[name] = TileBatch(torch.from_numpy(np.stack(tiles)), has_no_data)  # [B, C, H, W]
+    return stacked
+
+
+def _checked_tile(sample: Sample, name: str, expected: TileSchema) -> Tile:
+    if name not in sample.tiles:
+        raise ValueError(f"sample {sample.key!r} has no tile {name!r} (tiles: {', '.join(sample.tiles) or 'none'})")
+    tile = sample.tiles[name]
+    for what, found, wanted in (
+        ("bands", tile.bands, expected.bands),
+        ("shape", tile.pixels.shape, (len(expected.bands), *expected.shape)),
+        ("dtype", tile.pixels.dtype, np.dtype(expected.dtype)),
+    ):
+        if found != wanted:
+            raise ValueError(f"tile {name!r} of sample {sample.key!r} has {what} {found}, expected {wanted}")
+    return tile
+
+
+def _valid(pixels: NDArray[np.generic], sensor: Sensor) -> NDArray[np.bool_] | None:
+    """True where a pixel was measured; None when the dtype and the sensor leave no way to say that it was not."""
+    is_integer = np.issubdtype(pixels.dtype, np.integer)
+    if is_integer and not sensor.no_data:
+        return None
+    valid: NDArray[np.bool_] = np.ones(pixels.shape, dtype=bool) if is_integer else np.isfinite(pixels)
+    for value in sensor.no_data:
+        # An integer compares without widening the array; a fraction is never stored in one.
+        valid &= pixels != (int(value) if is_integer and float(value).is_integer() else value)
+    return valid
+
+
+def stack_views(plans_by_view: Sequence[Sequence[ViewPlan]]) -> ViewBatch:
+    """One role's plans as tensors: views outermost, then samples in the order of `stack_tiles`.
+
+    Raises `ValueError` unless all plans share tile, size and number of bands, and all views have as many samples.
+    """
+    n_views, n_samples = len(plans_by_view), len(plans_by_view[0])
+    plans = [plan for view in plans_by_view for plan in view]
+    if any(len(view) != n_samples for view in plans_by_view):
+        raise ValueError(f"views of one role need as many plans each, got {[len(view) for view in plans_by_view]}")
+    kinds = {(p.tile, p.size, None if p.bands is None else len(p.bands)) for p in plans}
+    if len(kinds) != 1:
+        raise ValueError(f"plans of one role must share tile, size and number of bands, got {sorted(kinds, key=str)}")
+    (h, w) = size = plans[0].size
+    has_bands = plans[0].bands is not None
+    as_stored = (0.0, 0.0, float(h), float(w))
+    return ViewBatch(
+        tile=plans[0].tile,
+        size=size,
+        n_views=n_views,
+        row=torch.arange(n_samples).repeat(n_views),  # [R]
+        box=torch.tensor([p.box for p in plans], dtype=torch.float32),  # [R, 4]
+        flip=torch.tensor([p.flip for p in plans]),
+        rot90=torch.tensor([p.rot90 for p in plans]),
+        gain=torch.tensor([p.gain for p in plans], dtype=torch.float32),
+        bias=torch.tensor([p.bias for p in plans], dtype=torch.float32),
+        bands=torch.tensor([p.bands for p in plans]) if has_bands else None,  # [R, c]
+        resample=any(p.box != as_stored or p.flip or p.rot90 % 4 != 0 for p in plans),
+    )

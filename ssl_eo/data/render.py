@@ -1,0 +1,335 @@
+"""Render view plans into pixels: crop, antialiased resize, flip, quarter turns, normalisation and jitter, batched.
+
+Resizing one channel is `Ky . X . Kx^T`: row i of `Ky [h, H]` holds the kernel weights of output row i, zero outside its
+box. A flip reverses the rows of a matrix, a quarter turn transposes the product, and normalisation and jitter are one
+affine afterwards. So every row of a batch, whatever its box, costs two batched matrix products on whatever device the
+batch is on. Nothing here reads a tensor back to the host: shapes and `has_no_data` alone decide what is computed.
+
+Kernel weights are those of `F.interpolate(crop, antialias=True, align_corners=False)`. A box with fractional edges is
+their natural extension: a pixel cut by an edge counts with the share of it that lies inside.
+
+No-data (a stored value listed by the sensor, NaN or infinite) never takes part. Where all pixels under the kernel are
+valid the result is the plain one. Elsewhere the value is the mean of the valid pixels weighted by the kernel's
+magnitude `|Ky| x |Kx|` (not its signed weights: with the negative lobes of bicubic a few valid pixels could be
+extrapolated to anything), and the output counts as valid when these hold at least half of the total weight. The rule
+looks at one row at a time, so how a view looks does not depend on what else is in the batch.
+
+B samples, R rows (views x samples), C bands of a tile, c bands of a view, H W tile pixels, h w view pixels,
+m = max(h, w), T taps of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.data.types import Batch, PixelBatch, TileBatch, TileSchema, ViewBatch
+from ssl_eo.sensors import ChannelMeta
+
+__all__ = ["Interpolation", "Renderer"]
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+# Rows are rendered in groups of about this many tile values: on the CPU a group stays in cache, on a device the
+# float32 copy of a group stays below a gigabyte.
+_GROUP_VALUES_CPU = 2**18
+_GROUP_VALUES_DEVICE = 2**27
+
+
+class Renderer(nn.Module):
+    """Plans and raw tiles in, normalised pixels out. Holds the statistics of every tile of every source as buffers.
+
+    `schemas` has one mapping of tile names per source, in the order of `Batch.source`.
+    """
+
+    def __init__(self, schemas: Sequence[Mapping[str, TileSchema]], interpolation: Interpolation = "bicubic") -> None:
+        super().__init__()
+        if interpolation not in _KERNELS:
+            raise ValueError(f"interpolation must be one of {', '.join(_KERNELS)}, got {interpolation!r}")
+        self.interpolation = interpolation
+        names = [(source, name) for source, tiles in enumerate(schemas) for name in tiles]
+        self._position = {name: i for i, name in enumerate(names)}
+        self._constants = nn.ModuleList(_TileConstants(schemas[source][name]) for source, name in names)
+
+    @torch.no_grad()
+    def render(self, batch: Batch) -> dict[str, PixelBatch]:
+        """The pixels of every role in `batch.views`, on the device that holds the batch and this module.
+
+        Boxes must lie inside their tiles. `pixels` are float32 `[R, c, h, w]`; class maps keep their class numbers.
+        """
+        rendered = {}
+        for role, view in batch.views.items():
+            constants = self._constants[self._position[batch.source, view.tile]]
+            assert isinstance(constants, _TileConstants)
+            with _full_precision(view.box.device):
+                rendered[role] = self._render_role(constants, batch.tiles[view.tile], view)
+        return rendered
+
+    def _render_role(self, constants: _TileConstants, tiles: TileBatch, view: ViewBatch) -> PixelBatch:
+        (h, w), device = view.size, view.box.device
+        n_rows, n_bands = view.row.shape[0], tiles.pixels.shape[1] if view.bands is None else view.bands.shape[1]
+        pixels = torch.empty(n_rows, n_bands, h, w, device=device)  # [R, c, h, w]
+        valid = torch.empty_like(pixels, dtype=torch.bool) if tiles.has_no_data else None
+        budget = _GROUP_VALUES_CPU if device.type == "cpu" else _GROUP_VALUES_DEVICE
+        step = max(1, budget // (n_bands * tiles.pixels.shape[2] * tiles.pixels.shape[3]))
+        for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
+            valid_rows = None if valid is None else valid[rows]
+            self._render_rows(constants, tiles, _rows_of(view, rows), pixels[rows], valid_rows)
+        area = view.box[:, 2] * view.box[:, 3]  # [R] in tile pixels
+        return PixelBatch(
+            pixels=pixels,
+            channels=constants.channels if view.bands is None else constants.channels.select(view.bands),
+            gsd_m=constants.gsd_m * (area / (h * w)).sqrt(),  # [R] geometric mean of the two axes
+            valid=valid,
+        )
+
+    def _render_rows(
+        self, constants: _TileConstants, tiles: TileBatch, view: ViewBatch, pixels: Tensor, valid: Tensor | None
+    ) -> None:
+        """Fills `pixels [R, c, h, w]` and `valid [R, c, h, w]` of a group of rows."""
+        raw = _gather(tiles.pixels, view)  # [R, c, H, W]
+        no_data = None if valid is None else constants.no_data
+        if constants.is_categorical:
+            values, ok = _nearest(raw, view, no_data)
+            pixels.copy_(values)
+        else:
+            values, ok = self._resample(raw, view, no_data) if view.resample else _cut(raw, view, no_data)
+            scale, shift = constants.affine(view)  # [R, c, 1, 1]
+            torch.addcmul(shift, values, scale, out=pixels)
+        if valid is not None and ok is not None:
+            valid.copy_(ok)
+            pixels.masked_fill_(~ok, 0.0)
+
+    def _resample(self, raw: Tensor, view: ViewBatch, no_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        kernel = _KERNELS[self.interpolation]
+        geometry = _Geometry.of(view)
+        # Rows before channels, so that the product over y and the one over x are one bmm each; the conversion to
+        # float32 writes in this order and the last pointwise operation reads in it, so neither costs a copy.
+        x = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [R, H, c, W]
+        ky, kx = geometry.matrices(kernel, raw.shape[2], raw.shape[3])  # [R, m, H], [R, m, W]
+        if no_data is None:
+            return geometry.turn(_apply(ky, x, kx)), None
+        ok = _is_valid(x, no_data)
+        x = torch.where(ok, x, 0.0)
+        ky_abs, kx_abs = ky.abs(), kx.abs()
+        weight = _apply(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
+        mean = _apply(ky_abs, x, kx_abs) / weight
+        total = ky_abs.sum(2)[:, :, None, None] * kx_abs.sum(2)[:, None, None, :]  # [R, m, 1, m]
+        values = torch.where(weight > (1 - 1e-5) * total, _apply(ky, x, kx), mean)
+        return geometry.turn(values), geometry.turn(weight >= 0.5 * total)
+
+
+class _TileConstants(nn.Module):
+    """What a schema says about a tile, as buffers that follow the module to its device."""
+
+    mean: Tensor
+    std: Tensor
+    no_data: Tensor
+
+    def __init__(self, schema: TileSchema) -> None:
+        super().__init__()
+        self.gsd_m = schema.gsd_m
+        self.is_categorical = schema.sensor.is_categorical
+        self._buffer("mean", torch.tensor(schema.mean, dtype=torch.float32))
+        self._buffer("std", torch.tensor(schema.std, dtype=torch.float32))
+        self._buffer("no_data", torch.tensor(schema.sensor.no_data, dtype=torch.float32))
+        channels = schema.sensor.channel_meta(schema.bands)
+        for f in fields(ChannelMeta):
+            self._buffer(f"channel_{f.name}", getattr(channels, f.name))
+
+    def _buffer(self, name: str, value: Tensor | None) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    @property
+    def channels(self) -> ChannelMeta:
+        return ChannelMeta(**{f.name: getattr(self, f"channel_{f.name}") for f in fields(ChannelMeta)})
+
+    def affine(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
+        """`(scale, shift)`, each `[R, c, 1, 1]`: stored value -> standardised -> jittered."""
+        mean, std = self.mean[None], self.std[None]  # [1, C]
+        if view.bands is not None:
+            mean, std = self.mean[view.bands], self.std[view.bands]  # [R, c]
+        scale = view.gain[:, None] / std
+        shift = view.bias[:, None] - mean * scale
+        return scale[:, :, None, None], shift[:, :, None, None]
+
+
+@dataclass
+class _Axis:
+    """Where the m outputs of each row lie along one axis of its tile, flips and turns included."""
+
+    start: Tensor  # [R] first edge of the box
+    extent: Tensor  # [R] length of the box
+    scale: Tensor  # [R] tile pixels per output pixel
+    center: Tensor  # [R, m] centre of each output, from the box's first edge
+
+    @classmethod
+    def of(cls, start: Tensor, extent: Tensor, n_out: Tensor, m: int, is_reversed: Tensor) -> _Axis:
+        """`n_out [R]` outputs of each row, at most m; the places after them repeat the last."""
+        last = n_out[:, None] - 1  # [R, 1]
+        step = torch.minimum(torch.arange(m, device=start.device, dtype=torch.float32), last)  # [R, m]
+        step = torch.where(is_reversed[:, None], last - step, step)
+        scale = extent / n_out
+        return cls(start, extent, scale, scale[:, None] * (step + 0.5))
+
+    def matrix(self, kernel: _Kernel, n_in: int, max_scale: float) -> Tensor:
+        """Resampling weights `[R, m, n_in]`; each row sums to 1. `max_scale` bounds `scale` and is known on the host.
+
+        Only the T pixels under the widest kernel are evaluated, then scattered: for a crop of a 512 pixel tile at
+        about its own size that is 50 times less work than evaluating the kernel everywhere.
+        """
+        start, extent = self.start[:, None, None], self.extent[:, None, None]
+        center = self.center[:, :, None]  # [R, m, 1]
+        stretch = self.scale.clamp(min=1.0)[:, None, None]  # a kernel is widened to average, never narrowed
+        n_taps = int(2 * kernel.radius * max(1.0, max_scale)) + 1
+        first = torch.ceil(start + center - kernel.radius * stretch - 0.5)  # [R, m, 1]
+        pixel = first + torch.arange(n_taps, device=center.device)  # [R, m, T]
+        inside = torch.minimum(pixel + 1, start + extent) - torch.maximum(pixel, start)
+        weight = kernel.weight((pixel - start + 0.5 - center).div_(stretch).abs_()) * inside.clamp_(0.0, 1.0)
+        weight = weight / weight.sum(2, keepdim=True)
+        # Taps outside the tile have no weight; the margin gives each a place of its own, so none overwrites another.
+        padded = center.new_zeros(*center.shape[:2], n_in + 2 * n_taps)
+        padded.scatter_(2, pixel.long() + n_taps, weight)
+        return padded[:, :, n_taps : n_taps + n_in]  # [R, m, n_in]
+
+    def nearest(self, n_in: int) -> Tensor:
+        """Index `[R, m]` of the tile pixel that holds the centre of each output."""
+        return (self.start[:, None] + self.center).long().clamp_(0, n_in - 1)
+
+
+@dataclass
+class _Geometry:
+    """Both axes of a group of rows, before any transposition.
+
+    A row with an odd number of quarter turns is resized to (w, h) and then transposed. To keep one static shape all
+    rows are resized to m outputs on both axes, of which the first h or w are used.
+    """
+
+    size: tuple[int, int]
+    is_odd: Tensor  # [R] bool: an odd number of quarter turns
+    y: _Axis
+    x: _Axis
+
+    @classmethod
+    def of(cls, view: ViewBatch) -> _Geometry:
+        h, w = view.size
+        top, left, height, width = view.box.unbind(1)
+        turns = view.rot90 % 4
+        is_odd = turns % 2 == 1
+        n_y = torch.where(is_odd, float(w), float(h))  # [R]
+        n_x = torch.where(is_odd, float(h), float(w))  # [R]
+        # A quarter turn counter-clockwise is "reverse x, then transpose"; two turns reverse both axes.
+        y = _Axis.of(top, height, n_y, max(h, w), turns >= 2)
+        x = _Axis.of(left, width, n_x, max(h, w), ((turns == 1) | (turns == 2)) ^ view.flip)
+        return cls(view.size, is_odd, y, x)
+
+    def matrices(self, kernel: _Kernel, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """`(Ky [R, m, H], Kx [R, m, W])` for boxes inside tiles of `height` and `width` pixels."""
+        n_least = min(self.size)
+        return self.y.matrix(kernel, height, height / n_least), self.x.matrix(kernel, width, width / n_least)
+
+    def turn(self, x: Tensor) -> Tensor:
+        """Transposes the rows with an odd number of turns and cuts to size: `[R, m, c, m]` -> `[R, c, h, w]`."""
+        h, w = self.size
+        upright, turned = x.permute(0, 2, 1, 3), x.permute(0, 2, 3, 1)
+        return torch.where(self.is_odd[:, None, None, None], turned[..., :h, :w], upright[..., :h, :w])
+
+    def nearest(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """`(y, x)`, each `[R, h, w]`: the tile pixel that holds the centre of each view pixel."""
+        h, w = self.size
+        y, x = self.y.nearest(height), self.x.nearest(width)  # [R, m]
+        is_odd = self.is_odd[:, None, None]
+        return (
+            torch.where(is_odd, y[:, None, :w], y[:, :h, None]),
+            torch.where(is_odd, x[:, :h, None], x[:, None, :w]),
+        )
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A resampling kernel: zero beyond `radius`; `weight` maps distances (>= 0) to unnormalised weights."""
+
+    radius: int
+    weight: Callable[[Tensor], Tensor]
+
+
+def _triangle(distance: Tensor) -> Tensor:
+    return (1 - distance).clamp_(min=0.0)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution with a = -1/2 (IEEE TASSP 29, 1981), its two pieces joined by truncated squares."""
+    outer = (2 - distance).clamp_(min=0.0).square_()
+    inner = (1 - distance).clamp_(min=0.0).square_()
+    return 0.5 * (1 - distance) * outer + (2 * distance - 1) * inner
+
+
+_KERNELS = {"bilinear": _Kernel(1, _triangle), "bicubic": _Kernel(2, _cubic)}
+
+
+def _apply(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
+    """`ky . x . kx^T` for every channel: `[R, m, H]`, `[R, H, c, W]`, `[R, m, W]` -> `[R, m, c, m]`."""
+    n_rows, _, n_channels, width = x.shape
+    m = ky.shape[1]
+    y = torch.bmm(ky, x.flatten(2)).view(n_rows, m * n_channels, width)  # [R, m*c, W]
+    return torch.bmm(y, kx.transpose(1, 2)).view(n_rows, m, n_channels, m)  # [R, m, c, m]
+
+
+def _cut(raw: Tensor, view: ViewBatch, no_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The top left pixels `[R, c, h, w]` as they are, float32, and their validity."""
+    h, w = view.size
+    values = raw[..., :h, :w].float()  # [R, c, h, w]
+    return values, None if no_data is None else _is_valid(values, no_data)
+
+
+def _nearest(raw: Tensor, view: ViewBatch, no_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Class numbers `[R, c, h, w]` float32 and their validity: class maps are picked from, never mixed."""
+    y, x = _Geometry.of(view).nearest(raw.shape[2], raw.shape[3])  # [R, h, w]
+    row = torch.arange(raw.shape[0], device=raw.device)[:, None, None, None]
+    band = torch.arange(raw.shape[1], device=raw.device)[:, None, None]
+    values = raw.float()[row, band, y[:, None], x[:, None]]  # [R, c, h, w]
+    return values, None if no_data is None else _is_valid(values, no_data)
+
+
+def _is_valid(values: Tensor, no_data: Tensor) -> Tensor:
+    """True where `values` are finite and none of `no_data [K]`."""
+    valid = values.isfinite()
+    for i in range(no_data.shape[0]):
+        valid &= values != no_data[i]
+    return valid
+
+
+def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:
+    """The tile and bands of each row in the stored dtype: `[B, C, H, W]` -> `[R, c, H, W]`."""
+    # uint16 has few kernels on devices; moving its bits as int16 needs none of them.
+    bits = pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels
+    picked = bits.index_select(0, view.row) if view.bands is None else bits[view.row[:, None], view.bands]
+    return picked.view(pixels.dtype)
+
+
+def _rows_of(view: ViewBatch, rows: slice) -> ViewBatch:
+    """`view` with only some of its rows."""
+    part: dict[str, Any] = {f.name: getattr(view, f.name) for f in fields(ViewBatch)}
+    part.update({name: column[rows] for name, column in part.items() if isinstance(column, Tensor)})
+    return ViewBatch(**part)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Matrix products in float32, whatever autocast and TF32 settings the models train with.
+
+    Kernel weights and uint16 values do not survive an 8 or 11 bit mantissa.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    saved = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        backend.matmul.fp32_precision = saved

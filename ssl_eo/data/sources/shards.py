@@ -1,0 +1,153 @@
+"""Packed datasets: the shards and manifest that `ssl-eo data pack` writes, read sample by sample in any order.
+
+Layout: `<root>/manifest.json`, `shard-000000.tar`, `shard-000000.index.npz`, ...; with `split`, in `<root>/<split>/`.
+The format is described in `docs/data.md`. Tiles come back bit for bit as they were packed, as read-only views of the
+mapped files: copy (collating does) before writing to them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+from ssl_eo.components import suggest
+from ssl_eo.data.manifest import Manifest, content_hash, schema_to_dict
+from ssl_eo.data.members import LABEL_MEMBER, META_MEMBER, decode_meta, tile_member, unescape_key
+from ssl_eo.data.shards import ShardReader, index_path
+from ssl_eo.data.types import Sample, Tile, TileSchema
+
+__all__ = ["Config", "Source"]
+
+
+@dataclass
+class Config:
+    """How a packed dataset is read."""
+
+    root: str  # folder that 'ssl-eo data pack' wrote
+    split: str | None = None  # the folder under root; None: root itself
+    tiles: list[str] | None = None  # tile names to read; None: all
+    statistics: Literal["source", "measured"] = "source"  # mean and std: as the source gave them | measured in packing
+    chunk_size: int = 32  # samples that are read in one run
+    access: Literal["mmap", "pread"] = "mmap"  # pread: for file systems that map files badly (Lustre, NFS)
+    verify: bool = False  # check the CRC-32 of each member that is read
+    max_open_shards: int = 128  # per process; each takes a file descriptor and its index
+
+    def __post_init__(self) -> None:
+        if not self.root:
+            raise ValueError("root is empty; give the folder that 'ssl-eo data pack' wrote")
+        if self.tiles is not None and not self.tiles:
+            raise ValueError("tiles is an empty list; name at least one tile, or leave it out for all")
+        for name, allowed in (("statistics", ("source", "measured")), ("access", ("mmap", "pread"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("chunk_size", "max_open_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class Source:
+    """The samples of a packed dataset, in the order in which they were packed.
+
+    Raises `ValueError` when the manifest or a shard is missing, or a shard has not the size the manifest states.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.folder = Path(cfg.root) / (cfg.split or "")
+        self.manifest = Manifest.load(self.folder)
+        if not self.manifest.n_samples:
+            raise ValueError(
+                f"{self.folder}: the manifest lists no samples; run 'ssl-eo data pack' on a source that has"
+            )
+        self._check_files()
+        names = self._tile_names(cfg.tiles)
+        packed = {name: self.manifest.tiles[name] for name in names}
+        self._schema = {n: t.measured_schema() if cfg.statistics == "measured" else t.schema for n, t in packed.items()}
+        self._members = [tile_member(name, tile.codec) for name, tile in packed.items()]
+        self._starts = list(accumulate((s.n_samples for s in self.manifest.shards), initial=0))
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()  # least recently used first
+
+    @property
+    def schema(self) -> dict[str, TileSchema]:
+        return self._schema
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.manifest.label_names
+
+    @property
+    def chunk_size(self) -> int:
+        return self.cfg.chunk_size
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def fingerprint(self) -> str:
+        """Hash of the shards' checksums and of what is read from them."""
+        shards = [s.sha256 for s in self.manifest.shards]
+        return content_hash({"shards": shards, "schema": {n: schema_to_dict(s) for n, s in self._schema.items()}})
+
+    def read(self, index: int) -> Sample:
+        """Sample `index`; its pixels are read-only. Raises `ShardError` for a damaged one."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a source of {len(self)}")
+        shard = bisect_right(self._starts, index) - 1
+        row = index - self._starts[shard]
+        reader = self._reader(shard)
+        content = decode_meta(reader.read(row, META_MEMBER))
+        gsd_m = content.get("gsd_m", {})
+        arrays = reader.arrays(row, self._members)
+        tiles = {
+            name: Tile(pixels, schema.bands, gsd_m.get(name, schema.gsd_m))
+            for (name, schema), pixels in zip(self._schema.items(), arrays, strict=True)
+        }
+        label = reader.array(row, LABEL_MEMBER) if reader.has(row, LABEL_MEMBER) else content["label"]
+        return Sample(unescape_key(reader.key(row)), tiles, content["meta"], label)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def _reader(self, shard: int) -> ShardReader:
+        reader = self._open.get(shard)
+        if reader is None:
+            entry = self.manifest.shards[shard]
+            path = self.folder / entry.name
+            reader = ShardReader(path, access=self.cfg.access, verify=self.cfg.verify)
+            if len(reader) != entry.n_samples:
+                raise ValueError(
+                    f"{index_path(path)} lists {len(reader)} samples, the manifest {entry.n_samples};"
+                    " make the index again with 'ssl-eo data index'"
+                )
+            self._open[shard] = reader
+            if len(self._open) > self.cfg.max_open_shards:
+                self._open.popitem(last=False)[1].close()
+        else:
+            self._open.move_to_end(shard)
+        return reader
+
+    def _tile_names(self, chosen: Iterable[str] | None) -> list[str]:
+        known = list(self.manifest.tiles)
+        for name in chosen or ():
+            if name not in known:
+                raise ValueError(
+                    f"tiles: {self.folder} has no tile {name!r}{suggest(name, known)} (it has {', '.join(known)})"
+                )
+        return known if chosen is None else list(dict.fromkeys(chosen))
+
+    def _check_files(self) -> None:
+        for entry in self.manifest.shards:
+            path = self.folder / entry.name
+            found = path.stat().st_size if path.is_file() else None
+            if found != entry.size:
+                what = "is missing" if found is None else f"has {found} bytes"
+                raise ValueError(
+                    f"{path} {what}, the manifest lists {entry.size} bytes: copy it again, or delete it and run the"
+                    " same 'ssl-eo data pack' again; 'ssl-eo data check' looks at all shards"
+                )
+            if not index_path(path).is_file():
+                raise ValueError(f"{index_path(path)} is missing; make it with 'ssl-eo data index'")

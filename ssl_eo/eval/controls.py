@@ -1,0 +1,86 @@
+"""Features that nobody trained: the rows that a table of probes needs to mean anything.
+
+A pretrained encoder that does not beat the colour of the image has learned nothing worth having. Each control maps
+normalised pixels `[B, C, H, W]` to float32 features, deterministically, for any number of channels.
+
+B samples, C channels, H W pixels, h w pixels after a stride, P statistics, F filters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ssl_eo.seeding import torch_generator
+
+__all__ = ["CONTROLS", "band_statistics", "random_convolution", "texture_statistics"]
+
+# Products grow with the square of the statistics: all 108 of twelve bands would give 6,000, more than a probe's samples.
+_MAX_STATISTICS_FOR_PRODUCTS = 32
+
+
+def band_statistics(pixels: Tensor) -> Tensor:
+    """Mean and standard deviation of each band: `[B, 2C]`."""
+    flat = pixels.float().flatten(2)  # [B, C, H*W]
+    return torch.cat([_mean(flat), _spread(flat)], 1)
+
+
+def texture_statistics(pixels: Tensor) -> Tensor:
+    """Per band mean, spread, three quantiles, mean and spread of both gradients, then products of two of these.
+
+    `[B, 9C + P(P+1)/2]`, where P counts the statistics that are multiplied: as many of the nine, in this order, as make
+    at most 32 (all nine of three bands, mean and spread of twelve, none of a hyperspectral sensor). The products let a
+    linear probe see how colours and textures go together, which makes this the strongest control.
+    """
+    x = pixels.float()
+    flat = x.flatten(2)  # [B, C, H*W]
+    across = (x[..., :, 1:] - x[..., :, :-1]).abs().flatten(2)
+    down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(2)
+    quantiles = torch.tensor([0.1, 0.5, 0.9], device=x.device)
+    parts = [_mean(flat), _spread(flat), *_quantiles(flat, quantiles)]
+    parts += [f(g) for g in (across, down) for f in (_mean, _spread)]
+    statistics = torch.cat(parts, 1)  # [B, 9C]
+    n_channels = x.shape[1]
+    n = n_channels * min(len(parts), _MAX_STATISTICS_FOR_PRODUCTS // n_channels)
+    first, second = torch.triu_indices(n, n, device=x.device)
+    return torch.cat([statistics, statistics[:, first] * statistics[:, second]], 1)
+
+
+def random_convolution(pixels: Tensor, n_filters: int = 64) -> Tensor:
+    """Two layers of random 5x5 filters with stride 2, mean and spread of each over the image: `[B, 4F]`.
+
+    What local filters, a nonlinearity and pooling know before any training. The filters are the same in every run.
+    """
+    x = pixels.float()
+    generator = torch_generator("random_convolution", x.shape[1], n_filters)
+    pooled = []
+    for _ in range(2):
+        fan_in = x.shape[1] * 25
+        filters = torch.randn(n_filters, x.shape[1], 5, 5, generator=generator) * (2.0 / fan_in) ** 0.5
+        x = functional.conv2d(x, filters.to(x.device), stride=2, padding=2).relu()  # [B, F, h, w]
+        pooled += [_mean(x.flatten(2)), _spread(x.flatten(2))]
+    return torch.cat(pooled, 1)
+
+
+CONTROLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "band_statistics": band_statistics,
+    "texture_statistics": texture_statistics,
+    "random_convolution": random_convolution,
+}
+
+
+def _mean(flat: Tensor) -> Tensor:
+    return flat.mean(2)
+
+
+def _spread(flat: Tensor) -> Tensor:
+    return flat.std(2, correction=0)
+
+
+def _quantiles(flat: Tensor, quantiles: Tensor) -> Tensor:
+    # Nearest rank of one sort: torch.quantile refuses large inputs and its interpolation buys nothing here.
+    ranks = (quantiles * (flat.shape[2] - 1)).round().long()
+    return flat.sort(2).values[..., ranks].movedim(2, 0)  # [3, B, C]

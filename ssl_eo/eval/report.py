@@ -1,0 +1,378 @@
+"""One self-contained page about a run, from the files that the run leaves: curves, probes against controls, pictures.
+
+It reads whatever there is: a run that was killed, that never probed or that is still going gets its page too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ssl_eo.eval.figures import Chart, Line, draw
+
+__all__ = ["read_jsonl", "save_panel", "write_report"]
+
+Record = Mapping[str, Any]
+
+_MAX_PICTURES = 6
+_HEALTH = "effective_rank"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and return its path. Raises `ValueError` where `run_dir` is not a run."""
+    if not (run_dir / "metrics.jsonl").is_file() and not (run_dir / "config.yaml").is_file():
+        raise ValueError(f"{run_dir} has neither metrics.jsonl nor config.yaml: it is not a run directory")
+    from jinja2 import Environment, StrictUndefined
+
+    run = _Run.read(run_dir)
+    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = page.from_string(source).render(
+        title=run.name,
+        subtitle=run.subtitle,
+        facts=_facts(run),
+        verdicts=[v for task in run.tasks if (v := _verdict(run, task)) is not None],
+        tables=[_table(run, task) for task in run.tasks],
+        errors=[r for r in run.evals if r["kind"] == "error"],
+        training=_draw_all("training", _training_charts(run)),
+        speed=_draw_all("speed", _speed_charts(run)),
+        pictures=_pictures(run_dir),
+        config=run.config_text,
+        env=run.env,
+    )
+    path = run_dir / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one JSON object a line, without lines that a killed run left unfinished.
+
+    A file that does not exist has none.
+    """
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def save_panel(path: Path, rows: Sequence[tuple[str, ArrayLike]]) -> None:
+    """Save pictures as a PNG: each row a title and its pictures, `[n, H, W, 3]` or one `[H, W, 3]`, in any unit.
+
+    The 2nd and 98th percentile of the first row are shown as black and white in all rows, so that rows compare. Values
+    that are not finite are transparent: hidden patches, for instance.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    strips = [(title, _as_strip(pictures)) for title, pictures in rows]
+    finite = strips[0][1][np.isfinite(strips[0][1])]
+    low, high = np.percentile(finite, [2, 98]) if finite.size else (0.0, 1.0)
+    gap, header = 4, 24
+    zoom = max(1, round(128 / strips[0][1].shape[1]))
+    images = []
+    for title, strip in strips:
+        visible = np.isfinite(strip).all(-1, keepdims=True)
+        scaled = np.clip((np.nan_to_num(strip) - low) / max(high - low, 1e-12), 0.0, 1.0)
+        rgba = (np.concatenate([scaled, visible], -1) * 255).round().astype(np.uint8)
+        images.append((title, rgba.repeat(zoom, 1).repeat(zoom, 2)))  # [n, H, W, 4]
+    width = max(len(p) * (p.shape[2] + gap) - gap for _, p in images)
+    canvas = Image.new("RGBA", (width, sum(p.shape[1] + header for _, p in images)), (0, 0, 0, 0))
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    top = 0
+    for title, pictures in images:
+        pen.text((0, top + 5), title, fill=(128, 128, 128, 255), font=font)  # grey reads on light and on dark
+        for i, picture in enumerate(pictures):
+            canvas.paste(Image.fromarray(picture, "RGBA"), (i * (picture.shape[1] + gap), top + header))
+        top += header + pictures.shape[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def _as_strip(pictures: ArrayLike) -> NDArray[np.float64]:
+    strip = np.asarray(pictures, dtype=np.float64)
+    strip = strip[None] if strip.ndim == 3 else strip
+    if strip.ndim != 4 or strip.shape[-1] != 3:
+        raise ValueError(f"a row of a panel holds pictures [n, H, W, 3], got shape {strip.shape}")
+    return strip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run directory says, with one record a step: where a resumed run repeated a step, the later counts."""
+
+    name: str
+    config: Mapping[str, Any]
+    config_text: str
+    metrics: list[Record]
+    evals: list[Record]
+    env: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, run_dir: Path) -> _Run:
+        import yaml
+
+        text = _text(run_dir / "config.yaml")
+        try:
+            config = yaml.safe_load(text)
+            env = json.loads(_text(run_dir / "env.json") or "{}")
+        except (yaml.YAMLError, json.JSONDecodeError) as error:
+            raise ValueError(f"{run_dir}: config.yaml or env.json cannot be read: {error}") from None
+        identity = ("step", "kind", "task", "features", "tap", "probe")
+        evals = [r for r in read_jsonl(run_dir / "eval.jsonl") if {"step", "kind", "task", "features"} <= r.keys()]
+        metrics = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "step" in r]
+        return cls(
+            name=run_dir.resolve().name,
+            config=config if isinstance(config, dict) else {},
+            config_text=text,
+            metrics=_latest(metrics, ("step",)),
+            evals=_latest(evals, identity),
+            env=env,
+        )
+
+    def setting(self, key: str) -> Any:
+        """The config's value at a dotted key, None where there is none."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    @property
+    def subtitle(self) -> str:
+        size, patch = self.setting("model.size"), self.setting("model.patch_size")
+        sources = [s.get("name") for s in self.setting("data.sources") or [] if isinstance(s, Mapping)]
+        model = f"{size}/{patch}" if size and patch else None
+        return " · ".join(str(p) for p in (self.setting("objective.name"), model, *sources) if p)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(r["task"] for r in self.evals))
+
+    def column(self, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of a metric, where it was logged and is a number."""
+        rows = [(r["step"], r[key]) for r in self.metrics if _is_number(r.get(key))]
+        return [s for s, _ in rows], [v for _, v in rows]
+
+    def results(self, task: str, kind: str, **wanted: str) -> list[Record]:
+        """Records of one task and kind whose fields have the `wanted` values, by step."""
+        rows = [r for r in self.evals if r["task"] == task and r["kind"] == kind]
+        return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def _facts(run: _Run) -> list[tuple[str, str]]:
+    """The headline: (what, value) pairs for what is known."""
+    steps, losses = run.column("loss")
+    _, rates = run.column("samples_per_s")
+    _, waits = run.column("data_wait_ratio")
+    _, memory = run.column("max_memory_gb")
+    total, batch = run.setting("train.total_steps"), run.setting("train.global_batch_size")
+    facts = []
+    if run.metrics:
+        last = run.metrics[-1]["step"]
+        facts.append(("steps", f"{last:,}" if not total or last >= total else f"{last:,} of {total:,}"))
+        if batch:
+            facts.append(("samples", _short(last * batch)))
+        if batch and rates:
+            facts.append(("training time", _duration(_training_seconds(run, batch))))
+    if rates:
+        facts.append(("samples/s", _short(statistics.median(rates))))
+    if waits:
+        facts.append(("waiting for data", f"{100 * statistics.fmean(waits):.1f} %"))
+    if memory:
+        facts.append(("peak memory", f"{max(memory):.1f} GB"))
+    if losses:
+        facts.append((f"loss at step {steps[-1]:,}", f"{losses[-1]:.4g}"))
+    return facts
+
+
+def _training_seconds(run: _Run, batch: int) -> float:
+    steps, rates = run.column("samples_per_s")
+    spans = np.diff([0, *steps]) * batch
+    return float(sum(span / rate for span, rate in zip(spans, rates, strict=True) if rate > 0))
+
+
+def _verdict(run: _Run, task: str) -> dict[str, str] | None:
+    """The encoder's final probe against the best rival that needs no training, in one line.
+
+    Tap and probe are not chosen by their accuracy, the rival is: the gain is not flattered by the choice.
+    """
+    final = _final(run, task)
+    if not final:
+        return None
+    ours = max(final, key=lambda r: (r["tap"] == "last", r["probe"] == "ridge"))
+    rivals = [r for r in run.results(task, "probe", probe=ours["probe"]) if r not in final and _is_rival(r)]
+    out = {"task": task, "probe": ours["probe"], "accuracy": _percent(ours["accuracy"]), "step": f"{ours['step']:,}"}
+    if rivals:
+        rival = max(rivals, key=lambda r: float(r["accuracy"]))
+        gain = 100 * (ours["accuracy"] - rival["accuracy"])
+        out |= {"gain": f"{gain:+.1f}", "rival": f"{_feature_title(rival)} ({_percent(rival['accuracy'])})"}
+    return out
+
+
+def _final(run: _Run, task: str) -> list[Record]:
+    rows = run.results(task, "probe", features="encoder")
+    return [r for r in rows if r["step"] == max(r["step"] for r in rows)]
+
+
+def _is_rival(record: Record) -> bool:
+    return bool(record["features"] != "encoder" or record["step"] == 0)
+
+
+def _table(run: _Run, task: str) -> dict[str, Any]:
+    """One row for each kind of features of a task, final encoder first, and one column a measure."""
+    final = _final(run, task)
+    last = final[0]["step"] if final else None
+    rows: dict[tuple[str, str, bool], dict[str, float]] = {}
+    for r in run.results(task, "probe") + run.results(task, "health"):
+        is_final = r["features"] == "encoder" and r["step"] == last
+        if is_final or _is_rival(r):
+            cells = rows.setdefault((_feature_title(r), r["tap"], is_final), {})
+            if r["kind"] == "health":
+                cells[_HEALTH] = r[_HEALTH]
+            else:
+                cells[r["probe"]], cells[f"{r['probe']} (macro)"] = r["accuracy"], r["macro_accuracy"]
+    columns = sorted({c for cells in rows.values() for c in cells}, key=lambda c: (c == _HEALTH, "(macro)" in c, c))
+    best = {c: max(cells[c] for cells in rows.values() if c in cells) for c in columns}
+    several_taps = len({tap for (_, tap, _) in rows if tap != "pixels"}) > 1
+    body = [
+        {
+            "title": f"{title}, {tap.replace('_', ' ')}" if several_taps and tap != "pixels" else title,
+            "is_final": is_final,
+            "cells": [_cell(cells.get(c), c, best[c]) for c in columns],
+        }
+        for (title, tap, is_final), cells in sorted(rows.items(), key=lambda item: not item[0][2])
+    ]
+    charts = _draw_all(f"{task}-", _probe_charts(run, task))
+    return {"task": task, "columns": [c.replace("_", " ") for c in columns], "rows": body, "charts": charts}
+
+
+def _cell(value: float | None, column: str, best: float) -> dict[str, Any]:
+    if value is None:
+        return {"text": "", "is_best": False}
+    text = f"{value:.1f}" if column == _HEALTH else _percent(value)
+    return {"text": text, "is_best": column != _HEALTH and value == best}
+
+
+def _feature_title(record: Record) -> str:
+    if record["features"] != "encoder":
+        return str(record["features"]).replace("_", " ")
+    return "before training" if record["step"] == 0 else f"encoder, step {record['step']:,}"
+
+
+def _draw_all(name: str, charts: Sequence[Chart]) -> list[str]:
+    """The charts that have something to show, as SVG."""
+    full = [c for c in charts if any(len(line.y) for line in c.lines)]
+    return [draw(c, f"{name}{i}") for i, c in enumerate(full)]
+
+
+def _training_charts(run: _Run) -> list[Chart]:
+    parts = sorted({k for r in run.metrics for k in r if k.startswith("loss/")})
+    charts = [_trend(run, "loss", "Loss")]
+    if len(parts) > 1:
+        charts += [_trend(run, part, f"Loss: {part.removeprefix('loss/')}") for part in parts]
+    return [*charts, _trend(run, "lr", "Learning rate"), _trend(run, "grad_norm", "Gradient norm", log=True)]
+
+
+def _speed_charts(run: _Run) -> list[Chart]:
+    return [
+        _trend(run, "samples_per_s", "Samples per second", zero=True),
+        _trend(run, "data_wait_ratio", "Share of time waiting for data", zero=True),
+    ]
+
+
+def _trend(run: _Run, key: str, title: str, log: bool = False, zero: bool = False) -> Chart:
+    steps, values = run.column(key)
+    if len(values) < 60 or key == "lr":
+        return Chart(title, [Line(steps, values)], log, zero)
+    return Chart(title, [Line(steps, values, "raw"), Line(steps, _smooth(values))], log, zero)
+
+
+def _probe_charts(run: _Run, task: str) -> list[Chart]:
+    charts = []
+    for probe in dict.fromkeys(r["probe"] for r in run.results(task, "probe")):
+        curves = _tap_lines(run.results(task, "probe", probe=probe, features="encoder"), "accuracy")
+        controls = [r for r in run.results(task, "probe", probe=probe) if r["features"] != "encoder"]
+        end = max((x for line in curves for x in line.x), default=1)
+        flat = [Line([0, end], [r["accuracy"]] * 2, "reference", _feature_title(r)) for r in controls]
+        charts.append(Chart(f"{probe} accuracy", [*curves, *flat]))
+    ranks = _tap_lines(run.results(task, "health", features="encoder"), _HEALTH)
+    return [*charts, Chart("Effective rank of the features", ranks, zero=True)]
+
+
+def _tap_lines(records: Sequence[Record], key: str) -> list[Line]:
+    lines = []
+    for tap in dict.fromkeys(r["tap"] for r in records):
+        rows = sorted((r for r in records if r["tap"] == tap), key=lambda r: int(r["step"]))
+        label = "encoder" if tap == "last" else str(tap).replace("_", " ")
+        style = "main" if tap == "last" else "other"
+        lines.append(Line([r["step"] for r in rows], [r[key] for r in rows], style, label))
+    return lines
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a fortieth of the curve, started without a bias to the first value."""
+    keep = 1.0 - 1.0 / max(2.0, len(values) / 40)
+    total = weight = 0.0
+    out = []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1.0
+        out.append(total / weight)
+    return out
+
+
+def _pictures(run_dir: Path) -> list[tuple[str, str]]:
+    """(caption, data URI) of the run's pictures, evenly over the run, the last one always."""
+    paths = sorted((run_dir / "pictures").glob("step_*.png"), key=lambda p: (len(p.stem), p.stem))
+    if len(paths) > _MAX_PICTURES:
+        paths = [paths[round(i)] for i in np.linspace(0, len(paths) - 1, _MAX_PICTURES)]
+    return [
+        (f"step {p.stem.removeprefix('step_').lstrip('0') or '0'}", "data:image/png;base64," + _base64(p))
+        for p in paths
+    ]
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _latest(records: Sequence[Record], identity: Sequence[str]) -> list[Record]:
+    newest = {tuple(r.get(k) for k in identity): r for r in records}
+    return sorted(newest.values(), key=lambda r: int(r["step"]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            return f"{value / (1e3 if unit == 'k' else limit):.3g} {unit}"
+    return f"{value:,.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s"

@@ -1,0 +1,232 @@
+"""Encoder bundles: a folder with `encoder.safetensors` and `encoder.json`, written and read with torch alone.
+
+Nothing is unpickled on the way in. `encoder.json` says how to build the encoder and what its pixels must look like:
+sensors with their bands, and the mean and standard deviation that normalise stored values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
+from ssl_eo.sensors import ChannelMeta, Sensor
+
+__all__ = ["FORMAT", "BundleEncoder", "SensorInput", "load_bundle", "read_tensors", "write_bundle", "write_tensors"]
+
+FORMAT = 1
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class SensorInput:
+    """What an encoder was trained on: a sensor, which of its bands in which order, and their statistics as stored."""
+
+    sensor: Sensor
+    bands: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    gsd_m: float
+
+
+class BundleEncoder(nn.Module):
+    """An encoder with the sensors it knows. Call it with stored values and a sensor's name.
+
+    `forward(images, sensor="sentinel2_l2a")` takes `[B, C, H, W]` in stored units, normalises, and returns the CLS
+    features `[B, D]`. `forward_features` and `get_intermediate_layers` return tokens. With `channels=` (a
+    `ChannelMeta`) instead of `sensor=`, images are taken as normalised already.
+    """
+
+    def __init__(self, encoder: Encoder, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.inputs = dict(inputs)
+        self.facts = dict(facts)
+
+    def forward(self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None) -> Tensor:
+        """CLS features `[B, D]`."""
+        return self.forward_features(images, sensor, channels).cls
+
+    def forward_features(
+        self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None
+    ) -> Tokens:
+        """Tokens of the last block after the final norm."""
+        return self.encoder([self.prepare(images, sensor, channels)])[0]
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        sensor: str | None = None,
+        channels: ChannelMeta | None = None,
+        norm: bool = True,
+    ) -> list[Tokens]:
+        """Tokens of the last `n` blocks, or of the blocks `n`."""
+        return self.encoder.intermediates(self.prepare(images, sensor, channels), n, norm=norm)
+
+    def prepare(self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None) -> EncoderInput:
+        """The encoder's input: normalised pixels and what each channel is."""
+        if channels is not None:
+            return EncoderInput(images.float(), channels, gsd_m=None)
+        known = self._input(sensor)
+        if images.shape[1] != len(known.bands):
+            raise ValueError(
+                f"{known.sensor.name}: got {images.shape[1]} channels, expected {len(known.bands)} in this order:"
+                f" {', '.join(known.bands)}"
+            )
+        mean = torch.tensor(known.mean, device=images.device)[:, None, None]
+        std = torch.tensor(known.std, device=images.device)[:, None, None]
+        meta = known.sensor.channel_meta(known.bands).to(images.device)
+        return EncoderInput((images.float() - mean) / std, meta, gsd_m=known.gsd_m)
+
+    def _input(self, sensor: str | None) -> SensorInput:
+        if sensor is None and len(self.inputs) == 1:
+            return next(iter(self.inputs.values()))
+        if sensor not in self.inputs:
+            raise ValueError(
+                f"sensor {sensor!r}: this encoder has statistics for {', '.join(self.inputs)}; name one of them, or"
+                " give normalised images with channels="
+            )
+        return self.inputs[sensor]
+
+
+def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]) -> None:
+    """Write the bundle `folder`; `facts` are plain values kept beside the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "encoder.safetensors", encoder.state_dict())
+    page = {
+        "format": FORMAT,
+        "encoder": asdict(encoder.cfg),
+        "n_channels": encoder.n_channels,
+        "inputs": {
+            name: {**{f.name: getattr(known, f.name) for f in fields(known)}, "sensor": known.sensor.to_dict()}
+            for name, known in inputs.items()
+        },
+        **facts,
+    }
+    (folder / "encoder.json").write_text(json.dumps(page, indent=1), encoding="utf-8")
+
+
+def load_bundle(folder: str | Path) -> BundleEncoder:
+    """The encoder of a bundle folder, in eval mode. Raises `ValueError` for anything that is not a whole bundle."""
+    folder = Path(folder)
+    try:
+        page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None
+    if page.get("format") != FORMAT:
+        raise ValueError(f"{folder}: bundle format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
+    encoder = Encoder(_dataclass_from(EncoderConfig, page["encoder"]), page["n_channels"])
+    tensors = read_tensors(folder / "encoder.safetensors")
+    try:
+        encoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: weights do not fit the encoder: {error}") from None
+    inputs = {
+        name: SensorInput(
+            sensor=Sensor.from_dict(raw["sensor"], where=f"{folder}/encoder.json: {name}"),
+            bands=tuple(raw["bands"]),
+            mean=tuple(raw["mean"]),
+            std=tuple(raw["std"]),
+            gsd_m=raw["gsd_m"],
+        )
+        for name, raw in page["inputs"].items()
+    }
+    facts = {k: v for k, v in page.items() if k not in ("format", "encoder", "n_channels", "inputs")}
+    return BundleEncoder(encoder, inputs, facts).eval()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` in the safetensors format: length, JSON header, raw little-endian values."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        n_bytes = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + n_bytes],
+        }
+        offset += n_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(_raw_bytes(tensor))
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; every offset, shape and dtype is checked before a tensor is made."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if len(data) < 8:
+        raise ValueError(f"{path}: {len(data)} bytes are too few for a safetensors file")
+    (n_header,) = struct.unpack("<Q", data[:8])
+    if n_header > min(_MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"{path}: header length {n_header} exceeds the file; truncated, or not a safetensors file")
+    try:
+        header = json.loads(data[8 : 8 + n_header])
+    except ValueError:
+        raise ValueError(f"{path}: the header is not JSON; not a safetensors file") from None
+    body = memoryview(data)[8 + n_header :]
+    return {name: _tensor(path, name, entry, body) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _raw_bytes(tensor: Tensor) -> bytes:
+    """The values of `tensor` in memory order, without NumPy, which may be absent and knows no bfloat16."""
+    values = tensor.detach().cpu().contiguous().clone()  # a clone owns exactly its values
+    return ctypes.string_at(values.data_ptr(), values.numel() * values.element_size())
+
+
+def _tensor(path: Path, name: str, entry: Any, body: memoryview) -> Tensor:
+    try:
+        dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        fits = 0 <= start <= end <= len(body) and end - start == math.prod(shape) * dtype.itemsize
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path}: entry {name!r} of the header is malformed: {entry!r}") from None
+    if not fits:
+        raise ValueError(f"{path}: tensor {name!r} of shape {shape} does not fit its place in the file (truncated?)")
+    if start == end:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(body[start:end]), dtype=dtype).reshape(shape)
+
+
+def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
+    """A (nested) dataclass from the plain values that `asdict` gave, tuples restored where the default is one."""
+    default = cls()
+    values = {}
+    for key, value in raw.items():
+        if not hasattr(default, key):
+            raise ValueError(f"encoder config: unknown key {key!r}; written by a newer version of ssl_eo?")
+        current = getattr(default, key)
+        if is_dataclass(current):
+            value = _dataclass_from(type(current), value)
+        elif isinstance(current, tuple):
+            value = tuple(value)
+        values[key] = value
+    return cls(**values)

@@ -1,0 +1,258 @@
+"""Transformer layers on packed rows: groups of different shapes share every matmul, attention runs inside each group.
+
+A packed tensor is `[T, D]`: the rows of all groups one after the other, T = sum of B * L. LayerNorm, linear layers and
+MLPs see one tall matrix whatever the number of groups, and a group costs one attention call. So crops of all sizes go
+through a block together, with the numbers of a call per crop size.
+
+T packed rows, B samples of a group, L its tokens per sample, S its kept samples, D width, A heads, d = D / A,
+Q queries, K context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "Attention",
+    "Block",
+    "CrossAttention",
+    "CrossBlock",
+    "Group",
+    "LayerScale",
+    "Mlp",
+    "SwiGlu",
+    "add_branch",
+    "attend",
+    "init_layers",
+]
+
+# On a CPU the fused bfloat16 kernel takes 2 to 5 times as long as plain products, forward and backward, until the
+# logits outgrow the caches.
+_CPU_PLAIN_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Group:
+    """Shape of one group of a packed tensor, with the rotary tables (sin, cos) of its tokens if it has any.
+
+    Each table is `[1, 1, L, d]`, or `[B, 1, L, d]` where samples show different patches.
+    """
+
+    n_samples: int
+    n_tokens: int
+    rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_samples * self.n_tokens
+
+    def select(self, samples: Tensor) -> Group:
+        """The group left when only `samples [S]` are kept."""
+        rope = self.rope
+        if rope is not None and rope[0].shape[0] > 1:
+            rope = (rope[0][samples], rope[1][samples])
+        return Group(samples.shape[0], self.n_tokens, rope)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention of `q [B, A, Q, d]` over `k, v [B, A, K, d]`. The one place that chooses a kernel."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= _CPU_PLAIN_MAX_TOKENS:
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position: turn the pairs (j, j + d/2) of `x [B, A, L, d]` by the angles in `rope`; same dtype out."""
+    sin, cos = rope
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention inside each group, with `qkv` packed as (3, heads, d) along its output."""
+
+    def __init__(self, dim: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        """`x [T, D]` -> `[T, D]`."""
+        parts = self.qkv(x).split([g.n_rows for g in groups])  # each [B*L, 3*D]
+        mixed = [self._attend_group(qkv, group) for qkv, group in zip(parts, groups, strict=True)]
+        out: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))  # [T, D]
+        return out
+
+    def _attend_group(self, qkv: Tensor, group: Group) -> Tensor:
+        qkv = qkv.view(group.n_samples, group.n_tokens, 3, self.n_heads, -1)  # [B, L, 3, A, d]
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x [B, A, L, d]
+        if group.rope is not None:
+            q, k = rotate(q, group.rope), rotate(k, group.rope)
+        return attend(q, k, v).transpose(1, 2).reshape(group.n_rows, -1)  # [B*L, D]
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to a context of another length; no attention among the queries."""
+
+    def __init__(self, dim: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """`x [B, Q, D]`, `context [B, K, D]` -> `[B, Q, D]`."""
+        q = torch.unflatten(self.q(x), -1, (self.n_heads, -1)).transpose(1, 2)  # [B, A, Q, d]
+        kv = torch.unflatten(self.kv(context), -1, (2, self.n_heads, -1))  # [B, K, 2, A, d]
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # 2 x [B, A, K, d]
+        out: Tensor = self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, D]
+        return out
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return out
+
+
+class SwiGlu(nn.Module):
+    """SiLU-gated linear unit (Shazeer, arXiv 2002.05202): `w3(silu(a) * b)` with `a, b = w12(x)`.
+
+    `hidden` is the width that a plain MLP would have; two thirds of it, rounded up to a multiple of 8, keep the
+    number of parameters.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        gated = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * gated)
+        self.w3 = nn.Linear(gated, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: Tensor = self.w3(F.silu(gate) * value)
+        return out
+
+
+class LayerScale(nn.Module):
+    """A learned gain per feature, small at the start (CaiT, arXiv 2103.17239, eq. 3)."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def add_branch(
+    x: Tensor, groups: Sequence[Group], branch: Callable[[Tensor, Sequence[Group]], Tensor], drop_prob: float
+) -> Tensor:
+    """`x + branch(x)` on packed rows `x [T, D]`, with stochastic depth per sample when `drop_prob` > 0.
+
+    In each group the branch runs on max(1, floor(B * (1 - drop_prob))) random samples only and its result is scaled by
+    B over that number, so dropped samples cost nothing (DINOv2, arXiv 2304.07193, section 5).
+    """
+    if drop_prob == 0.0:
+        return x + branch(x, groups)
+    rows, kept, gains = [], [], []
+    offset = 0
+    for group in groups:
+        n_kept = max(1, int(group.n_samples * (1.0 - drop_prob)))
+        samples = torch.randperm(group.n_samples, device=x.device)[:n_kept]  # [S]
+        token = torch.arange(group.n_tokens, device=x.device)
+        rows.append((offset + samples[:, None] * group.n_tokens + token).flatten())  # [S*L]
+        kept.append(group.select(samples))
+        gains.append(x.new_full((n_kept * group.n_tokens, 1), group.n_samples / n_kept))
+        offset += group.n_rows
+    index = torch.cat(rows)  # [sum of S*L]
+    update = branch(x.index_select(0, index), kept) * torch.cat(gains)
+    return x.index_add(0, index, update.to(x.dtype))  # [T, D]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention and MLP branches, each with optional LayerScale and stochastic depth."""
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        mlp_ratio: float = 4.0,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        layer_scale_init: float | None = None,
+        drop_path_prob: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.drop_path_prob = drop_path_prob
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, n_heads)
+        self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = (SwiGlu if mlp == "swiglu" else Mlp)(dim, int(dim * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
+
+    def forward(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        """`x [T, D]` -> `[T, D]`."""
+        drop_prob = self.drop_path_prob if self.training else 0.0
+        x = add_branch(x, groups, self._attention_branch, drop_prob)
+        return add_branch(x, groups, self._mlp_branch, drop_prob)
+
+    def _attention_branch(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
+        out: Tensor = self.ls1(self.attn(self.norm1(x), groups))
+        return out
+
+    def _mlp_branch(self, x: Tensor, _: Sequence[Group]) -> Tensor:
+        out: Tensor = self.ls2(self.mlp(self.norm2(x)))
+        return out
+
+
+class CrossBlock(nn.Module):
+    """Pre-norm block whose queries see a context and not each other (CrossMAE, arXiv 2401.14391, section 3.2)."""
+
+    def __init__(self, dim: int, n_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = CrossAttention(dim, n_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """`x [B, Q, D]`, `context [B, K, D]` -> `[B, Q, D]`."""
+        x = x + self.attn(self.norm1(x), context)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+@torch.no_grad()
+def init_layers(root: nn.Module) -> None:
+    """Fill every Linear (Xavier uniform, zero bias), LayerNorm and LayerScale below `root`, as MAE does.
+
+    Parameters that a module holds itself (tokens, tables, queries) are its own to fill.
+    """
+    for module in root.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            nn.init.constant_(module.gamma, module.initial)

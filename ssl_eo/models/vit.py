@@ -1,0 +1,286 @@
+"""The vision transformer encoder: list of inputs in, list of tokens out, one pass for views of all sizes.
+
+State dict names and shapes are those of DINOv2 and Panopticon, so their released weights load as they are.
+
+B samples, C channels, H W pixels, h w grid, N = h*w patches, K visible patches (N when nothing is hidden), P prefix
+tokens (CLS, then registers), L = P + K, D width, T packed rows of all inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.components import suggest
+from ssl_eo.models.layers import Block, Group, init_layers
+from ssl_eo.models.patch_embed import (
+    ChannelAttentionConfig,
+    ChannelAttentionPatchEmbed,
+    ConvConfig,
+    ConvPatchEmbed,
+    DynamicConfig,
+    DynamicPatchEmbed,
+    PatchEmbed,
+    WeightProducts,
+)
+from ssl_eo.models.position import (
+    interpolate_table,
+    pad_rope,
+    rope_tables,
+    sincos_grid,
+    sincos_metres,
+    take_patches,
+)
+from ssl_eo.sensors import ChannelMeta
+
+__all__ = ["SIZES", "Encoder", "EncoderConfig", "EncoderInput", "Tokens"]
+
+SIZES = {  # width, blocks, heads
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "giant": (1536, 40, 24),
+}
+
+
+@dataclass
+class EncoderConfig:
+    """Everything that decides the encoder's weights and what it computes from them."""
+
+    size: str = "small"  # tiny, small, base, large or giant; the next three override it
+    embed_dim: int | None = None
+    depth: int | None = None
+    n_heads: int | None = None
+    patch_size: int = 16  # pixels
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_ratio: float = 4.0  # hidden width / width of a plain MLP; a swiglu one takes two thirds of it
+    n_registers: int = 0  # extra tokens without a position (arXiv 2309.16588)
+    layer_scale_init: float | None = None  # None leaves LayerScale out; DINOv2 uses 1e-5
+    drop_path_prob: float = 0.0  # stochastic depth, the same in all blocks
+    norm_eps: float = 1e-6
+    position: Literal["sincos", "sincos_metres", "learned", "rope"] = "sincos"
+    image_size: int = 224  # pixels, square; native size of the learned table
+    reference_gsd_m: float = 10.0  # sincos_metres: pixel size at which a position is the patch index
+    mask_token: bool = False  # for objectives that hide tokens inside the encoder
+    patch_embed: Literal["conv", "channel_attention", "dynamic"] = "channel_attention"
+    conv: ConvConfig = field(default_factory=ConvConfig)
+    channel_attention: ChannelAttentionConfig = field(default_factory=ChannelAttentionConfig)
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(
+                f"model.size must be one of {', '.join(SIZES)}, got {self.size!r}{suggest(self.size, list(SIZES))}"
+            )
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"model.n_heads must divide model.embed_dim, got {self.heads} and {self.width}")
+        if self.patch_size < 1 or self.n_blocks < 1:
+            raise ValueError(f"model.patch_size and depth must be positive, got {self.patch_size} and {self.n_blocks}")
+        if not 0.0 <= self.drop_path_prob < 1.0:
+            raise ValueError(f"model.drop_path_prob must be in [0, 1), got {self.drop_path_prob}")
+        if self.position in ("sincos", "sincos_metres") and self.width % 4:
+            raise ValueError(f"model.position {self.position} needs embed_dim divisible by 4, got {self.width}")
+        if self.position == "rope" and self.width // self.heads % 4:
+            raise ValueError(f"model.position rope needs a head width divisible by 4, got {self.width // self.heads}")
+        if self.position == "learned" and self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size must be a multiple of model.patch_size, got {self.image_size} and {self.patch_size}"
+            )
+        if not self.reference_gsd_m > 0:
+            raise ValueError(f"model.reference_gsd_m must be positive metres, got {self.reference_gsd_m}")
+
+    @property
+    def width(self) -> int:
+        return self.embed_dim or SIZES[self.size][0]
+
+    @property
+    def n_blocks(self) -> int:
+        return self.depth or SIZES[self.size][1]
+
+    @property
+    def heads(self) -> int:
+        return self.n_heads or SIZES[self.size][2]
+
+
+@dataclass
+class EncoderInput:
+    """One group of views: `pixels [B, C, H, W]`, normalised.
+
+    `gsd_m` is the ground size of a pixel (`[B]` or one number), needed for positions in metres. `ids_keep [B, K]`: only
+    these patches are embedded. `mask [B, N]` (True = hidden): these become the mask token before positions are added.
+    """
+
+    pixels: Tensor
+    channels: ChannelMeta
+    gsd_m: Tensor | float | None = None
+    ids_keep: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass
+class Tokens:
+    """Encoder output `x [B, P + K, D]`, of a view whose patches form `grid` (h, w); with `ids_keep`, K of its h*w."""
+
+    x: Tensor
+    n_prefix_tokens: int
+    grid: tuple[int, int]
+
+    @property
+    def cls(self) -> Tensor:
+        """`[B, D]`."""
+        return self.x[:, 0]
+
+    @property
+    def registers(self) -> Tensor:
+        """`[B, P - 1, D]`."""
+        return self.x[:, 1 : self.n_prefix_tokens]
+
+    @property
+    def patches(self) -> Tensor:
+        """`[B, K, D]`."""
+        return self.x[:, self.n_prefix_tokens :]
+
+
+class Encoder(nn.Module):
+    """Vision transformer (arXiv 2010.11929) for any sensor. Build it anywhere, then `init_weights` or load.
+
+    `n_channels` is needed by the `conv` patch embedding alone.
+    """
+
+    def __init__(self, cfg: EncoderConfig, n_channels: int | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.n_channels = n_channels
+        self.embed_dim = cfg.width
+        self.patch_size = cfg.patch_size
+        self.n_prefix_tokens = 1 + cfg.n_registers
+        self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.width))
+        self.register_tokens = nn.Parameter(torch.empty(1, cfg.n_registers, cfg.width)) if cfg.n_registers else None
+        self.native_grid = cfg.image_size // cfg.patch_size
+        n_positions = 1 + self.native_grid**2
+        self.pos_embed = nn.Parameter(torch.empty(1, n_positions, cfg.width)) if cfg.position == "learned" else None
+        self.mask_token = nn.Parameter(torch.empty(1, cfg.width)) if cfg.mask_token else None
+        self.patch_embed = _build_patch_embed(cfg, n_channels)
+        self.blocks = nn.ModuleList(
+            Block(
+                cfg.width,
+                cfg.heads,
+                cfg.mlp_ratio,
+                cfg.mlp,
+                cfg.layer_scale_init,
+                cfg.drop_path_prob,
+                cfg.norm_eps,
+            )
+            for _ in range(cfg.n_blocks)
+        )
+        self.norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
+
+    def forward(self, inputs: Sequence[EncoderInput]) -> list[Tokens]:
+        """Tokens of each input after the final norm. All inputs share every matmul; the numbers are those of one call
+        per input. Raises `ValueError` for sizes that the patch size does not divide.
+        """
+        x, groups, grids = self._embed(inputs)  # [T, D]
+        for block in self.blocks:
+            x = block(x, groups)  # [T, D]
+        return self._unpack(self.norm(x), groups, grids)
+
+    def intermediates(self, input: EncoderInput, layers: int | Sequence[int], norm: bool = True) -> list[Tokens]:
+        """Tokens after the blocks `layers` (counted from 0; an int n means the last n), in that order.
+
+        The final norm is applied to each unless `norm` is False. Blocks after the last one asked for are not run.
+        """
+        n_blocks = len(self.blocks)
+        wanted = list(range(n_blocks - layers, n_blocks)) if isinstance(layers, int) else list(layers)
+        if not wanted or min(wanted) < 0 or max(wanted) >= n_blocks:
+            raise ValueError(f"layers must name blocks 0 to {n_blocks - 1}, or be their number, got {layers}")
+        x, groups, grids = self._embed([input])
+        found: dict[int, Tokens] = {}
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+            x = block(x, groups)  # [B*L, D]
+            if i in wanted:
+                found[i] = self._unpack(self.norm(x) if norm else x, groups, grids)[0]
+        return [found[i] for i in wanted]
+
+    def check(self, channels: ChannelMeta) -> None:
+        """Raise `ValueError` if a channel cannot be embedded. Call it once, with `channels` on the CPU."""
+        self.patch_embed.check(channels)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter, wherever the module was built."""
+        for block in self.blocks:
+            init_layers(block)
+        init_layers(self.norm)
+        self.patch_embed.init_weights()
+        for token in (self.cls_token, self.register_tokens, self.pos_embed):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
+
+    def _embed(self, inputs: Sequence[EncoderInput]) -> tuple[Tensor, list[Group], list[tuple[int, int]]]:
+        """Packed tokens `[T, D]` of all inputs, the shape of each, and its grid."""
+        products = self.patch_embed.products()
+        rows, groups, grids = [], [], []
+        for item in inputs:
+            x, grid = self._embed_one(item, products)  # [B, L, D]
+            rows.append(x.flatten(0, 1))
+            groups.append(Group(x.shape[0], x.shape[1], self._rope(item, grid)))
+            grids.append(grid)
+        return rows[0] if len(rows) == 1 else torch.cat(rows), groups, grids
+
+    def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, tuple[int, int]]:
+        x, grid = self.patch_embed(item.pixels, item.channels, item.ids_keep, products)  # [B, K, D]
+        if item.mask is not None:
+            if self.mask_token is None:
+                raise ValueError("masked input needs an encoder with a mask token: set model.mask_token: true")
+            mask = item.mask if item.ids_keep is None else item.mask.gather(1, item.ids_keep)  # [B, K]
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        position = self._position(item, grid)  # [N, D] or [B, N, D]
+        if position is not None:
+            x = x + take_patches(position, item.ids_keep)
+        cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]  # [1, 1, D]
+        prefix = cls if self.register_tokens is None else torch.cat((cls, self.register_tokens), dim=1)  # [1, P, D]
+        return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1), grid  # [B, P + K, D]
+
+    def _position(self, item: EncoderInput, grid: tuple[int, int]) -> Tensor | None:
+        """What is added to patch tokens: `[N, D]`, or `[B, N, D]` where it depends on the sample."""
+        device = item.pixels.device
+        if self.pos_embed is not None:
+            return interpolate_table(self.pos_embed[0, 1:], self.native_grid, grid)
+        if self.cfg.position == "sincos":
+            return sincos_grid(grid, self.embed_dim, device)
+        if self.cfg.position == "sincos_metres":
+            if item.gsd_m is None:
+                raise ValueError("model.position sincos_metres needs gsd_m, the ground size of a pixel in metres")
+            gsd_m = torch.as_tensor(item.gsd_m, dtype=torch.float64, device=device).expand(item.pixels.shape[0])
+            return sincos_metres(grid, self.embed_dim, gsd_m / self.cfg.reference_gsd_m)
+        return None
+
+    def _rope(self, item: EncoderInput, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        if self.cfg.position != "rope":
+            return None
+        sin, cos = rope_tables(grid, self.cfg.width // self.cfg.heads, item.pixels.device)
+        return pad_rope(take_patches(sin, item.ids_keep), take_patches(cos, item.ids_keep), self.n_prefix_tokens)
+
+    def _unpack(self, x: Tensor, groups: Sequence[Group], grids: Sequence[tuple[int, int]]) -> list[Tokens]:
+        parts = torch.split(x, [g.n_rows for g in groups])
+        return [
+            Tokens(part.view(g.n_samples, g.n_tokens, -1), self.n_prefix_tokens, grid)
+            for part, g, grid in zip(parts, groups, grids, strict=True)
+        ]
+
+
+def _build_patch_embed(cfg: EncoderConfig, n_channels: int | None) -> PatchEmbed:
+    if cfg.patch_embed == "channel_attention":
+        return ChannelAttentionPatchEmbed(cfg.width, cfg.patch_size, cfg.channel_attention)
+    if cfg.patch_embed == "dynamic":
+        return DynamicPatchEmbed(cfg.width, cfg.patch_size, cfg.dynamic)
+    if n_channels is None:
+        raise ValueError("model.patch_embed: conv needs the number of channels it is built for")
+    return ConvPatchEmbed(cfg.width, cfg.patch_size, n_channels, cfg.conv)

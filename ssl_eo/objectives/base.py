@@ -1,0 +1,115 @@
+"""What an objective is: one module whose `forward` is a pure function of weights, batch and scheduled scalars.
+
+It owns a student, perhaps a teacher, and its loss. It owns no optimiser, wrapper, device, logger, probe or checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.data.types import Batch, TileSchema, Views
+from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
+from ssl_eo.schedules import Schedule
+
+__all__ = ["Losses", "Objective", "ObjectiveConfig", "Schemas", "ema_update_", "teacher_of"]
+
+# One mapping of tile names to schemas for each entry of `data.sources`.
+Schemas = Sequence[Mapping[str, TileSchema]]
+
+
+@dataclass
+class ObjectiveConfig:
+    """`name` is a module of `ssl_eo.objectives` (or a dotted name of yours); the other keys fill its `Config`."""
+
+    name: str
+    options: Any = field(metadata={"package": "ssl_eo.objectives"})
+
+
+@dataclass
+class Losses:
+    """`total` is minimised; `parts` are logged as `loss/<name>`. Scalars, float32, on the device."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Base of all objectives. A subclass sets `student` (with "encoder") and perhaps `teacher`, and overrides the rest.
+
+    `__init__` must be buildable on the meta device: no I/O, no collectives, no device names. Every parameter of the
+    student gets a gradient at every step. Buffers are equal on all ranks by construction.
+    """
+
+    batch_coupled: ClassVar[bool] = False  # True: the loss mixes samples, so accumulating micro-batches changes it
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict | None
+
+    @classmethod
+    def views(cls, cfg: Any, encoder_cfg: EncoderConfig, schemas: Schemas) -> Views:
+        """How this objective looks at samples; travels to the loader's workers."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
+        """The loss of this rank's `batch`; `now` holds the scheduled scalars of this step."""
+        raise NotImplementedError
+
+    def init_weights(self) -> None:
+        """Fill every parameter and buffer of the student, then copy the student to the teacher."""
+        for module in self.student.values():
+            module.init_weights()  # type: ignore[operator]
+        if self.teacher is not None:
+            for name, module in self.teacher.items():
+                module.load_state_dict(self.student[name].state_dict())
+
+    def schedules(self, total_steps: int) -> dict[str, Schedule]:
+        """Scheduled scalars by name; the trainer evaluates them and passes them as `now`."""
+        return {}
+
+    def after_step(self, now: Mapping[str, float], finite: Tensor) -> None:
+        """Called after the optimiser. `finite` is a 0-d float, 1 when the step was taken and 0 when it was skipped."""
+
+    def shard_units(self) -> list[nn.Module]:
+        """Modules that a sharding strategy treats as units: every block of every part, then the parts."""
+        parts = [m for group in (self.student, self.teacher) if group is not None for m in group.values()]
+        blocks = [b for part in parts for b in getattr(part, "blocks", ())]
+        return [*blocks, *parts]
+
+    def encode(self, inputs: EncoderInput, layers: Sequence[int] | None = None) -> list[Tokens]:
+        """What evaluation sees: the published encoder's tokens, of the last layer or of each of `layers`."""
+        encoder = self.published_encoder()
+        return encoder([inputs]) if layers is None else encoder.intermediates(inputs, layers)
+
+    def published_encoder(self) -> Encoder:
+        """The encoder that is probed and exported: the teacher's where there is one."""
+        part = self.student if self.teacher is None or "encoder" not in self.teacher else self.teacher
+        encoder = part["encoder"]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures of the first samples for a person to look at: title -> `[n, C, H, W]` in normalised values."""
+        return {}
+
+
+def teacher_of(student: nn.ModuleDict, names: Sequence[str]) -> nn.ModuleDict:
+    """A frozen copy of the parts `names` of `student`."""
+    teacher = nn.ModuleDict({name: copy.deepcopy(student[name]) for name in names})
+    return teacher.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def ema_update_(teacher: nn.ModuleDict, student: nn.ModuleDict, momentum: float, finite: Tensor) -> None:
+    """teacher <- m * teacher + (1 - m) * student, left as it is where the 0-d `finite` is 0; no host sync."""
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for name, module in teacher.items():
+        targets += list(module.parameters())
+        sources += list(student[name].parameters())
+    weight = (1.0 - momentum) * finite
+    torch._foreach_lerp_(targets, sources, [weight.to(t.device) for t in targets])

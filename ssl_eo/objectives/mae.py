@@ -1,0 +1,201 @@
+"""Masked autoencoder (He et al. 2022, arXiv 2111.06377) on any sensor.
+
+A view is cut into patches, most are hidden, the encoder sees the visible ones, a small decoder predicts the pixels of
+the hidden ones. The spectral output head predicts any set of channels with the same weights.
+
+B batch, C channels, H W pixels, P patch size, N patches, K visible, M predicted, D encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssl_eo.data.masking import MaskConfig, draw, predicted, stack_masks
+from ssl_eo.data.plans import CropConfig, resized_crop, stack_tiles, stack_views
+from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
+from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
+from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
+from ssl_eo.objectives import base
+from ssl_eo.objectives.base import Losses, Schemas, ema_update_, teacher_of
+from ssl_eo.schedules import Constant, Schedule
+from ssl_eo.sensors import ChannelMeta
+
+__all__ = ["Config", "MaskedViews", "Objective"]
+
+_ROLE = "image"
+
+
+@dataclass
+class Config:
+    """Paper values where the paper has one; sizes are those of the debug scale and are set by recipes."""
+
+    tile: str | None = None  # which tile of a sample to learn from; None: its only one
+    crop: CropConfig = field(default_factory=lambda: CropConfig(size_px=64))
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    output: Literal["spectral", "linear"] = "spectral"  # any sensor; or one fixed number of channels, as in the paper
+    spectral: SpectralConfig = field(default_factory=SpectralConfig)
+    norm_pix: bool = True  # predict each patch with its own mean and variance taken out
+    ema_momentum: float | None = None  # keep a moving average of the encoder, probed and exported in its stead
+
+    def __post_init__(self) -> None:
+        if self.ema_momentum is not None and not 0 <= self.ema_momentum < 1:
+            raise ValueError(f"ema_momentum must be in [0, 1) or null, got {self.ema_momentum}")
+
+
+class MaskedPlan(NamedTuple):
+    """One view, which of its patches are hidden, and which of those are predicted."""
+
+    view: ViewPlan
+    hidden: NDArray[np.bool_]
+    predicted: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class MaskedViews:
+    """One random crop and one random mask for each sample."""
+
+    cfg: Config
+    grid: tuple[int, int]
+    schemas: Schemas
+
+    def plan(self, sample: Sample, rng: np.random.Generator) -> MaskedPlan:
+        name = self.cfg.tile or next(iter(sample.tiles))
+        height, width = sample.tiles[name].pixels.shape[-2:]
+        view = resized_crop(name, (height, width), self.cfg.crop, rng)
+        hidden = draw(self.cfg.mask, rng, self.grid)
+        return MaskedPlan(view, hidden, predicted(self.cfg.mask, rng, hidden))
+
+    def collate(self, planned: list[tuple[Sample, MaskedPlan]], step: int, source: int) -> Batch:
+        samples = [sample for sample, _ in planned]
+        plans = [plan for _, plan in planned]
+        return Batch(
+            step=step,
+            source=source,
+            keys=[sample.key for sample in samples],
+            tiles=stack_tiles(samples, [plans[0].view.tile], self.schemas[source]),
+            views={_ROLE: stack_views([[plan.view for plan in plans]])},
+            masks={_ROLE: stack_masks([plan.hidden for plan in plans], [plan.predicted for plan in plans])},
+        )
+
+
+class Objective(base.Objective):
+    """`student` is encoder, decoder and output head; the teacher, if any, is the moving average of the encoder."""
+
+    def __init__(self, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> None:
+        super().__init__()
+        self.cfg = cfg
+        tiles = [schema[_tile_name(cfg, schema)] for schema in schemas]
+        n_channels = _common_channel_count(tiles)
+        encoder = Encoder(encoder_cfg, n_channels)
+        for tile in tiles:
+            encoder.check(_channels(tile))
+        self.patch_size = encoder_cfg.patch_size
+        self.student = nn.ModuleDict(
+            {
+                "encoder": encoder,
+                "decoder": MaskedDecoder(cfg.decoder, encoder_cfg.width),
+                "output": _output_head(cfg, n_channels, encoder_cfg.patch_size),
+            }
+        )
+        self.teacher = None if cfg.ema_momentum is None else teacher_of(self.student, ["encoder"])
+
+    @classmethod
+    def views(cls, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> MaskedViews:
+        size, patch = cfg.crop.size_px, encoder_cfg.patch_size
+        if size % patch:
+            raise ValueError(f"objective.crop.size_px {size} is not a multiple of model.patch_size {patch}")
+        for schema in schemas:
+            _tile_name(cfg, schema)
+        return MaskedViews(cfg, (size // patch, size // patch), schemas)
+
+    def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
+        view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
+        pred = self._predict(view, mask.ids_keep, mask.ids_masked)  # [B, M, P*P*C]
+        with torch.autocast(pred.device.type, enabled=False):
+            target, valid = self._target(view.pixels, view.valid, mask.ids_masked)
+            loss = masked_mse(pred.float(), target, valid)
+        return Losses(total=loss, parts={"reconstruction": loss.detach()})
+
+    def schedules(self, total_steps: int) -> dict[str, Schedule]:
+        return {} if self.cfg.ema_momentum is None else {"momentum": Constant(self.cfg.ema_momentum)}
+
+    def after_step(self, now: Mapping[str, float], finite: Tensor) -> None:
+        if self.teacher is not None:
+            ema_update_(self.teacher, self.student, now["momentum"], finite)
+
+    @torch.no_grad()
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
+        n = min(6, len(view.pixels))
+        pixels, hidden = view.pixels[:n], mask.mask[:n]
+        ids_hidden = hidden.nonzero()[:, 1].view(n, -1)  # [n, N-K]
+        shown = PixelBatch(pixels, view.channels, view.gsd_m[:n])
+        pred = self._predict(shown, mask.ids_keep[:n], ids_hidden).float()  # [n, N-K, P*P*C]
+        patches = patchify(pixels, self.patch_size)  # [n, N, P*P*C]
+        if self.cfg.norm_pix:  # a normalised prediction is shown with the mean and variance of its true patch
+            truth = _gather(patches, ids_hidden)
+            pred = pred * truth.std(-1, keepdim=True) + truth.mean(-1, keepdim=True)
+        index = ids_hidden[..., None].expand_as(pred)
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        masked = patches.masked_fill(hidden[..., None], torch.nan)  # a hole in the picture
+        return {
+            "input": pixels,
+            "masked": unpatchify(masked, self.patch_size, grid),
+            "reconstruction": unpatchify(patches.scatter(1, index, pred), self.patch_size, grid),
+        }
+
+    def _predict(self, view: PixelBatch, ids_keep: Tensor, ids: Tensor) -> Tensor:
+        """Pixels `[B, M, P*P*C]` of the patches `ids [B, M]` from those at `ids_keep [B, K]` alone."""
+        inputs = EncoderInput(view.pixels, view.channels, view.gsd_m, ids_keep=ids_keep)
+        visible = self.student["encoder"]([inputs])[0]  # [B, P+K, D]
+        features = self.student["decoder"](visible, ids_keep, ids)  # [B, M, d]
+        pred: Tensor = self.student["output"](features, view.channels)
+        return pred
+
+    def _target(self, pixels: Tensor, valid: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        target = _gather(patchify(pixels, self.patch_size), ids)  # [B, M, P*P*C]
+        if valid is not None:
+            valid = _gather(patchify(valid, self.patch_size), ids)
+        return (normalise_patches(target, valid) if self.cfg.norm_pix else target), valid
+
+
+def _gather(patches: Tensor, ids: Tensor) -> Tensor:
+    return patches.gather(1, ids[..., None].expand(-1, -1, patches.shape[-1]))
+
+
+def _tile_name(cfg: Config, schema: Mapping[str, TileSchema]) -> str:
+    if cfg.tile is None and len(schema) > 1:
+        raise ValueError(f"objective.tile: a source has several tiles, name one of {', '.join(schema)}")
+    name = cfg.tile or next(iter(schema))
+    if name not in schema:
+        raise ValueError(f"objective.tile: no tile {name!r} in a source that has {', '.join(schema)}")
+    return name
+
+
+def _common_channel_count(tiles: Sequence[TileSchema]) -> int | None:
+    """The number of channels when all sources agree on it, else None (then only any-sensor parts can be used)."""
+    counts = {len(tile.bands) for tile in tiles}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _channels(tile: TileSchema) -> ChannelMeta:
+    # On the CPU whatever the default device is: a check must not wait for an accelerator, nor run on meta.
+    with torch.device("cpu"):
+        return tile.sensor.channel_meta(tile.bands)
+
+
+def _output_head(cfg: Config, n_channels: int | None, patch_size: int) -> nn.Module:
+    if cfg.output == "spectral":
+        return SpectralOutput(cfg.decoder.embed_dim, patch_size, cfg.spectral)
+    if n_channels is None:
+        raise ValueError("objective.output: linear needs sources with the same number of bands; use spectral")
+    return LinearOutput(cfg.decoder.embed_dim, n_channels, patch_size)

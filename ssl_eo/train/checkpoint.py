@@ -1,0 +1,295 @@
+"""Checkpoints through torch's distributed checkpoint (DCP): atomic, checked, kept by policy, optionally asynchronous.
+
+A checkpoint is a directory `step_00000200`. It is written under a partial name, sealed with `complete.json` (size and
+CRC32 of every file), synced and renamed, so a directory with the final name is whole or has been damaged later; damage
+is found by the seal, reported, and the one before is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from ssl_eo.distributed import barrier, broadcast_object, is_main, world_size
+
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "load_weights", "newest", "verify"]
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"step_(\d{8})")
+_SEAL = "complete.json"
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep. The last step and a stop on request are always saved."""
+
+    every_n_steps: int = 1000
+    keep: int = 2  # newest checkpoints kept
+    keep_every_n_steps: int | None = None  # these are kept for good
+    asynchronous: bool = False  # write in the background while training goes on
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {self.every_n_steps}")
+        if self.keep < 1:
+            raise ValueError(f"keep must be at least 1, got {self.keep}")
+        if self.keep_every_n_steps is not None and self.keep_every_n_steps % self.every_n_steps:
+            raise ValueError(
+                f"keep_every_n_steps {self.keep_every_n_steps} is not a multiple of every_n_steps {self.every_n_steps}"
+            )
+
+
+class Checkpointer:
+    """Saves and restores one objective and its optimiser below `run_dir/checkpoints`. All methods are collective."""
+
+    def __init__(self, cfg: CheckpointConfig, run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer):
+        self.cfg = cfg
+        self.root = run_dir / "checkpoints"
+        self.objective = objective
+        self.optimizer = optimizer
+        self._pending: Future[Any] | None = None
+        self._finaliser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # Background saves need their own group: their collectives run beside those of training.
+        several = world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several and cfg.asynchronous else None
+        if is_main():
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.glob("*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        barrier()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` finished steps."""
+        return step % self.cfg.every_n_steps == 0
+
+    def save(self, step: int, facts: dict[str, Any]) -> None:
+        """Save the state after `step` finished steps; `facts` are plain values stored in the seal."""
+        self.wait()
+        final = self.root / f"step_{step:08d}"
+        if broadcast_object(final.exists()):
+            return
+        state = self._state()
+        self._check_space(state)
+        partial = self.root / f"{final.name}.partial"
+        alone = world_size() == 1
+        try:
+            with _quiet():
+                if self.cfg.asynchronous:
+                    saving = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
+                    assert isinstance(saving, Future)
+                    self._pending = self._finaliser.submit(self._finish, saving, partial, final, step, facts)
+                    return
+                save(state, checkpoint_id=partial, no_dist=alone)
+            if is_main():
+                self._seal(partial, final, step, facts)
+        except Exception as error:
+            raise self._write_error(error, partial, step) from error
+        barrier()
+
+    def wait(self) -> None:
+        """Return when the save in progress, if any, is complete; raises what it raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._finaliser.shutdown()
+
+    def restore(self) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest whole checkpoint into objective and optimiser: its step and facts, or None without one."""
+        path = broadcast_object(newest(self.root) if is_main() else None)
+        if path is None:
+            return None
+        seal = _read_seal(path)
+        state = self._state()
+        try:
+            with _quiet():
+                load(state, checkpoint_id=path, no_dist=world_size() == 1)
+        except Exception as error:
+            raise CheckpointError(f"{path} does not fit this config or cannot be read: {_first_line(error)}") from error
+        set_state_dict(
+            self.objective,
+            self.optimizer,
+            model_state_dict=state["objective"],
+            optim_state_dict=state["optimizer"],
+            options=_OPTIONS,
+        )
+        return seal["step"], seal["facts"]
+
+    def _state(self) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(self.objective, self.optimizer, options=_OPTIONS)
+        return {"objective": model_state, "optimizer": optimizer_state}
+
+    def _finish(self, saving: Future[Any], partial: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
+        try:
+            saving.result()
+            if is_main():
+                self._seal(partial, final, step, facts)
+        except Exception as error:
+            raise self._write_error(error, partial, step) from error
+
+    def _seal(self, partial: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
+        files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
+        seal = {"format": 1, "step": step, "facts": facts, "files": files}
+        (partial / _SEAL).write_text(json.dumps(seal, indent=1))
+        for path in partial.iterdir():
+            _sync(path)
+        partial.rename(final)
+        _sync(self.root)
+        self._prune(final)
+
+    def _prune(self, written: Path) -> None:
+        found = _candidates(self.root)
+        expendable = [p for p in found if not self._is_kept_for_good(p) and p != written]
+        for path in expendable[self.cfg.keep - 1 :]:
+            shutil.rmtree(path)
+
+    def _is_kept_for_good(self, path: Path) -> bool:
+        every = self.cfg.keep_every_n_steps
+        return every is not None and _step_of(path) % every == 0
+
+    def _check_space(self, state: dict[str, Any]) -> None:
+        needed = sum(
+            v.numel() * v.element_size()
+            for part in state.values()
+            for v in part.values()
+            if isinstance(v, torch.Tensor)
+        )
+        free = shutil.disk_usage(self.root).free
+        if free < needed * 1.05:
+            raise CheckpointError(
+                f"{self.root}: {free / 1e9:.2f} GB free, a checkpoint needs {needed * 1.05 / 1e9:.2f} GB;"
+                f" {self._state_of_disk()}"
+            )
+
+    def _write_error(self, error: Exception, partial: Path, step: int) -> CheckpointError:
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+        return CheckpointError(f"checkpoint of step {step} not written: {_root_cause(error)}; {self._state_of_disk()}")
+
+    def _state_of_disk(self) -> str:
+        whole = _candidates(self.root)
+        kept = f"the newest kept is {whole[0].name}" if whole else "none was written before"
+        return f"{kept}. Free some space and start the same command again: it goes on from there"
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole checkpoint below `root` (a `checkpoints` folder); damaged ones are reported and passed over."""
+    for path in _candidates(root):
+        problem = verify(path)
+        if problem is None:
+            return path
+        log.warning("checkpoint %s is damaged (%s) and is passed over", path, problem)
+    return None
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with the checkpoint directory `path`, or None when every file is as it was sealed."""
+    try:
+        seal = _read_seal(path)
+    except CheckpointError as error:
+        return str(error)
+    for name, expected in seal["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
+        if _crc32(file) != expected["crc32"]:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
+    """Load a checkpoint's weights into `objective`, without optimiser or process group; returns the seal."""
+    problem = verify(path)
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
+    state = objective.state_dict()
+    with _quiet():
+        load({"objective": state}, checkpoint_id=path, no_dist=True)
+    objective.load_state_dict(state)
+    return _read_seal(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that there is one process: that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _candidates(root: Path) -> list[Path]:
+    found = [p for p in root.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _read_seal(path: Path) -> dict[str, Any]:
+    try:
+        seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: {_SEAL} cannot be read: {_first_line(error)}") from error
+    return seal
+
+
+def _crc32(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost message: DCP wraps a full disk into several layers."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        first = next(iter(failures.values()))
+        return _root_cause(first[0] if isinstance(first, tuple) else first)
+    inner = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
+    return _root_cause(inner) if inner is not None else _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,207 @@
+"""What a run tells: meters on the device, `metrics.jsonl`, a progress line, optional wandb and tensorboard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from ssl_eo.distributed import mean_over_ranks
+
+__all__ = ["JsonLines", "LogConfig", "Meters", "ProgressLine", "Sink", "TensorBoard", "Wandb", "open_sinks"]
+
+
+@dataclass
+class LogConfig:
+    """How often and where to log. Between two log steps nothing is read from the device."""
+
+    every_n_steps: int = 10
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "ssl_eo"
+    tensorboard: bool = False
+    pictures_every_n_steps: int = 0  # 0: once, at the end
+    keys: bool = False  # the sample keys of every step and rank go to keys.jsonl
+    report: bool = True  # write report.html when the run ends
+
+    def __post_init__(self) -> None:
+        if self.every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {self.every_n_steps}")
+
+
+class Meters:
+    """Running sums of device scalars; `read` is the one place where the host waits for the device.
+
+    A skipped step adds nothing but is counted; the flags of the steps since the last read come back in order.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._flags: list[Tensor] = []
+
+    def add(self, values: Mapping[str, Tensor], finite: Tensor) -> None:
+        """Add one step's scalars; `finite` is 0-d, 1 for a step that was taken."""
+        self._flags.append(finite)
+        for name, value in values.items():
+            clean = torch.where(finite > 0, value.detach().float(), 0.0)
+            self._sums[name] = self._sums[name] + clean if name in self._sums else clean
+
+    def read(self) -> tuple[dict[str, float], list[bool]]:
+        """Means over the taken steps since the last read, averaged over ranks, and the flag of every step."""
+        flags = torch.stack(self._flags).float()
+        n_taken = flags.sum()
+        means = torch.stack([v / n_taken.clamp(min=1) for v in self._sums.values()])
+        row = torch.cat([mean_over_ranks(means), flags]).cpu().tolist()
+        names = list(self._sums)
+        self._sums, self._flags = {}, []
+        return dict(zip(names, row, strict=False)), [f > 0 for f in row[len(names) :]]
+
+
+class Sink(Protocol):
+    """Somewhere that a log record goes."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, appended and flushed, so that a killed run keeps all it wrote."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ProgressLine:
+    """A live line on a terminal, plain lines elsewhere: step, loss, samples/s, data wait, time left."""
+
+    def __init__(self, total_steps: int, stream: TextIO = sys.stderr) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._total = total_steps
+        self._console = Console(file=stream, soft_wrap=True, highlight=False)
+        self._live: Progress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._live = Progress(*columns, console=self._console, transient=False)
+            self._task = self._live.add_task("starting", total=total_steps)
+            self._live.start()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        left = format_duration(record["eta_s"])
+        text = (
+            f"loss {record['loss']:.4f}  {record['samples_per_s']:.0f} samples/s"
+            f"  data wait {100 * record['data_wait_ratio']:.0f} %  {left} left"
+        )
+        if self._live is not None:
+            self._live.update(self._task, completed=record["step"], description=text)
+        else:
+            self._console.print(f"step {record['step']}/{self._total}  {text}")
+
+    def note(self, text: str) -> None:
+        """A line above the progress line."""
+        (self._live.console if self._live is not None else self._console).print(text)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+class Wandb:
+    """Weights and Biases; offline unless asked, and offline too when the network does not answer."""
+
+    def __init__(self, cfg: LogConfig, run_dir: Path, config: dict[str, Any]) -> None:
+        wandb = _optional("wandb", "wandb")
+        options = {"project": cfg.wandb_project, "name": run_dir.name, "dir": str(run_dir), "config": config}
+        settings = wandb.Settings(init_timeout=30)
+        try:
+            self._run = wandb.init(mode=cfg.wandb, settings=settings, **options)
+        except wandb.errors.CommError as error:
+            print(f"wandb does not answer ({error}); logging offline, `wandb sync` sends it later", file=sys.stderr)  # noqa: T201
+            self._run = wandb.init(mode="offline", **options)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Scalars in `run_dir/tensorboard`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        _optional("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_sinks(cfg: LogConfig, run_dir: Path, config: dict[str, Any]) -> list[Sink]:
+    """The sinks of `cfg` beside the progress line. Rank 0 only."""
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
+    if cfg.wandb != "off":
+        sinks.append(Wandb(cfg, run_dir, config))
+    if cfg.tensorboard:
+        sinks.append(TensorBoard(run_dir))
+    return sinks
+
+
+class Stopwatch:
+    """Seconds since the last `lap`, and the part of them spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def exclude(self, seconds: float) -> None:
+        """Leave the last `seconds` out: they went to something else than training."""
+        self._start += seconds
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, seconds waited) since the last lap."""
+        now = time.perf_counter()
+        out = (now - self._start, self._waited)
+        self._start, self._waited = now, 0.0
+        return out
+
+
+def format_duration(seconds: float) -> str:
+    """`95 -> 1:35`, `4000 -> 1:06:40`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def _optional(module: str, extra: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ValueError(f"log.{module} needs the package {module}: pip install 'ssl_eo[{extra}]'") from None

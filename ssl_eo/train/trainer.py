@@ -1,0 +1,301 @@
+"""The training loop: builds everything in a readable order, then repeats one step.
+
+It knows objectives only through `objectives.base`. Steps only, no epochs: batch `s`, learning rate `s` and all
+randomness of step `s` are functions of `s`, so resuming is loading tensors and starting at the next step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_eo.components import resolve
+from ssl_eo.config import Config, to_dict
+from ssl_eo.data.loader import Loader, open_source
+from ssl_eo.data.render import Renderer
+from ssl_eo.data.types import Batch, move_to
+from ssl_eo.distributed import AgreedFlag, World, all_agree, barrier, init_world, is_main, shutdown
+from ssl_eo.eval.features import tap_layers
+from ssl_eo.eval.hook import EvalHook, undisturbed
+from ssl_eo.eval.report import write_report
+from ssl_eo.models.vit import EncoderInput, Tokens
+from ssl_eo.objectives.base import Objective
+from ssl_eo.seeding import derive_seed
+from ssl_eo.train import run_dir
+from ssl_eo.train.checkpoint import Checkpointer
+from ssl_eo.train.metrics import JsonLines, Meters, ProgressLine, Sink, Stopwatch, open_sinks
+from ssl_eo.train.optim import build_optimizer, lr_schedule, set_hyper_parameters, step_if_finite, weight_decay_schedule
+from ssl_eo.train.parallel import build_objective, resolve_strategy, wrap
+
+__all__ = ["EXIT_DONE", "EXIT_RESUMABLE", "TrainingError", "train"]
+
+EXIT_DONE = 0
+EXIT_RESUMABLE = 75  # stopped on request; the same command goes on
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+def train(config: Config) -> int:
+    """Run (or go on with) the run that `config` describes; returns the exit status."""
+    if config.train.n_threads is not None:
+        torch.set_num_threads(config.train.n_threads)
+    world = init_world()
+    try:
+        with run_dir.claim(config.run_dir, config), contextlib.closing(Trainer(config, world)) as trainer:
+            return trainer.run()
+    finally:
+        shutdown()
+
+
+class Trainer:
+    """One run. `step` counts finished steps."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        seed = config.run.seed
+
+        self.sources = [open_source(source) for source in config.data.sources]
+        schemas = [source.schema for source in self.sources]
+
+        method = resolve("ssl_eo.objectives", config.objective.name).Objective
+        views = method.views(config.objective.options, config.model, schemas)
+        self.objective: Objective = build_objective(
+            lambda: method(config.objective.options, config.model, schemas), seed, world.device
+        )
+        if config.train.accumulate > 1 and self.objective.batch_coupled:
+            raise ValueError(
+                f"train.accumulate {config.train.accumulate}: the loss of objective {config.objective.name} mixes the"
+                " samples of a batch, so micro-batches would change it; use 1 and more ranks or a smaller batch"
+            )
+        self.model = wrap(self.objective, resolve_strategy(config.parallel, world), config.parallel, world)
+        self.optimizer = build_optimizer(config.optim, self.objective)
+        self.lr = lr_schedule(config.optim, config.train.total_steps)
+        self.weight_decay = weight_decay_schedule(config.optim, config.train.total_steps)
+        self.schedules = self.objective.schedules(config.train.total_steps)
+
+        self.checkpointer = Checkpointer(config.checkpoint, config.run_dir, self.objective, self.optimizer)
+        self.facts = {"data": [source.fingerprint() for source in self.sources]}
+        self.step = self._resume()
+
+        self.renderer = Renderer(schemas, config.data.interpolation).to(world.device)
+        self.loader = Loader(
+            config.data,
+            self.sources,
+            views,
+            seed=seed,
+            global_batch_size=config.train.global_batch_size,
+            n_micro_batches=config.train.accumulate,
+            rank=world.rank,
+            world_size=world.size,
+            start_step=self.step,
+            total_steps=config.train.total_steps,
+            quarantine_path=config.run_dir / "quarantine.jsonl",
+            device=world.device,
+        )
+        self.evaluation = EvalHook(config.eval, config.run_dir, world.device)
+        self.meters, self.stopwatch = Meters(), Stopwatch()
+        self.sinks: list[Sink] = []
+        self.progress: ProgressLine | None = None
+        if is_main():
+            run_dir.describe(config, schemas, world, self.step)
+            self.sinks = open_sinks(config.log, config.run_dir, to_dict(config))
+            self.progress = ProgressLine(config.train.total_steps)
+            self.sinks.append(self.progress)
+        barrier()  # the log files are trimmed before any rank appends to them
+        self.keys_log = JsonLines(config.run_dir / "keys.jsonl") if config.log.keys else None
+        self.stop = AgreedFlag()
+        self.recent_keys: list[tuple[int, list[str]]] = []  # of the steps whose finite flags are still unread
+        self.n_skipped, self.n_skipped_in_a_row = 0, 0
+
+    def run(self) -> int:
+        """Train to the end, to a request to stop, or to an error."""
+        config = self.config
+        if self.step >= config.train.total_steps:
+            self._note(f"{config.run_dir} has finished its {self.step} steps; nothing to do")
+            return EXIT_DONE
+        started = time.monotonic()
+        self._evaluate()
+        self.model.train()
+        self.stopwatch.lap()
+        with _signals_raise(self.stop):
+            batches = iter(self.loader)
+            while self.step < config.train.total_steps:
+                micro_batches = [self._next(batches) for _ in range(config.train.accumulate)]
+                self._train_step(micro_batches)
+                self.step += 1
+                if self.step % config.log.every_n_steps == 0 or self.step == config.train.total_steps:
+                    self._log()
+                if self._picture_due():
+                    self._draw(micro_batches[-1])
+                if self.evaluation.due(self.step, config.train.total_steps):
+                    self._evaluate()
+                if config.train.time_limit_s is not None and time.monotonic() - started > config.train.time_limit_s:
+                    self.stop.raised = True
+                stop = self.stop.poll()
+                if stop or self.checkpointer.due(self.step) or self.step == config.train.total_steps:
+                    self.checkpointer.save(self.step, self.facts)
+                if stop and self.step < config.train.total_steps:
+                    self.checkpointer.wait()
+                    self._note(f"stopped on request after step {self.step}; the same command goes on from there")
+                    return EXIT_RESUMABLE
+        self.checkpointer.wait()
+        return EXIT_DONE
+
+    def _train_step(self, micro_batches: list[Batch]) -> None:
+        now = {name: schedule(self.step) for name, schedule in self.schedules.items()}
+        set_hyper_parameters(self.optimizer, self.lr(self.step), self.weight_decay(self.step))
+        torch.manual_seed(derive_seed(self.config.run.seed, "device", self.step, self.world.rank))  # drop path
+
+        parts: dict[str, Tensor] = {}
+        total = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                losses = self._forward(batch, now)
+                (losses.total / len(micro_batches)).backward()
+            total += losses.total.detach() / len(micro_batches)
+            for name, value in losses.parts.items():
+                parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
+
+        max_norm = self.config.optim.clip_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.objective.student.parameters(), max_norm)
+        finite = all_agree(total.isfinite() & grad_norm.isfinite()).float()
+        step_if_finite(self.optimizer, finite)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(now, finite)
+
+        values = {"loss": total, "grad_norm": grad_norm, **{f"loss/{k}": v for k, v in parts.items()}}
+        self.meters.add(values, finite)
+        keys = [key for batch in micro_batches for key in batch.keys]
+        self.recent_keys.append((self.step, keys))
+        if self.keys_log is not None:
+            self.keys_log.write({"step": self.step + 1, "rank": self.world.rank, "keys": keys})
+
+    def _forward(self, batch: Batch, now: dict[str, float]) -> Any:
+        batch.pixels = self.renderer.render(batch)
+        with self._autocast():
+            return self.model(batch, now)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        start = time.perf_counter()
+        batch = next(batches)
+        self.stopwatch.waited(time.perf_counter() - start)
+        return move_to(batch, self.world.device, non_blocking=True)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        no_sync = getattr(self.model, "no_sync", None)
+        return contextlib.nullcontext() if no_sync is None else no_sync()
+
+    def _resume(self) -> int:
+        restored = self.checkpointer.restore()
+        if restored is None:
+            return 0
+        step, facts = restored
+        if facts["data"] != self.facts["data"]:
+            raise ValueError(
+                f"{self.config.run_dir}: the data is not what this run was trained on (fingerprints {facts['data']},"
+                f" now {self.facts['data']}); bring the data back, or start a new run with another run.name"
+            )
+        return step
+
+    def _log(self) -> None:
+        values, flags = self.meters.read()
+        seconds, waited = self.stopwatch.lap()
+        self._account_for_skipped(flags)
+        n_samples = self.config.train.global_batch_size * len(flags)
+        record: dict[str, Any] = {
+            "step": self.step,
+            **values,
+            "lr": self.lr(self.step - 1),
+            "weight_decay": self.weight_decay(self.step - 1),
+            **{name: schedule(self.step - 1) for name, schedule in self.schedules.items()},
+            "samples_per_s": n_samples / seconds,
+            "data_wait_ratio": waited / seconds,
+            "n_skipped_steps": self.n_skipped,
+            "n_bad_samples": self.loader.n_bad,
+            "eta_s": seconds / len(flags) * (self.config.train.total_steps - self.step),
+        }
+        if self.world.device.type == "cuda":
+            record["max_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _account_for_skipped(self, flags: list[bool]) -> None:
+        limit = self.config.train.max_skipped_steps
+        for (step, keys), taken in zip(self.recent_keys, flags, strict=True):
+            self.n_skipped_in_a_row = 0 if taken else self.n_skipped_in_a_row + 1
+            if not taken:
+                self.n_skipped += 1
+                self._note(f"step {step} was skipped: loss or gradient not finite (samples {', '.join(keys[:4])}, ...)")
+                run_dir.record_skipped(self.config.run_dir, step, self.world.rank, keys)
+            if self.n_skipped_in_a_row >= limit:
+                raise TrainingError(
+                    f"{limit} steps in a row had a non-finite loss or gradient (train.max_skipped_steps); weights are"
+                    f" those of step {step + 1 - limit}. Look at {self.config.run_dir}/skipped.jsonl, lower optim.lr or"
+                    " set optim.clip_grad_norm"
+                )
+        self.recent_keys = []
+
+    def _evaluate(self) -> None:
+        if self.evaluation.due(self.step, self.config.train.total_steps):
+            start = time.perf_counter()
+            with self._autocast():
+                self.evaluation.run(self._encode_taps, self.step, self.objective)
+            self.stopwatch.exclude(time.perf_counter() - start)
+
+    def _encode_taps(self, inputs: EncoderInput) -> Sequence[Tokens]:
+        depth = len(self.objective.published_encoder().blocks)
+        return self.objective.encode(inputs, tap_layers(self.config.eval.taps, depth))
+
+    def _picture_due(self) -> bool:
+        every = self.config.log.pictures_every_n_steps
+        return self.step == self.config.train.total_steps or (every > 0 and self.step % every == 0)
+
+    def _draw(self, batch: Batch) -> None:
+        if not is_main():
+            return
+        with undisturbed(self.objective, self.world.device), self._autocast():
+            pictures = self.objective.preview(batch)
+        if pictures:
+            schema = self.sources[batch.source].schema[next(iter(batch.views.values())).tile]
+            run_dir.save_pictures(self.config.run_dir, self.step, pictures, schema)
+
+    def _note(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.note(text)
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.loader.close()
+        for sink in (*self.sinks, *filter(None, [self.keys_log])):
+            sink.close()
+        if is_main() and self.config.log.report:
+            self._note(f"report: {write_report(self.config.run_dir)}")
+
+
+@contextlib.contextmanager
+def _signals_raise(flag: AgreedFlag) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGUSR2 raise `flag`; the loop looks at it between steps."""
+
+    def handler(signum: int, frame: Any) -> None:
+        flag.raised = True
+
+    old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    try:
+        yield
+    finally:
+        for s, previous in old.items():
+            signal.signal(s, previous)

@@ -1,0 +1,47 @@
+"""Shared fixtures. One thread per process: tests run beside each other, and a fork must not find threads."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+torch.set_num_threads(1)
+
+
+def _enter(rank: int, n_ranks: int, folder: str, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
+    try:
+        torch.save(call(*args), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """`on_ranks(n, call, *args)` runs `call(*args)` in n forked gloo processes and returns what each returned."""
+
+    def run(n_ranks: int, call: Callable[..., Any], *args: Any) -> list[Any]:
+        folder = str(tmp_path_factory.mktemp("ranks"))
+        mp.start_processes(_enter, (n_ranks, folder, call, args), nprocs=n_ranks, start_method="fork")
+        return [torch.load(f"{folder}/rank{rank}.pt", weights_only=False) for rank in range(n_ranks)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def samples_dir() -> Path:
+    """The folder of real sample imagery; skips without it."""
+    folder = os.environ.get("SSL_EO_SAMPLES")
+    if not folder:
+        pytest.skip("SSL_EO_SAMPLES is not set: it names a folder of real sample imagery")
+    return Path(folder)

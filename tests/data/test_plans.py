@@ -1,0 +1,228 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_eo.data.plans import (
+    CropConfig,
+    aligned,
+    band_subset,
+    check_sample,
+    multi_crop,
+    resized_crop,
+    stack_tiles,
+    stack_views,
+    whole,
+)
+from ssl_eo.data.types import Sample, Tile, TileSchema, ViewPlan
+from ssl_eo.sensors import Band, Sensor
+
+many = settings(max_examples=50, deadline=None)
+
+
+def make_schema(dtype="uint16", shape=(8, 8), gsd_m=10.0, no_data=()):
+    bands = tuple(Band(n, "optical", gsd_m, 0.5 + 0.1 * i) for i, n in enumerate(("red", "green")))
+    sensor = Sensor("demo", "demo", bands, dtype, "dn", "demo", no_data=no_data)
+    return TileSchema(sensor, sensor.band_names, dtype, shape, gsd_m, (0.0, 0.0), (1.0, 1.0))
+
+
+def make_sample(pixels, key="k7", bands=("red", "green")):
+    return Sample(key, {"demo": Tile(pixels, bands, 10.0)})
+
+
+@many
+@given(
+    st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
+    st.tuples(st.floats(0.2, 5), st.floats(0.2, 5)),
+    st.integers(0, 2**32 - 1),
+)
+def test_crops_lie_inside_with_the_area_and_aspect_asked_for(shape, scale, aspect, seed):
+    cfg = CropConfig(32, scale=tuple(sorted(scale)), aspect=tuple(sorted(aspect)))
+    plan = resized_crop("demo", shape, cfg, np.random.default_rng(seed))
+    top, left, height, width = plan.box
+    assert top >= 0
+    assert left >= 0
+    assert height > 0
+    assert width > 0
+    assert top + height <= shape[0] * (1 + 1e-9)
+    assert left + width <= shape[1] * (1 + 1e-9)
+    assert cfg.aspect[0] * (1 - 1e-9) <= width / height <= cfg.aspect[1] * (1 + 1e-9)
+    share = height * width / (shape[0] * shape[1])
+    touches = height == pytest.approx(shape[0]) or width == pytest.approx(shape[1])
+    assert touches or cfg.scale[0] * (1 - 1e-9) <= share <= cfg.scale[1] * (1 + 1e-9)
+    assert plan.size == (32, 32)
+
+
+def test_draws_follow_the_stated_distributions():
+    cfg = CropConfig(8, scale=(0.2, 0.6), brightness=0.3, contrast=0.2, jitter_prob=0.25)
+    rng = np.random.default_rng(0)
+    plans = [resized_crop("demo", (100, 100), cfg, rng) for _ in range(4000)]
+    area = np.array([p.box[2] * p.box[3] / 1e4 for p in plans])
+    assert area.mean() == pytest.approx(0.4, abs=0.01)
+    assert np.mean([np.log(p.box[3] / p.box[2]) for p in plans]) == pytest.approx(0, abs=0.01)
+    assert np.mean([p.flip for p in plans]) == pytest.approx(0.5, abs=0.03)
+    assert np.bincount([p.rot90 for p in plans]) / 4000 == pytest.approx([0.25] * 4, abs=0.03)
+    jittered = [p for p in plans if (p.gain, p.bias) != (1.0, 0.0)]
+    assert len(jittered) / 4000 == pytest.approx(0.25, abs=0.03)
+    assert max(abs(p.gain - 1) for p in jittered) == pytest.approx(0.2, abs=0.01)
+    assert max(abs(p.bias) for p in jittered) == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (30, 90)])
+def test_full_scale_is_the_whole_tile_exactly(shape):
+    cfg = CropConfig(16, scale=(1.0, 1.0), flip=False, rot90=False)
+    assert resized_crop("demo", shape, cfg, np.random.default_rng(0)) == whole("demo", shape, 16)
+
+
+def test_the_same_generator_draws_the_same_views():
+    crops = {"global": (CropConfig(16), 2), "local": (CropConfig(8, scale=(0.05, 0.2)), 5)}
+    first, second = (multi_crop("demo", (64, 64), crops, np.random.default_rng(3)) for _ in range(2))
+    assert first == second
+    assert {role: len(plans) for role, plans in first.items()} == {"global": 2, "local": 5}
+    assert len({p.box for plans in first.values() for p in plans}) == 7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size_px", 0),
+        ("scale", (0.0, 1.0)),
+        ("scale", (0.5, 0.2)),
+        ("scale", (0.5, 1.2)),
+        ("aspect", (2.0, 1.0)),
+        ("brightness", -0.1),
+        ("contrast", 1.0),
+        ("jitter_prob", 1.5),
+    ],
+)
+def test_config_ranges(key, value):
+    with pytest.raises(ValueError, match=key):
+        CropConfig(**{"size_px": 8, key: value})
+
+
+def test_aligned_carries_the_box_in_metres():
+    fine, coarse = make_schema(shape=(120, 60), gsd_m=10.0), make_schema(shape=(20, 10), gsd_m=60.0)
+    plan = ViewPlan("fine", (30.0, 12.0, 48.0, 24.0), (96, 48), True, 3, (0,), 1.1, 0.2)
+    expected = ViewPlan("coarse", (5.0, 2.0, 8.0, 4.0), (16, 8), True, 3)
+    assert aligned(plan, fine, "coarse", coarse, size=(16, 8)) == expected
+    assert aligned(plan, fine, "coarse", coarse, size_ratio=1 / 6) == expected
+    assert aligned(plan, fine, "coarse", coarse).size == plan.size
+    back = aligned(expected, coarse, "fine", fine, size_ratio=6)
+    assert back == replace(plan, bands=None, gain=1.0, bias=0.0)
+
+
+def test_aligned_cuts_a_pixel_of_overhang_and_refuses_more():
+    fine, plan = make_schema(shape=(64, 64), gsd_m=10.0), whole("fine", (64, 64), 32)
+    cut = aligned(plan, fine, "coarse", make_schema(shape=(21, 22), gsd_m=30.0))
+    assert cut.box == pytest.approx((0.0, 0.0, 21.0, 64 / 3))
+    with pytest.raises(ValueError, match=r"'coarse' of 20 x 22 .* does not cover"):
+        aligned(plan, fine, "coarse", make_schema(shape=(20, 22), gsd_m=30.0))
+
+
+@many
+@given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 20), st.integers(0, 2**32 - 1))
+def test_band_subsets(n_bands, low, extra, seed):
+    bands = band_subset(np.random.default_rng(seed), n_bands, low, low + extra)
+    assert list(bands) == sorted(set(bands))
+    assert set(bands) <= set(range(n_bands))
+    assert min(low, n_bands) <= len(bands) <= min(low + extra, n_bands)
+
+
+def test_band_subset_ranges():
+    with pytest.raises(ValueError, match="low 3 and high 2"):
+        band_subset(np.random.default_rng(0), 5, 3, 2)
+    rng = np.random.default_rng(0)
+    assert {len(band_subset(rng, 9, 2, 4)) for _ in range(100)} == {2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (
+            Sample("k7", {"other": Tile(np.zeros((2, 8, 8), np.uint16), ("red", "green"), 10.0)}),
+            "no tile 'demo'.*other",
+        ),
+        (make_sample(np.zeros((2, 8, 9), np.uint16)), r"shape \(2, 8, 9\), expected \(2, 8, 8\)"),
+        (make_sample(np.zeros((2, 8, 8), np.int16)), "dtype int16, expected uint16"),
+        (make_sample(np.zeros((2, 8, 8), np.uint16), bands=("green", "red")), r"bands \('green', 'red'\), expected"),
+    ],
+)
+def test_mismatched_samples_are_refused_by_name(sample, message):
+    schema = {"demo": make_schema()}
+    for refuse in (lambda: check_sample(sample, schema), lambda: stack_tiles([sample], ["demo"], schema)):
+        with pytest.raises(ValueError, match=message) as caught:
+            refuse()
+        assert "'k7'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "no_data", "empty"),
+    [
+        ("uint16", (0.0, 65535.0), 65535),
+        ("float32", (-9999.0,), -9999),
+        ("float32", (), np.nan),
+        ("float32", (), -np.inf),
+    ],
+)
+def test_no_data_is_found(dtype, no_data, empty):
+    schema = {"demo": make_schema(dtype, no_data=no_data)}
+    clean, holed, blank = (make_sample(np.ones((2, 8, 8), dtype)) for _ in range(3))
+    holed.tiles["demo"].pixels[1, 3, 3] = empty
+    blank.tiles["demo"].pixels[:] = empty
+    check_sample(clean, schema)
+    check_sample(holed, schema)
+    with pytest.raises(ValueError, match="tile 'demo' of sample 'k7' is all no-data"):
+        check_sample(blank, schema)
+    assert not stack_tiles([clean, clean], ["demo"], schema)["demo"].has_no_data
+    assert stack_tiles([clean, holed], ["demo"], schema)["demo"].has_no_data
+
+
+def test_a_number_that_the_dtype_cannot_hold_is_never_found():
+    schema = {"demo": make_schema("uint16", no_data=(-9999.0, 0.5, np.nan))}
+    assert not stack_tiles([make_sample(np.zeros((2, 8, 8), np.uint16))], ["demo"], schema)["demo"].has_no_data
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "float32"])
+def test_tiles_stack_in_their_dtype(dtype):
+    samples = [make_sample(np.full((2, 8, 8), i, dtype)) for i in range(3)]
+    tiles = stack_tiles(samples, ["demo"], {"demo": make_schema(dtype)})["demo"]
+    assert tiles.pixels.dtype == getattr(torch, dtype)
+    assert tiles.pixels[:, 0, 0, 0].float().tolist() == [0, 1, 2]
+
+
+def test_views_stack_outermost():
+    plans = [
+        [ViewPlan("demo", (v, s, 4.0, 5.0), (8, 6), s == 1, v, (s, 2), 1 + v, s) for s in range(3)] for v in range(2)
+    ]
+    batch = stack_views(plans)
+    assert (batch.tile, batch.size, batch.n_views, batch.resample) == ("demo", (8, 6), 2, True)
+    assert batch.row.tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.box[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.box[:, 1].tolist() == [0, 1, 2, 0, 1, 2]
+    assert batch.flip.tolist() == [False, True, False] * 2
+    assert batch.rot90.tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.bands is not None
+    assert batch.bands.tolist() == [[0, 2], [1, 2], [2, 2]] * 2
+    assert batch.gain.tolist() == [1, 1, 1, 2, 2, 2]
+    assert batch.bias.tolist() == [0, 1, 2] * 2
+
+
+def test_only_untouched_tiles_skip_resampling():
+    plain = whole("demo", (8, 8), 8)
+    assert not stack_views([[plain, replace(plain, gain=1.2, rot90=4)]]).resample
+    for changed in (replace(plain, flip=True), replace(plain, rot90=2), replace(plain, box=(0.0, 0.5, 8.0, 8.0))):
+        assert stack_views([[plain, changed]]).resample
+    assert stack_views([[whole("demo", (9, 9), 8)]]).resample
+
+
+def test_plans_of_one_role_must_agree():
+    plan = whole("demo", (8, 8), 8)
+    for other in (replace(plan, tile="x"), replace(plan, size=(4, 4)), replace(plan, bands=(0,))):
+        with pytest.raises(ValueError, match="must share tile, size and number of bands"):
+            stack_views([[plan, other]])
+    with pytest.raises(ValueError, match=r"as many plans each, got \[2, 1\]"):
+        stack_views([[plan, plan], [plan]])

@@ -1,0 +1,55 @@
+"""Controls: right numbers, any number of channels, the same every time, and no more than they should see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ssl_eo.eval.controls import CONTROLS, band_statistics, random_convolution, texture_statistics
+from ssl_eo.seeding import torch_generator
+
+
+def _pixels(n_channels: int) -> torch.Tensor:
+    return torch.randn(3, n_channels, 16, 20, generator=torch_generator(n_channels))
+
+
+@pytest.mark.parametrize("n_channels", [1, 3, 12])
+@pytest.mark.parametrize("name", list(CONTROLS))
+def test_controls_are_finite_deterministic_and_per_sample(name: str, n_channels: int) -> None:
+    control, pixels = CONTROLS[name], _pixels(n_channels)
+    features = control(pixels)
+    assert features.dtype == torch.float32
+    assert features.shape[0] == 3
+    assert features.isfinite().all()
+    torch.testing.assert_close(control(pixels), features, rtol=0, atol=0)
+    torch.testing.assert_close(control(pixels[1:2]), features[1:2])
+
+
+def test_band_statistics_are_means_and_standard_deviations() -> None:
+    pixels = _pixels(3)
+    expected = torch.cat([pixels.mean((2, 3)), pixels.std((2, 3), correction=0)], 1)
+    torch.testing.assert_close(band_statistics(pixels), expected)
+
+
+def test_texture_statistics_see_order_of_pixels_and_products() -> None:
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    features = texture_statistics(ramp)[0]
+    assert features.shape == (9 + 45,)
+    # mean, spread, quantiles 10, 50 and 90 %, then mean and spread of the steps across and down
+    torch.testing.assert_close(features[:9], torch.tensor([3.5, 21**0.5 / 2, 0.0, 4.0, 7.0, 1.0, 0.0, 0.0, 0.0]))
+    torch.testing.assert_close(features[9 + 1], features[0] * features[1])
+    shuffled = ramp.flatten()[torch.randperm(64, generator=torch_generator(0))].view(1, 1, 8, 8)
+    torch.testing.assert_close(texture_statistics(shuffled)[0, :5], features[:5])
+    assert texture_statistics(shuffled)[0, 7] > 0.5
+
+
+def test_hyperspectral_statistics_stay_small() -> None:
+    assert texture_statistics(_pixels(40)).shape == (3, 360)
+
+
+def test_random_convolution_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    features = random_convolution(_pixels(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert features.shape == (3, 256)
+    assert features.std(0).max() > 0

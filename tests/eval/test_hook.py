@@ -1,0 +1,199 @@
+"""Features and the hook: with a real encoder, on one rank and on two, undisturbing, and never in training's way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toy import scenes
+
+from ssl_eo.distributed import rank
+from ssl_eo.eval.features import Encode, extract, pool_tokens, pooled_taps, tap_layers, tap_name
+from ssl_eo.eval.hook import EvalConfig, EvalHook
+from ssl_eo.eval.report import read_jsonl
+from ssl_eo.eval.tasks import Task, TaskConfig, TaskSource
+from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
+
+CPU = torch.device("cpu")
+TAPS = [0.5, 1.0]
+
+
+def _task(n_test: int = 15) -> TaskConfig:
+    train = TaskSource("toy.scenes", scenes.Config(n=90))
+    test = TaskSource("toy.scenes", scenes.Config(n=60, seed=1))
+    return TaskConfig("toy", train, test, max_train=45, max_test=n_test)
+
+
+def _encoder() -> tuple[Encoder, Encode]:
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderConfig(embed_dim=32, depth=4, n_heads=2, patch_size=4, patch_embed="conv"), n_channels=3)
+    encoder.init_weights()
+    return encoder, lambda inputs: encoder.intermediates(inputs, tap_layers(TAPS, 4))
+
+
+def _hook(run_dir: Path, **changes: Any) -> EvalHook:
+    cfg = EvalConfig(every_n_steps=10, tasks=[_task()], taps=TAPS, batch_size=8)
+    return EvalHook(replace(cfg, **changes), run_dir, CPU)
+
+
+def test_taps_are_depths() -> None:
+    assert tap_layers([0.01, 0.5, 2 / 3, 1.0], 12) == [0, 5, 7, 11]
+    assert [tap_name(r) for r in (2 / 3, 1.0)] == ["depth_0.67", "last"]
+
+
+def test_pools() -> None:
+    tokens = Tokens(torch.tensor([[[9.0, 9.0], [1.0, 2.0], [3.0, 6.0]]]), 1, (1, 2))
+    expected = {"cls": [9, 9], "mean": [2, 4], "cls_mean": [9, 9, 2, 4], "mean_std": [2, 4, 1, 2]}
+    for pool, values in expected.items():
+        assert pool_tokens(tokens, pool).tolist() == [values]  # type: ignore[arg-type]
+
+
+def test_features_do_not_depend_on_the_batch_size() -> None:
+    _, encode = _encoder()
+    split = Task(_task()).test
+    featurise = pooled_taps(encode, ["middle", "last"], "mean")
+    a, b = (extract(featurise, split, CPU, n) for n in (4, 100))
+    assert a.taps["last"].shape == (15, 32)
+    assert a.concatenated().shape == (15, 64)
+    torch.testing.assert_close(a.taps["last"], b.taps["last"])
+    assert torch.equal(a.labels, split.labels)
+
+
+def _features_and_passes() -> tuple[dict[str, torch.Tensor], int]:
+    _, encode = _encoder()
+    n_passes = 0
+
+    def counted(inputs: EncoderInput) -> Any:
+        nonlocal n_passes
+        n_passes += 1
+        return encode(inputs)
+
+    features = extract(pooled_taps(counted, ["middle", "last"], "mean"), Task(_task()).test, CPU, batch_size=4)
+    return features.taps, n_passes
+
+
+def test_two_ranks_get_the_features_of_one_with_equal_passes(on_ranks: Callable[..., list[Any]]) -> None:
+    single, _ = _features_and_passes()
+    (first, n_first), (second, n_second) = on_ranks(2, _features_and_passes)  # 15 samples: one is repeated
+    assert n_first == n_second == 2
+    for tap, expected in single.items():
+        torch.testing.assert_close(first[tap], expected)
+        assert torch.equal(first[tap], second[tap])
+
+
+def test_run_writes_probes_health_and_controls_once(tmp_path: Path) -> None:
+    encoder, encode = _encoder()
+    found = _hook(tmp_path).run(encode, 0, encoder)
+    assert set(found) == {
+        f"eval/toy/{tap}/{what}" for tap in ("depth_0.50", "last", "all") for what in ("knn", "ridge", "effective_rank")
+    }
+    records = read_jsonl(tmp_path / "eval.jsonl")
+    controls = {r["features"] for r in records} - {"encoder"}
+    assert controls == {"band_statistics", "texture_statistics", "random_convolution"}
+    assert all(r["seconds"] > 0 for r in records)
+    (bands,) = (r for r in records if r["features"] == "band_statistics" and r.get("probe") == "ridge")
+    assert bands["accuracy"] > 0.9  # the class is the mean colour
+    # A later process of the same run measures the encoder again, and the controls no more.
+    _hook(tmp_path).run(encode, 10, encoder)
+    assert {r["features"] for r in read_jsonl(tmp_path / "eval.jsonl") if r["step"] == 10} == {"encoder"}
+
+
+def test_due() -> None:
+    hook = EvalHook(EvalConfig(every_n_steps=4, tasks=[_task()]), Path("nowhere"), CPU)
+    assert [s for s in range(11) if hook.due(s, 10)] == [0, 4, 8, 10]
+    off = EvalHook(EvalConfig(), Path("nowhere"), CPU)
+    assert not any(off.due(s, 10) for s in range(11))
+
+
+def test_training_is_not_disturbed(tmp_path: Path) -> None:
+    encoder, encode = _encoder()
+    module = nn.ModuleDict({"student": encoder, "teacher": nn.Dropout(0.5).eval()})
+    encoder.train()
+
+    def noisy(inputs: EncoderInput) -> Any:
+        assert not any(m.training for m in module.modules())
+        torch.rand(3)
+        return encode(inputs)
+
+    before = torch.get_rng_state()
+    _hook(tmp_path).run(noisy, 0, module)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(m.training for m in encoder.modules())
+    assert not module["teacher"].training
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_a_failing_encoder_is_recorded_and_survived(tmp_path: Path) -> None:
+    encoder, _ = _encoder()
+    encoder.train()
+
+    def broken(inputs: EncoderInput) -> Any:
+        raise RuntimeError("out of memory")
+
+    assert _hook(tmp_path, controls=False).run(broken, 7, encoder) == {}
+    (record,) = read_jsonl(tmp_path / "eval.jsonl")
+    assert (record["kind"], record["step"], record["task"]) == ("error", 7, "toy")
+    assert "out of memory" in record["error"]
+    assert encoder.training
+
+
+def test_diverged_features_are_an_error_and_not_a_result(tmp_path: Path) -> None:
+    encoder, encode = _encoder()
+    with torch.no_grad():
+        encoder.cls_token.fill_(float("nan"))
+    _hook(tmp_path, controls=False).run(encode, 7, encoder)
+    (record,) = read_jsonl(tmp_path / "eval.jsonl")
+    assert "not finite" in record["error"]
+
+
+def _run_where_one_rank_fails(run_dir: str) -> dict[str, float]:
+    encoder, encode = _encoder()
+    hook = _hook(Path(run_dir), controls=False)
+
+    def fails_on_rank_1(inputs: EncoderInput) -> Any:
+        if rank() == 1:
+            raise RuntimeError("disk on fire")
+        return encode(inputs)
+
+    failed = hook.run(fails_on_rank_1, 10, encoder)
+    assert failed == {}
+    return hook.run(encode, 20, encoder)
+
+
+def test_a_rank_that_fails_leaves_no_other_waiting(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    first, second = on_ranks(2, _run_where_one_rank_fails, str(tmp_path))
+    assert first == second
+    assert first
+    records = read_jsonl(tmp_path / "eval.jsonl")
+    assert [r["error"] for r in records if r["step"] == 10] == ["RuntimeError: rank 1: RuntimeError: disk on fire"]
+    assert all(r["kind"] != "error" for r in records if r["step"] == 20)
+
+
+def test_records_after_a_half_written_line_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    path.write_text(json.dumps({"step": 1, "task": "toy", "features": "encoder"}) + '\n{"step": 2, "ta')
+    encoder, encode = _encoder()
+    _hook(tmp_path, controls=False).run(encode, 3, encoder)
+    assert {r["step"] for r in read_jsonl(path)} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every_n_steps": -1}, "every_n_steps"),
+        ({"every_n_steps": 5, "tasks": []}, "tasks is empty"),
+        ({"taps": [0.0]}, "taps"),
+        ({"taps": [0.5, 0.501]}, "two decimals"),
+        ({"tasks": [_task(), _task()]}, "different names"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**changes)

@@ -1,0 +1,115 @@
+"""Tasks: fixed balanced subsets, rendered whole, with bad samples left out and wrong configs refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from toy import scenes
+
+from ssl_eo.eval.tasks import Task, TaskConfig, TaskSource
+
+CPU = torch.device("cpu")
+
+
+def _config(**changes: Any) -> TaskConfig:
+    train = TaskSource("toy.scenes", scenes.Config(n=90))
+    test = TaskSource("toy.scenes", scenes.Config(n=60, seed=1))
+    return replace(TaskConfig("toy", train, test, max_train=30, max_test=12), **changes)
+
+
+def test_subsets_are_balanced_fixed_and_chosen_by_the_seed() -> None:
+    task = Task(_config())
+    assert torch.bincount(task.train.labels).tolist() == [10, 10, 10]
+    assert torch.bincount(task.test.labels).tolist() == [4, 4, 4]
+    assert len(set(task.train.keys)) == len(task.train) == 30
+    assert Task(_config()).train.keys == task.train.keys
+    assert Task(_config(seed=1)).train.keys != task.train.keys
+
+
+def test_rare_classes_are_kept_and_the_rest_is_filled_up() -> None:
+    skewed = TaskSource("toy.scenes", scenes.Config(n=60, share=[0.85, 0.1, 0.05]))
+    labels = [int(skewed_label) for skewed_label in Task(_config(train=skewed, max_train=60)).train.labels]
+    kept = Task(_config(train=skewed)).train.labels.tolist()
+    assert len(kept) == 30
+    assert [kept.count(k) for k in (1, 2)] == [labels.count(k) for k in (1, 2)]
+
+
+def test_batches_show_whole_normalised_tiles_in_the_asked_order() -> None:
+    task = Task(_config())
+    rows = torch.tensor([4, 0, 9])
+    first, second = task.train.batches(rows, 2, CPU)
+    assert first.pixels.shape == (2, 3, 8, 8)
+    source = scenes.Source(scenes.Config(n=90))
+    raw = source.read(int(task.train.keys[9].removeprefix("toy-"))).tiles["rgb"].pixels
+    torch.testing.assert_close(second.pixels[0], (torch.from_numpy(raw).float() - 100) / 40)
+    assert second.gsd_m is not None
+    assert float(torch.as_tensor(second.gsd_m)) == 10.0
+
+
+def test_size_and_bands_of_the_view() -> None:
+    task = Task(_config(size_px=16, bands=["B", "R"]))
+    (inputs,) = task.test.batches(torch.arange(3), 8, CPU)
+    assert inputs.pixels.shape == (3, 2, 16, 16)
+    assert float(torch.as_tensor(inputs.gsd_m)[0]) == 5.0
+    (plain,) = Task(_config()).test.batches(torch.arange(3), 8, CPU)
+    # The mean over a view does not depend on its size: bicubic weights sum to one over the tile, up to its edges.
+    torch.testing.assert_close(inputs.pixels.mean((2, 3)), plain.pixels[:, [2, 0]].mean((2, 3)), atol=0.05, rtol=0)
+
+
+def test_unreadable_samples_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    broken = scenes.Config(n=20, broken=[3, 7])
+    task = Task(_config(train=TaskSource("toy.scenes", broken)))
+    assert len(task.train) == 18
+    assert {"toy-003", "toy-007"}.isdisjoint(task.train.keys)
+    assert "sample 3 is broken" in caplog.text
+
+
+def test_a_split_without_readable_samples_is_an_error() -> None:
+    nothing = scenes.Config(n=4, broken=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="train has 0 readable samples of 4"):
+        len(Task(_config(train=TaskSource("toy.scenes", nothing))).train)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tile": "rgbb"}, "no tile 'rgbb'; did you mean 'rgb'"),
+        ({"bands": ["G", "NIR"]}, "no band 'NIR'"),
+        ({"train": TaskSource("toy.nowhere", None)}, "toy.nowhere"),
+    ],
+)
+def test_a_task_that_cannot_be_is_refused_at_once(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Task(_config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"max_train": 1}, "max_train"), ({"size_px": 0}, "size_px"), ({"probes": ["ridg"]}, "did you mean 'ridge'")],
+)
+def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _config(**changes)
+
+
+def test_shipped_benchmarks_load_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssl_eo.config import build
+    from ssl_eo.resources import resource_dir
+
+    monkeypatch.setenv("SSL_EO_SAMPLES", "/data")
+    names = sorted(p.stem for p in (resource_dir("datasets_meta") / "benchmarks").glob("*.yaml"))
+    assert {"eurosat_rgb_geo", "synthetic_scenes"} <= set(names)
+    for name in names:
+        assert build(TaskConfig, name, "eval.tasks[0]").name == name
+
+
+def test_eurosat_splits_are_apart_in_space(samples_dir: Any) -> None:
+    from ssl_eo.config import build
+
+    task = Task(replace(build(TaskConfig, "eurosat_rgb_geo", "task"), max_train=200, max_test=100))
+    assert task.n_classes == 10
+    assert torch.bincount(task.train.labels).tolist() == [20] * 10
+    assert set(task.train.keys).isdisjoint(task.test.keys)

@@ -1,0 +1,84 @@
+"""Resumed equals uninterrupted, to the bit: after kill -9, after SIGTERM, on another number of workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, assert_same_bits, command, finish, read_checkpoint, records, start, train, wait_for
+
+DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
+SHORT = (
+    "train.total_steps=20",
+    "optim.warmup_steps=4",
+    "checkpoint.every_n_steps=10",
+    "log.every_n_steps=1",
+    "log.keys=true",
+    "train.global_batch_size=16",
+)
+
+
+def _final(out_dir: Path, step: int = 20) -> dict[str, torch.Tensor]:
+    return read_checkpoint(out_dir / "debug_mae" / "checkpoints" / f"step_{step:08d}")
+
+
+def _keys(out_dir: Path) -> list[tuple[int, list[str]]]:
+    return [(r["step"], r["keys"]) for r in records(out_dir / "debug_mae" / "keys.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("uninterrupted")
+    status, output = train(DEBUG, out_dir, *SHORT)
+    assert status == 0, output
+    return out_dir
+
+
+def _train_killed_after_step(step: int, out_dir: Path, *overrides: str, how: int = signal.SIGKILL) -> tuple[int, str]:
+    process = start(command(DEBUG, out_dir, *SHORT, *overrides))
+    metrics = out_dir / "debug_mae" / "metrics.jsonl"
+    wait_for(lambda: any(r["step"] >= step for r in records(metrics)), process)
+    os.kill(process.pid, how)
+    return finish(process)
+
+
+def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
+    status, _ = _train_killed_after_step(12, tmp_path)
+    assert status == -signal.SIGKILL
+    status, output = train(DEBUG, tmp_path, *SHORT)
+    assert status == 0, output
+    assert_same_bits(_final(uninterrupted), _final(tmp_path))
+    assert _keys(tmp_path) == _keys(uninterrupted)
+    assert [r["loss"] for r in records(tmp_path / "debug_mae" / "metrics.jsonl")] == [
+        r["loss"] for r in records(uninterrupted / "debug_mae" / "metrics.jsonl")
+    ]
+
+
+def test_sigterm_checkpoints_and_exits_75(uninterrupted: Path, tmp_path: Path) -> None:
+    status, output = _train_killed_after_step(4, tmp_path, how=signal.SIGTERM)
+    assert status == 75, output
+    assert "stopped on request after step" in output
+    assert not (tmp_path / "debug_mae" / "checkpoints" / "step_00000010").exists()
+    status, output = train(DEBUG, tmp_path, *SHORT)
+    assert status == 0, output
+    assert_same_bits(_final(uninterrupted), _final(tmp_path))
+
+
+def test_workers_evaluation_and_asynchronous_saves_leave_the_bits_alone(uninterrupted: Path, tmp_path: Path) -> None:
+    split = "{name: synthetic, sensors: [sentinel2_l2a], extent_m: 320.0, n_samples: 60, split: %s}"
+    task = f"{{name: tiny, train: {split % 'train'}, test: {split % 'test'}, max_train: 60, max_test: 30}}"
+    evaluation = ("eval.every_n_steps=5", f"eval.tasks=[{task}]")
+    status, output = train(DEBUG, tmp_path, *SHORT, "data.n_workers=3", "checkpoint.asynchronous=true", *evaluation)
+    assert status == 0, output
+    results = records(tmp_path / "debug_mae" / "eval.jsonl")
+    assert {r["step"] for r in results if r["kind"] == "probe"} == {0, 5, 10, 15, 20}
+    assert_same_bits(_final(uninterrupted), _final(tmp_path))
+
+
+def test_finished_run_has_nothing_to_do(uninterrupted: Path) -> None:
+    status, output = train(DEBUG, uninterrupted, *SHORT)
+    assert status == 0
+    assert "has finished its 20 steps" in output
