@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tasks", nargs="+", required=True, help="names in datasets_meta/benchmarks, or YAML files")
     evaluate.add_argument("--pool", default=None, help="cls, mean, cls_mean or mean_std; default: as in training")
     evaluate.add_argument("--taps", nargs="+", type=float, default=None, help="depths that are read; 1 is the last")
-    evaluate.add_argument("--out", default=None, help="folder for eval.jsonl; default: the model's")
+    evaluate.add_argument("--out", required=True, help="folder for eval.jsonl")
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="write report.html of run directories")
@@ -144,16 +144,15 @@ def _report(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from ssl_eo.config import build
     from ssl_eo.eval.hook import EvalConfig
-    from ssl_eo.eval.offline import evaluate, print_table
+    from ssl_eo.eval.offline import evaluate, print_summary
     from ssl_eo.train.export import open_encoder
 
-    encoder, defaults = open_encoder(Path(arguments.model))
-    chosen = {"pool": arguments.pool, "taps": arguments.taps}
-    raw = {**defaults, **{k: v for k, v in chosen.items() if v is not None}}
-    cfg = build(EvalConfig, {**raw, "every_n_steps": 1, "tasks": arguments.tasks}, "eval")
-    records = evaluate(encoder, cfg, Path(arguments.out or arguments.model))
-    print_table(records)
-    return EXIT_FAILURE if any(r["kind"] == "error" for r in records) else 0
+    encoder, step, defaults = open_encoder(Path(arguments.model))
+    chosen = {k: v for k, v in (("pool", arguments.pool), ("taps", arguments.taps)) if v is not None}
+    cfg = build(EvalConfig, {**defaults, **chosen, "every_n_steps": 1, "tasks": arguments.tasks}, "eval")
+    out = Path(arguments.out)
+    evaluate(encoder, step, cfg, out)
+    return 0 if print_summary(out / "eval.jsonl", sys.stdout) else EXIT_FAILURE
 
 
 def _data_pack(arguments: argparse.Namespace) -> int:

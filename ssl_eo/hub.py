@@ -71,7 +71,8 @@ class BundleEncoder(nn.Module):
         self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None
     ) -> Tokens:
         """Tokens of the last block after the final norm."""
-        return self.encoder([self.prepare(images, sensor, channels)])[0]
+        tokens: Tokens = self.encoder([self.prepare(images, sensor, channels)])[0]
+        return tokens
 
     def get_intermediate_layers(
         self,

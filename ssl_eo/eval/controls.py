@@ -18,7 +18,7 @@ from ssl_eo.seeding import torch_generator
 
 __all__ = ["CONTROLS", "band_statistics", "random_convolution", "texture_statistics"]
 
-# Products grow with the square of the statistics: all 108 of twelve bands would give 6,000, more than a probe's samples.
+# Products grow with the square of the statistics. All 6,000 of twelve bands make a slower and weaker control than 300.
 _MAX_STATISTICS_FOR_PRODUCTS = 32
 
 
@@ -39,8 +39,7 @@ def texture_statistics(pixels: Tensor) -> Tensor:
     flat = x.flatten(2)  # [B, C, H*W]
     across = (x[..., :, 1:] - x[..., :, :-1]).abs().flatten(2)
     down = (x[..., 1:, :] - x[..., :-1, :]).abs().flatten(2)
-    quantiles = torch.tensor([0.1, 0.5, 0.9], device=x.device)
-    parts = [_mean(flat), _spread(flat), *_quantiles(flat, quantiles)]
+    parts = [_mean(flat), _spread(flat), *_quantiles(flat)]
     parts += [f(g) for g in (across, down) for f in (_mean, _spread)]
     statistics = torch.cat(parts, 1)  # [B, 9C]
     n_channels = x.shape[1]
@@ -80,7 +79,9 @@ def _spread(flat: Tensor) -> Tensor:
     return flat.std(2, correction=0)
 
 
-def _quantiles(flat: Tensor, quantiles: Tensor) -> Tensor:
-    # Nearest rank of one sort: torch.quantile refuses large inputs and its interpolation buys nothing here.
-    ranks = (quantiles * (flat.shape[2] - 1)).round().long()
-    return flat.sort(2).values[..., ranks].movedim(2, 0)  # [3, B, C]
+def _quantiles(flat: Tensor) -> Tensor:
+    """The 10, 50 and 90 % quantiles of each band, `[3, B, C]`."""
+    # A fifth of the pixels is enough and sorts in a fifth of the time; 5 divides no usual width, so all columns count.
+    ordered = flat[..., ::5].sort(2).values
+    ranks = [round(q * (ordered.shape[2] - 1)) for q in (0.1, 0.5, 0.9)]
+    return ordered[..., ranks].movedim(2, 0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ssl_eo.distributed import gather, rank, world_size
 from ssl_eo.eval.tasks import Split
 from ssl_eo.models.vit import EncoderInput, Tokens
+from ssl_eo.seeding import derive_seed
 
 __all__ = [
     "Encode",
@@ -79,12 +80,13 @@ def pooled_taps(encode: Encode, names: Sequence[str], pool: Pool) -> Featurise:
     return featurise
 
 
-def extract(featurise: Featurise, split: Split, device: torch.device, batch_size: int = 256) -> FeatureSet:
+def extract(featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128) -> FeatureSet:
     """Features of all samples of `split`, on `device`, the same on every rank.
 
     Each rank reads and forwards an equal share. Ranks past the end repeat the last sample, so that all make the same
     number of forward passes (a sharded encoder needs that), and the repeats are dropped. An error before the results
-    are gathered, on any rank, is raised on all of them, so that no rank is left waiting for another.
+    are gathered, on any rank, is raised on all of them, so that no rank is left waiting for another. So is a
+    difference between the samples that ranks could read.
     """
     error: Exception | None = None
     local: dict[str, Tensor] = {}
@@ -92,7 +94,7 @@ def extract(featurise: Featurise, split: Split, device: torch.device, batch_size
         local = _forward(featurise, split.batches(_rows_of_rank(len(split)), batch_size, device))
     except Exception as caught:
         error = caught
-    _raise_together(error)
+    _agree(error, [] if error else split.keys)
     taps = {name: gather(features)[: len(split)] for name, features in local.items()}
     return FeatureSet(taps, split.labels.to(device))
 
@@ -115,13 +117,16 @@ def _rows_of_rank(n: int) -> Tensor:
     return torch.arange(rank() * share, (rank() + 1) * share).clamp(max=n - 1)
 
 
-def _raise_together(error: Exception | None) -> None:
+def _agree(error: Exception | None, keys: Sequence[str]) -> None:
+    """Raise on every rank when one has an `error`, or when ranks hold different samples."""
     if world_size() == 1:
         if error is not None:
             raise error
         return
-    messages: list[str | None] = [None] * world_size()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [f"rank {i}: {message}" for i, message in enumerate(messages) if message is not None]
-    if failed:
+    told: list[tuple[str | None, int]] = [(None, 0)] * world_size()
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(told, (message, derive_seed(*keys)))
+    if failed := [f"rank {i}: {message}" for i, (message, _) in enumerate(told) if message is not None]:
         raise RuntimeError("; ".join(failed)) from error
+    if differing := [f"rank {i}" for i, (_, digest) in enumerate(told) if digest != told[0][1]]:
+        raise RuntimeError(f"{', '.join(differing)}: could not read the same samples as rank 0; see the warnings there")

@@ -47,7 +47,7 @@ class EvalConfig:
     controls: bool = True  # also probe statistics of the pixels and random filters, once a run
     pool: Pool = "mean"  # of the tokens of a tap: CLS token, mean over patches, both, or mean and spread over patches
     taps: list[float] = field(default_factory=lambda: [1.0])  # where features are read, as ratios of the depth
-    batch_size: int = 256  # samples per forward pass on each rank
+    batch_size: int = 128  # samples per forward pass on each rank
 
     def __post_init__(self) -> None:
         if self.every_n_steps < 0:

@@ -106,11 +106,14 @@ class MaskedDecoder(nn.Module):
 
 
 class LinearOutput(nn.Module):
-    """Pixels of a sensor with a fixed number of channels: `[B, M, d]` -> `[B, M, p*p*C]`, channel last."""
+    """Values of a sensor with a fixed number of channels: `[B, M, d]` -> `[B, M, E*C]`, channel last.
 
-    def __init__(self, dim: int, n_channels: int, patch_size: int) -> None:
+    `n_values` (E) is the number of values of each channel of a patch: p*p for its pixels.
+    """
+
+    def __init__(self, dim: int, n_channels: int, n_values: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, patch_size * patch_size * n_channels)
+        self.proj = nn.Linear(dim, n_values * n_channels)
 
     def forward(self, x: Tensor, channels: ChannelMeta) -> Tensor:
         out: Tensor = self.proj(x)
@@ -138,19 +141,18 @@ class SpectralConfig:
 
 
 class SpectralOutput(nn.Module):
-    """Pixels of any sensor: a token gives R basis patches, and each channel mixes them with coefficients of its own.
+    """Values of any sensor: a token gives R basis patches, and each channel mixes them with coefficients of its own.
 
     The coefficients come from what the channel measures, so bands never seen in training are interpolated. It is the
     linear mixing model of spectral unmixing (abundances times endmember spectra) with both factors learned; cost grows
-    with C by R multiply-adds per pixel only.
+    with C by R multiply-adds per value only. `n_values` (E) is the number of values of each channel of a patch.
     """
 
-    def __init__(self, dim: int, patch_size: int, cfg: SpectralConfig | None = None) -> None:
+    def __init__(self, dim: int, n_values: int, cfg: SpectralConfig) -> None:
         super().__init__()
-        cfg = cfg or SpectralConfig()
         self.rank = cfg.rank
         self.code_dim = cfg.code_dim
-        self.basis = nn.Linear(dim, patch_size * patch_size * cfg.rank)
+        self.basis = nn.Linear(dim, n_values * cfg.rank)
         # Row 0 of the last two is "unknown or does not apply".
         self.kind_rows = nn.Parameter(torch.empty(len(KINDS), cfg.hidden))
         self.polarization_rows = nn.Parameter(torch.empty(1 + len(POLARIZATIONS), cfg.hidden))
@@ -159,7 +161,7 @@ class SpectralOutput(nn.Module):
         self.fc2 = nn.Linear(cfg.hidden, cfg.rank)
 
     def forward(self, x: Tensor, channels: ChannelMeta) -> Tensor:
-        """`[B, M, d]` -> `[B, M, p*p*C]`, channel last, for `channels [C]` or `[B, C]`."""
+        """`[B, M, d]` -> `[B, M, E*C]`, channel last, for `channels [C]` or `[B, C]`."""
         mixing = self.coefficients(channels).mT  # [R, C] or [B, R, C]
         if mixing.ndim == 3:
             mixing = mixing[:, None]  # [B, 1, R, C]

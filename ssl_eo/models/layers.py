@@ -63,7 +63,8 @@ class Group:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of `q [B, A, Q, d]` over `k, v [B, A, K, d]`. The one place that chooses a kernel."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= _CPU_PLAIN_MAX_TOKENS:
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        weight: Tensor = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # [B, A, Q, K]
+        return weight @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

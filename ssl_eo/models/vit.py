@@ -235,6 +235,8 @@ class Encoder(nn.Module):
         return rows[0] if len(rows) == 1 else torch.cat(rows), groups, grids
 
     def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, tuple[int, int]]:
+        # FSDP casts every floating tensor that enters a unit, unless told not to with cast_forward_inputs=False.
+        assert item.channels.wavelength_um.dtype.itemsize >= 4, "wavelengths were rounded to half precision"
         x, grid = self.patch_embed(item.pixels, item.channels, item.ids_keep, products)  # [B, K, D]
         if item.mask is not None:
             if self.mask_token is None:
@@ -258,7 +260,7 @@ class Encoder(nn.Module):
         if self.cfg.position == "sincos_metres":
             if item.gsd_m is None:
                 raise ValueError("model.position sincos_metres needs gsd_m, the ground size of a pixel in metres")
-            gsd_m = torch.as_tensor(item.gsd_m, dtype=torch.float64, device=device).expand(item.pixels.shape[0])
+            gsd_m = torch.ones(item.pixels.shape[0], dtype=torch.float64, device=device) * item.gsd_m  # [B]
             return sincos_metres(grid, self.embed_dim, gsd_m / self.cfg.reference_gsd_m)
         return None
 

@@ -21,6 +21,7 @@ from ssl_eo.data.masking import MaskConfig, draw, predicted, stack_masks
 from ssl_eo.data.plans import CropConfig, resized_crop, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from ssl_eo.losses.targets import gradient_histograms, patch_statistics
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
 from ssl_eo.objectives import base
@@ -44,6 +45,11 @@ class Config:
     output: Literal["spectral", "linear"] = "spectral"  # any sensor; or one fixed number of channels, as in the paper
     spectral: SpectralConfig = field(default_factory=SpectralConfig)
     norm_pix: bool = True  # predict each patch with its own mean and variance taken out
+    # Predicted beside the pixels, with equal weight: mean and log spread of each channel of a patch (what norm_pix
+    # takes out), and log histograms of oriented gradients (arXiv 2112.09133).
+    extra_targets: list[Literal["statistics", "gradients"]] = field(default_factory=list)
+    gradient_bins: int = 8
+    gradient_cell_px: int = 4  # histograms are taken over cells of this side; divides the patch size
     ema_momentum: float | None = None  # keep a moving average of the encoder, probed and exported in its stead
 
     def __post_init__(self) -> None:
@@ -106,24 +112,36 @@ class Objective(base.Objective):
                 "output": _output_head(cfg, n_channels, encoder_cfg.patch_size),
             }
         )
+        if "gradients" in cfg.extra_targets:
+            n_cells = (self.patch_size // cfg.gradient_cell_px) ** 2
+            self.student["gradient_output"] = LinearOutput(cfg.decoder.embed_dim, cfg.gradient_bins, n_cells)
         self.teacher = None if cfg.ema_momentum is None else teacher_of(self.student, ["encoder"])
 
     @classmethod
     def views(cls, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> MaskedViews:
-        size, patch = cfg.crop.size_px, encoder_cfg.patch_size
+        size, patch, cell = cfg.crop.size_px, encoder_cfg.patch_size, cfg.gradient_cell_px
         if size % patch:
             raise ValueError(f"objective.crop.size_px {size} is not a multiple of model.patch_size {patch}")
+        if "gradients" in cfg.extra_targets and patch % cell:
+            raise ValueError(f"objective.gradient_cell_px {cell} does not divide model.patch_size {patch}")
         for schema in schemas:
             _tile_name(cfg, schema)
         return MaskedViews(cfg, (size // patch, size // patch), schemas)
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
         view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
-        pred = self._predict(view, mask.ids_keep, mask.ids_masked)  # [B, M, P*P*C]
-        with torch.autocast(pred.device.type, enabled=False):
-            target, valid = self._target(view.pixels, view.valid, mask.ids_masked)
-            loss = masked_mse(pred.float(), target, valid)
-        return Losses(total=loss, parts={"reconstruction": loss.detach()})
+        features = self._decode(view, mask.ids_keep, mask.ids_masked)  # [B, M, d]
+        pixels, statistics = self._split(self.student["output"](features, view.channels), view.channels)
+        predicted = {"pixels": pixels}
+        if "statistics" in self.cfg.extra_targets:
+            predicted["statistics"] = statistics
+        if "gradients" in self.cfg.extra_targets:
+            predicted["gradients"] = self.student["gradient_output"](features, view.channels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            targets = self._targets(view, mask.ids_masked)
+            parts = {name: masked_mse(pred.float(), *targets[name]) for name, pred in predicted.items()}
+            total = torch.stack(list(parts.values())).sum()
+        return Losses(total=total, parts={name: part.detach() for name, part in parts.items()})
 
     def schedules(self, total_steps: int) -> dict[str, Schedule]:
         return {} if self.cfg.ema_momentum is None else {"momentum": Constant(self.cfg.ema_momentum)}
@@ -139,7 +157,8 @@ class Objective(base.Objective):
         pixels, hidden = view.pixels[:n], mask.mask[:n]
         ids_hidden = hidden.nonzero()[:, 1].view(n, -1)  # [n, N-K]
         shown = PixelBatch(pixels, view.channels, view.gsd_m[:n])
-        pred = self._predict(shown, mask.ids_keep[:n], ids_hidden).float()  # [n, N-K, P*P*C]
+        features = self._decode(shown, mask.ids_keep[:n], ids_hidden)  # [n, N-K, d]
+        pred, _ = self._split(self.student["output"](features, view.channels).float(), view.channels)  # [n, N-K, P*P*C]
         patches = patchify(pixels, self.patch_size)  # [n, N, P*P*C]
         if self.cfg.norm_pix:  # a normalised prediction is shown with the mean and variance of its true patch
             truth = _gather(patches, ids_hidden)
@@ -153,19 +172,35 @@ class Objective(base.Objective):
             "reconstruction": unpatchify(patches.scatter(1, index, pred), self.patch_size, grid),
         }
 
-    def _predict(self, view: PixelBatch, ids_keep: Tensor, ids: Tensor) -> Tensor:
-        """Pixels `[B, M, P*P*C]` of the patches `ids [B, M]` from those at `ids_keep [B, K]` alone."""
+    def _decode(self, view: PixelBatch, ids_keep: Tensor, ids: Tensor) -> Tensor:
+        """Features `[B, M, d]` of the patches `ids [B, M]` from those at `ids_keep [B, K]` alone."""
         inputs = EncoderInput(view.pixels, view.channels, view.gsd_m, ids_keep=ids_keep)
         visible = self.student["encoder"]([inputs])[0]  # [B, P+K, D]
-        features = self.student["decoder"](visible, ids_keep, ids)  # [B, M, d]
-        pred: Tensor = self.student["output"](features, view.channels)
-        return pred
+        features: Tensor = self.student["decoder"](visible, ids_keep, ids)
+        return features
 
-    def _target(self, pixels: Tensor, valid: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        target = _gather(patchify(pixels, self.patch_size), ids)  # [B, M, P*P*C]
-        if valid is not None:
-            valid = _gather(patchify(valid, self.patch_size), ids)
-        return (normalise_patches(target, valid) if self.cfg.norm_pix else target), valid
+    def _split(self, values: Tensor, channels: ChannelMeta) -> tuple[Tensor, Tensor]:
+        """Pixels `[B, M, P*P*C]` and statistics `[B, M, 2*C]` (empty unless asked for) of the head's output."""
+        n_pixels = self.patch_size**2 * channels.n_channels
+        return values[..., :n_pixels], values[..., n_pixels:]
+
+    def _targets(self, view: PixelBatch, ids: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Target and validity of each thing that is predicted for the patches `ids [B, M]`."""
+        patches = _gather(patchify(view.pixels, self.patch_size), ids)  # [B, M, P*P*C]
+        valid = None if view.valid is None else _gather(patchify(view.valid, self.patch_size), ids)
+        targets = {"pixels": (normalise_patches(patches, valid) if self.cfg.norm_pix else patches, valid)}
+        if "statistics" in self.cfg.extra_targets:
+            targets["statistics"] = patch_statistics(patches, view.channels.n_channels, valid)
+        if "gradients" in self.cfg.extra_targets:
+            cfg = self.cfg
+            histograms = gradient_histograms(
+                view.pixels, self.patch_size, cfg.gradient_bins, cfg.gradient_cell_px, view.valid
+            )
+            targets["gradients"] = (
+                _gather(histograms[0], ids),
+                None if histograms[1] is None else _gather(histograms[1], ids),
+            )
+        return targets
 
 
 def _gather(patches: Tensor, ids: Tensor) -> Tensor:
@@ -194,8 +229,10 @@ def _channels(tile: TileSchema) -> ChannelMeta:
 
 
 def _output_head(cfg: Config, n_channels: int | None, patch_size: int) -> nn.Module:
+    """The head that answers for every channel of a patch: its pixels, then its statistics if they are predicted."""
+    n_values = patch_size**2 + 2 * ("statistics" in cfg.extra_targets)
     if cfg.output == "spectral":
-        return SpectralOutput(cfg.decoder.embed_dim, patch_size, cfg.spectral)
+        return SpectralOutput(cfg.decoder.embed_dim, n_values, cfg.spectral)
     if n_channels is None:
         raise ValueError("objective.output: linear needs sources with the same number of bands; use spectral")
-    return LinearOutput(cfg.decoder.embed_dim, n_channels, patch_size)
+    return LinearOutput(cfg.decoder.embed_dim, n_channels, n_values)

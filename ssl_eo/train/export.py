@@ -36,12 +36,13 @@ def load_encoder(path: Path) -> tuple[Encoder, Config, dict[str, Any]]:
     return objective.published_encoder().eval(), config, seal
 
 
-def open_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder of a run, a checkpoint or a bundle folder, and how the run reads its features (`pool`, `taps`)."""
+def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
+    """The encoder of a run, a checkpoint or a bundle folder, its step, and how its run reads features."""
     if (path / "encoder.json").is_file():
-        return load_bundle(path).encoder, {}
-    encoder, config, _ = load_encoder(path)
-    return encoder, {"pool": config.eval.pool, "taps": config.eval.taps}
+        bundle = load_bundle(path)
+        return bundle.encoder, bundle.facts["step"], {}
+    encoder, config, seal = load_encoder(path)
+    return encoder, seal["step"], {"pool": config.eval.pool, "taps": config.eval.taps}
 
 
 def export_encoder(path: Path, out: Path) -> int:

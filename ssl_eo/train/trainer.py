@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from ssl_eo.data.types import Batch, move_to
 from ssl_eo.distributed import AgreedFlag, World, all_agree, barrier, init_world, is_main, shutdown
 from ssl_eo.eval.features import tap_layers
 from ssl_eo.eval.hook import EvalHook, undisturbed
+from ssl_eo.eval.offline import print_summary
 from ssl_eo.eval.report import write_report
 from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
@@ -283,6 +285,8 @@ class Trainer:
         for sink in (*self.sinks, *filter(None, [self.keys_log])):
             sink.close()
         if is_main() and self.config.log.report:
+            if self.config.eval.every_n_steps:
+                print_summary(self.config.run_dir / "eval.jsonl", sys.stderr)
             self._note(f"report: {write_report(self.config.run_dir)}")
 
 

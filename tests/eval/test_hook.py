@@ -175,6 +175,18 @@ def test_a_rank_that_fails_leaves_no_other_waiting(tmp_path: Path, on_ranks: Cal
     assert all(r["kind"] != "error" for r in records if r["step"] == 20)
 
 
+def _run_where_one_rank_reads_less(run_dir: str) -> dict[str, float]:
+    encoder, encode = _encoder()
+    train = TaskSource("toy.scenes", scenes.Config(n=40, broken=[5] if rank() == 1 else []))
+    return _hook(Path(run_dir), controls=False, tasks=[replace(_task(), train=train)]).run(encode, 10, encoder)
+
+
+def test_ranks_that_read_different_samples_are_an_error(tmp_path: Path, on_ranks: Callable[..., list[Any]]) -> None:
+    assert on_ranks(2, _run_where_one_rank_reads_less, str(tmp_path)) == [{}, {}]
+    (record,) = read_jsonl(tmp_path / "eval.jsonl")
+    assert "rank 1: could not read the same samples" in record["error"]
+
+
 def test_records_after_a_half_written_line_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "eval.jsonl"
     path.write_text(json.dumps({"step": 1, "task": "toy", "features": "encoder"}) + '\n{"step": 2, "ta')

@@ -45,7 +45,7 @@ def test_fingerprint_of_the_original():
     cfg = EncoderConfig(embed_dim=48, depth=2, n_heads=4, patch_size=8, patch_embed="conv")
     encoder = Encoder(cfg, n_channels=3)
     decoder = MaskedDecoder(DecoderConfig(embed_dim=32, depth=1, n_heads=4), encoder_dim=48)
-    output = LinearOutput(32, 3, 8)
+    output = LinearOutput(32, 3, 64)
     for module, prefix in ((encoder, "encoder"), (decoder, "decoder"), (output, "output")):
         fill_by_formula(module, prefix)
 

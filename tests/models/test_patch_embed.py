@@ -304,7 +304,7 @@ def test_errors_tell_what_to_do():
             embed.check(channels("blue", "cover"))
     with pytest.raises(ValueError, match="built for 3 channels and got 2"):
         conv(pixels(1, 2).float(), channels("blue", "red"))
-    with pytest.raises(ValueError, match="13 x 8 .* 4 x 4"):
+    with pytest.raises(ValueError, match=r"13 x 8 .* 4 x 4"):
         conv(pixels(1, 3, (13, 8)).float(), channels("blue", "red", "vv"))
     with pytest.raises(ValueError, match="depends on the pixels"):
         attention.bake(channels("blue"))

@@ -59,8 +59,8 @@ class Climate:
 class Scene:
     """A place as physics: maps are `[n, n]`, row 0 in the north; elevation in metres, temperature in kelvin.
 
-    `light` is illumination by slope times texture. `vigour` shifts green plants towards dry ones from place to place.
-    `haze` and `gain` act on every optical band; `wind` roughens water for radar.
+    `light` is illumination by slope times texture. `drought` is the share of green leaves dried up from place to place.
+    `haze` and `gain` act on every optical band; `wind_db` is what waves add to the backscatter of water.
     """
 
     label: int
@@ -68,7 +68,7 @@ class Scene:
     surface: NDArray[np.uint8]
     mixture: Array
     light: Array
-    vigour: Array
+    drought: Array
     elevation_m: Array
     slope: tuple[Array, Array]
     climate: Climate
@@ -81,7 +81,7 @@ class Scene:
     def materials(self) -> Array:
         """Amount of each material in each pixel, times light: `[K, n, n]`."""
         amount = np.take(np.ascontiguousarray(self.mixture.T), self.surface, axis=1)  # [K, n, n]
-        withered = amount[Material.LEAF] * self.vigour
+        withered = amount[Material.LEAF] * self.drought
         amount[Material.LEAF] -= withered
         amount[Material.DRY_PLANT] += withered
         amount *= self.light
@@ -121,7 +121,7 @@ def build_scene(rng: np.random.Generator, extent_m: float) -> Scene:
         surface=canvas.surface,
         mixture=_mixture(rng, climate),
         light=_illumination(slope, climate) * np.maximum(texture, np.float32(0.3)),
-        vigour=np.clip(np.float32(0.12) + np.float32(rng.uniform(0.02, 0.15)) * canvas.wetness, 0, 0.6),
+        drought=np.clip(np.float32(0.12) + np.float32(rng.uniform(0.02, 0.15)) * canvas.wetness, 0, 0.6),
         elevation_m=elevation,
         slope=slope,
         climate=climate,
@@ -140,8 +140,8 @@ def _climate(rng: np.random.Generator, scene_name: str) -> Climate:
     summer = -np.cos(2 * np.pi * (day + 10) / 365) * north  # 1 at midsummer, -1 at midwinter
     polewards = abs(latitude)
     air_k = 273.15 + 29 - 0.42 * polewards + 0.24 * polewards * summer + rng.normal(0, 2.5)
-    drought = rng.beta(1.5, 4)
-    greenness = (1 - drought) / (1 + np.exp(-(air_k - 281) / 3.0))
+    aridity = rng.beta(1.5, 4)
+    greenness = (1 - aridity) / (1 + np.exp(-(air_k - 281) / 3.0))
     elevation, azimuth = _sun(np.radians(latitude), day)
     return Climate(
         latitude=latitude,
@@ -225,11 +225,11 @@ def _plants(cover: float, green: float, shade: float, soil: NDArray[np.float64])
 def _crops(rng: np.random.Generator, green: float, soil: NDArray[np.float64]) -> NDArray[np.float64]:
     """One row a parcel: a few crops grow in a place, each at its own stage from bare soil over green to ripe."""
     n_crops = int(rng.integers(2, 6))
-    cover, alive = rng.beta(0.8, 0.6, n_crops), rng.beta(1.2, 0.8, n_crops)
+    cover, alive = np.linspace(rng.uniform(0, 0.3), 1, n_crops), rng.beta(1.2, 0.8, n_crops)
     crop = rng.integers(n_crops, size=len(PARCELS))
     cover = np.clip(cover[crop] + rng.normal(0, 0.08, len(PARCELS)), 0, 1)[:, None]
     alive = np.clip((alive[crop] + rng.normal(0, 0.08, len(PARCELS))) * min(1.0, 1.3 * green), 0, 1)[:, None]
-    rows = (1 - cover) * soil * rng.uniform(0.85, 1.15, (len(PARCELS), 1))
+    rows = (1 - cover) * soil * rng.uniform(0.75, 1.2, (len(PARCELS), 1))
     rows[:, Material.LEAF] += (cover * alive)[:, 0]
     rows[:, Material.DRY_PLANT] += (0.8 * cover * (1 - alive))[:, 0]
     return rows

@@ -54,6 +54,7 @@ class PatchEmbed(nn.Module, ABC):
 
         `channels` are checked here only when they are on the CPU, since looking at them would stall a device: call
         `check` once before they move. On a device an unsupported channel gives NaN tokens, never plausible ones.
+        Pixels are cast to the dtype of the weights.
         """
 
     def products(self) -> WeightProducts | None:
@@ -65,7 +66,7 @@ class PatchEmbed(nn.Module, ABC):
         real = torch.ones_like(channels.kind, dtype=torch.bool) if channels.valid is None else channels.valid
         kind = channels.kind.expand(real.shape)[real]
         kinds = set(kind.tolist())
-        if _CATEGORICAL in kinds or min(kinds) < 0:
+        if _CATEGORICAL in kinds or any(k < 0 for k in kinds):
             raise ValueError(
                 "only optical, thermal, sar and elevation channels can be embedded: leave categorical ones out of the"
                 " encoder's bands (class maps are targets, not pixels)"
@@ -141,7 +142,8 @@ class ConvPatchEmbed(PatchEmbed):
                 " same bands, or a patch embedding for any sensor (model.patch_embed: channel_attention or dynamic)"
             )
         patches, grid = cut_patches(pixels, self.patch_size, ids_keep, self.padding)  # [B, K, C, E]
-        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias), grid  # [B, K, D]
+        kernel = self.proj.weight.flatten(1)  # [D, C*E]
+        return F.linear(patches.flatten(2).to(kernel.dtype), kernel, self.proj.bias), grid  # [B, K, D]
 
     def check(self, channels: ChannelMeta) -> None:
         if channels.n_channels != self.n_channels:

@@ -115,7 +115,8 @@ class ChannelAttentionPatchEmbed(PatchEmbed):
             code_logits = torch.einsum("ad,adf->af", query, to_k) / math.sqrt(query.shape[1])  # [A, F]
             pixel_logits = code_logits @ to_token  # [A, E]
         values = torch.unflatten(to_v.flatten(0, 1) @ to_token, 0, (self.n_heads, -1))  # [A, d, E]
-        return WeightProducts(pixel_logits, code_logits, torch.einsum("oad,ade->oae", to_out, values))
+        pixel_values = torch.einsum("oad,ade->oae", to_out, values).to(self.proj.weight.dtype)  # [D, A, E]
+        return WeightProducts(pixel_logits, code_logits, pixel_values)
 
     def forward(
         self,
@@ -132,8 +133,9 @@ class ChannelAttentionPatchEmbed(PatchEmbed):
         bias = self.conv3d.conv3d.bias
         assert bias is not None
         code = self.chnfus.chnemb(channels) + bias  # [C, F] or [B, C, F]
-        weight = self._attend(patches, code, channels.valid, products)  # [B, K, A, C]
-        mixed = (weight @ patches).flatten(2)  # [B, K, A*E]
+        dtype = self.proj.weight.dtype
+        weight = self._attend(patches, code, channels.valid, products).to(dtype)  # [B, K, A, C]
+        mixed = (weight @ patches.to(dtype)).flatten(2)  # [B, K, A*E]
         tokens = F.linear(mixed, products.pixel_values.flatten(1), self.proj.bias)  # [B, K, D]
         return tokens + weight.flatten(2) @ self._code_values(code), grid
 

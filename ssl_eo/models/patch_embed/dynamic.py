@@ -127,7 +127,7 @@ class DynamicPatchEmbed(PatchEmbed):
             self.check(channels)
         kernel, bias = self._generate(channels)  # [C*E, D], [D]
         patches, grid = cut_patches(pixels, self.patch_size, ids_keep, self.padding)  # [B, K, C, E]
-        return patches.flatten(2) @ kernel + bias, grid  # [B, K, D]
+        return patches.flatten(2).to(kernel.dtype) @ kernel + bias, grid  # [B, K, D]
 
     def bake(self, channels: ChannelMeta) -> ConvPatchEmbed:
         self.check(channels)
