@@ -7,7 +7,6 @@ is found by the seal, reported, and the one before is used.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -34,8 +33,13 @@ __all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "load_weights"
 
 log = logging.getLogger(__name__)
 
+# DCP warns whenever there is one process; here that is meant.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
 _NAME = re.compile(r"step_(\d{8})")
 _SEAL = "complete.json"
+_ENTRY_BYTES = 2048  # what DCP's container adds to each tensor, roughly
+_DCP_ERRORS = (Exception, CheckpointException)  # the latter derives from BaseException
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -97,16 +101,15 @@ class Checkpointer:
         partial = self.root / f"{final.name}.partial"
         alone = world_size() == 1
         try:
-            with _quiet():
-                if self.cfg.asynchronous:
-                    saving = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
-                    assert isinstance(saving, Future)
-                    self._pending = self._finaliser.submit(self._finish, saving, partial, final, step, facts)
-                    return
-                save(state, checkpoint_id=partial, no_dist=alone)
+            if self.cfg.asynchronous:
+                saving = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
+                assert isinstance(saving, Future)
+                self._pending = self._finaliser.submit(self._finish, saving, partial, final, step, facts)
+                return
+            save(state, checkpoint_id=partial, no_dist=alone)
             if is_main():
                 self._seal(partial, final, step, facts)
-        except Exception as error:
+        except _DCP_ERRORS as error:
             raise self._write_error(error, partial, step) from error
         barrier()
 
@@ -128,9 +131,8 @@ class Checkpointer:
         seal = _read_seal(path)
         state = self._state()
         try:
-            with _quiet():
-                load(state, checkpoint_id=path, no_dist=world_size() == 1)
-        except Exception as error:
+            load(state, checkpoint_id=path, no_dist=world_size() == 1)
+        except _DCP_ERRORS as error:
             raise CheckpointError(f"{path} does not fit this config or cannot be read: {_first_line(error)}") from error
         set_state_dict(
             self.objective,
@@ -150,7 +152,7 @@ class Checkpointer:
             saving.result()
             if is_main():
                 self._seal(partial, final, step, facts)
-        except Exception as error:
+        except _DCP_ERRORS as error:
             raise self._write_error(error, partial, step) from error
 
     def _seal(self, partial: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
@@ -174,20 +176,16 @@ class Checkpointer:
         return every is not None and _step_of(path) % every == 0
 
     def _check_space(self, state: dict[str, Any]) -> None:
-        needed = sum(
-            v.numel() * v.element_size()
-            for part in state.values()
-            for v in part.values()
-            if isinstance(v, torch.Tensor)
-        )
+        tensors = [v for part in state.values() for v in part.values() if isinstance(v, torch.Tensor)]
+        needed = sum(t.numel() * t.element_size() + _ENTRY_BYTES for t in tensors)
         free = shutil.disk_usage(self.root).free
-        if free < needed * 1.05:
+        if free < needed:
             raise CheckpointError(
-                f"{self.root}: {free / 1e9:.2f} GB free, a checkpoint needs {needed * 1.05 / 1e9:.2f} GB;"
+                f"{self.root}: {free / 1e6:.1f} MB free, a checkpoint needs {needed / 1e6:.1f} MB;"
                 f" {self._state_of_disk()}"
             )
 
-    def _write_error(self, error: Exception, partial: Path, step: int) -> CheckpointError:
+    def _write_error(self, error: BaseException, partial: Path, step: int) -> CheckpointError:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
         return CheckpointError(f"checkpoint of step {step} not written: {_root_cause(error)}; {self._state_of_disk()}")
@@ -231,18 +229,9 @@ def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
     state = objective.state_dict()
-    with _quiet():
-        load({"objective": state}, checkpoint_id=path, no_dist=True)
+    load({"objective": state}, checkpoint_id=path, no_dist=True)
     objective.load_state_dict(state)
     return _read_seal(path)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that there is one process: that is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _candidates(root: Path) -> list[Path]:

@@ -88,12 +88,12 @@ class JsonLines:
 class ProgressLine:
     """A live line on a terminal, plain lines elsewhere: step, loss, samples/s, data wait, time left."""
 
-    def __init__(self, total_steps: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, total_steps: int, stream: TextIO | None = None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._total = total_steps
-        self._console = Console(file=stream, soft_wrap=True, highlight=False)
+        self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False)
         self._live: Progress | None = None
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))

@@ -1,0 +1,27 @@
+"""The masked autoencoder with a loss that is not finite at some steps; an objective of a user's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ssl_eo.data.types import Batch
+from ssl_eo.objectives import mae
+from ssl_eo.objectives.base import Losses
+
+
+@dataclass
+class Config(mae.Config):
+    """`bad_steps` are the steps whose loss is NaN."""
+
+    bad_steps: list[int] = field(default_factory=list)
+
+
+class Objective(mae.Objective):
+    cfg: Config
+
+    def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
+        losses = super().forward(batch, now)
+        factor = math.nan if batch.step in self.cfg.bad_steps else 1.0
+        return Losses(losses.total * factor, losses.parts)
