@@ -338,6 +338,14 @@ def test_a_truncated_tar_is_an_error(tmp_path, keep):
         ShardReader(path).read(0, "json")
 
 
+def keeps_its_sum(header):
+    """A tar header is protected by the sum of its bytes alone; damage that keeps it is for the manifest's SHA-256."""
+    try:
+        return tarfile.nti(header[148:156]) in tarfile.calc_chksums(header)
+    except tarfile.HeaderError:
+        return False
+
+
 @PROPERTY
 @given(data=st.data())
 def test_no_damage_to_a_header_goes_unseen(tmp_path, data):
@@ -351,7 +359,7 @@ def test_no_damage_to_a_header_goes_unseen(tmp_path, data):
     unchanged = content[start : start + len(junk)] == junk
     content[start : start + len(junk)] = junk
     path.write_bytes(content)
-    if unchanged:
+    if unchanged or keeps_its_sum(bytes(content[header : header + 512])):
         return
     with pytest.raises(ShardError) as caught:
         ShardIndex.build(path)
