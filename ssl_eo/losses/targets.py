@@ -37,6 +37,7 @@ def patch_statistics(patches: Tensor, n_channels: int, valid: Tensor | None = No
     return statistics, (n >= 2).repeat(1, 1, 2)
 
 
+@torch.no_grad()
 def gradient_histograms(
     pixels: Tensor, patch_size: int, n_bins: int, cell: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -50,11 +51,11 @@ def gradient_histograms(
     dx = F.pad(grey[..., 2:] - grey[..., :-2], (1, 1))  # [B, 1, H, W]
     dy = F.pad(grey[..., 2:, :] - grey[..., :-2, :], (0, 0, 1, 1))
     length = (dx.square() + dy.square()).sqrt()
-    angle = torch.atan2(dy, dx) * (n_bins / math.pi)  # in bins, [-O, O]
-    bins = torch.arange(n_bins, device=pixels.device).view(1, -1, 1, 1)
-    distance = (angle - bins).remainder(n_bins)  # [B, O, H, W]
-    share = (1 - torch.minimum(distance, n_bins - distance)).clamp(min=0)
-    histogram = (F.avg_pool2d(share * length, cell) + _GRADIENT_FLOOR).log()  # [B, O, H/cell, W/cell]
+    angle = (torch.atan2(dy, dx) * (n_bins / math.pi)).remainder(n_bins)  # in bins, [0, O]
+    bins = torch.arange(n_bins, device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
+    distance = (angle - bins).abs_()  # [B, O, H, W]; in place from here on: O times the pixels is the cost
+    share = torch.minimum(distance, n_bins - distance).neg_().add_(1).clamp_(min=0)
+    histogram = F.avg_pool2d(share.mul_(length), cell).add_(_GRADIENT_FLOOR).log_()  # [B, O, H/cell, W/cell]
     target = _cells_of_patches(histogram, patch_size // cell)
     if valid is None:
         return target, None

@@ -125,7 +125,8 @@ class Trainer:
             self._note(f"{config.run_dir} has finished its {self.step} steps; nothing to do")
             return EXIT_DONE
         started = time.monotonic()
-        self._evaluate()
+        if self.step == 0:
+            self._evaluate()
         self.model.train()
         self.stopwatch.lap()
         with _signals_raise(self.stop):
@@ -134,12 +135,11 @@ class Trainer:
                 micro_batches = [self._next(batches) for _ in range(config.train.accumulate)]
                 self._train_step(micro_batches)
                 self.step += 1
-                if self.step % config.log.every_n_steps == 0 or self.step == config.train.total_steps:
-                    self._log()
+                probes = self._evaluate()
+                if probes or self.step % config.log.every_n_steps == 0 or self.step == config.train.total_steps:
+                    self._log(probes)
                 if self._picture_due():
                     self._draw(micro_batches[-1])
-                if self.evaluation.due(self.step, config.train.total_steps):
-                    self._evaluate()
                 if config.train.time_limit_s is not None and time.monotonic() - started > config.train.time_limit_s:
                     self.stop.raised = True
                 stop = self.stop.poll()
@@ -213,7 +213,7 @@ class Trainer:
             )
         return step
 
-    def _log(self) -> None:
+    def _log(self, probes: dict[str, float]) -> None:
         values, flags = self.meters.read()
         seconds, waited = self.stopwatch.lap()
         self._account_for_skipped(flags)
@@ -229,6 +229,7 @@ class Trainer:
             "n_skipped_steps": self.n_skipped,
             "n_bad_samples": self.loader.n_bad,
             "eta_s": seconds / len(flags) * (self.config.train.total_steps - self.step),
+            **probes,
         }
         if self.world.device.type == "cuda":
             record["max_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -251,12 +252,15 @@ class Trainer:
                 )
         self.recent_keys = []
 
-    def _evaluate(self) -> None:
-        if self.evaluation.due(self.step, self.config.train.total_steps):
-            start = time.perf_counter()
-            with self._autocast():
-                self.evaluation.run(self._encode_taps, self.step, self.objective)
-            self.stopwatch.exclude(time.perf_counter() - start)
+    def _evaluate(self) -> dict[str, float]:
+        """What the probes found if they are due now; leaves no trace in the training."""
+        if not self.evaluation.due(self.step, self.config.train.total_steps):
+            return {}
+        start = time.perf_counter()
+        with self._autocast():
+            found = self.evaluation.run(self._encode_taps, self.step, self.objective)
+        self.stopwatch.exclude(time.perf_counter() - start)
+        return found
 
     def _encode_taps(self, inputs: EncoderInput) -> Sequence[Tokens]:
         depth = len(self.objective.published_encoder().blocks)
