@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ssl_eo import __version__
 
@@ -45,8 +45,15 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is one line, as every other error; `--help` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"ssl-eo: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ssl-eo", description="Self-supervised pretraining for Earth observation.")
+    parser = _Parser(prog="ssl-eo", description="Self-supervised pretraining for Earth observation.")
     parser.add_argument("--version", action="version", version=f"ssl_eo {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -187,9 +194,9 @@ def _data_stats(arguments: argparse.Namespace) -> int:
         report = stats(source, n_workers=arguments.workers, progress=progress)
     table = Table(title=f"{report.n_samples} samples ({report.n_bad} bad left out), stored units")
     for column in ("tile", "band", "valid pixels", "mean", "std", "min", "max"):
-        table.add_column(column, justify="left" if column in ("tile", "band") else "right")
+        table.add_column(column, justify="left" if column in ("tile", "band") else "right", overflow="fold")
     for tile, band, count, *values in report.rows():
-        table.add_row(tile, band, f"{count:,}", *(f"{v:.4f}" for v in values))
+        table.add_row(tile, band, f"{count:,}", *(f"{v:.6g}" for v in values))
     Console().print(table)
     return 0
 
@@ -218,15 +225,10 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _open_source(arguments: argparse.Namespace) -> Any:
-    from omegaconf import OmegaConf
-
-    from ssl_eo.config import build
+    from ssl_eo.config import build, read_overrides
     from ssl_eo.data.loader import SourceConfig, open_source
 
-    for option in arguments.options:
-        if "=" not in option:
-            raise ValueError(f"option {option!r}: write key=value, for instance split=train")
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(arguments.options))
+    options = read_overrides(arguments.options)
     root = {} if arguments.root is None else {"root": arguments.root}
     return open_source(build(SourceConfig, {"name": arguments.source, **root, **options}, "--source"))
 

@@ -26,7 +26,18 @@ from ssl_eo.train.metrics import LogConfig
 from ssl_eo.train.optim import OptimConfig
 from ssl_eo.train.parallel import ParallelConfig
 
-__all__ = ["Config", "RunConfig", "TrainConfig", "build", "difference", "fingerprint", "load", "read_yaml", "to_dict"]
+__all__ = [
+    "Config",
+    "RunConfig",
+    "TrainConfig",
+    "build",
+    "difference",
+    "fingerprint",
+    "load",
+    "read_overrides",
+    "read_yaml",
+    "to_dict",
+]
 
 T = TypeVar("T")
 
@@ -103,16 +114,18 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged = _merge_includes(path, ())
-        for override in overrides:
-            key, sign, text = override.partition("=")
-            if not sign or not key:
-                raise ValueError(f"override {override!r}: write key=value, for instance optim.lr=0.001")
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-            OmegaConf.update(merged, key, value, merge=True, force_add=True)
+        merged = _override(_merge_includes(path, ()), overrides)
         plain: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    return plain
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain types from `key=value` alone; dots in a key make mappings."""
+    from omegaconf import OmegaConf
+
+    plain: dict[str, Any] = OmegaConf.to_container(_override(OmegaConf.create({}), overrides))
     return plain
 
 
@@ -197,6 +210,23 @@ def _find_config(name: str) -> Path:
     raise ValueError(f"no config file {name!r}{suggest(name, known)} (shipped: {', '.join(known)})")
 
 
+def _override(target: Any, overrides: Sequence[str]) -> Any:
+    """Write each `key=value` into the OmegaConf mapping `target`; values are YAML."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key:
+            raise ValueError(f"{override!r}: write key=value, for instance optim.lr=0.001")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except YAMLError as error:
+            raise ValueError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
+        OmegaConf.update(target, key, value, merge=True, force_add=True)
+    return target
+
+
 def _merge_includes(path: Path, parents: tuple[Path, ...]) -> Any:
     from omegaconf import DictConfig, OmegaConf
     from yaml import YAMLError
@@ -207,7 +237,7 @@ def _merge_includes(path: Path, parents: tuple[Path, ...]) -> Any:
     try:
         own = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from None
+        raise ValueError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
     if not isinstance(own, DictConfig):
         raise ValueError(f"{path}: a config file holds one mapping of keys")
     includes = own.pop("include", [])
@@ -305,6 +335,10 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _is_free(key: str) -> bool:
     return key.startswith(_FREE_KEYS) or (key.startswith("data.sources[") and key.endswith("].root"))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _join(where: str, key: str) -> str:

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,23 @@ class SensorInput:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     gsd_m: float
+
+    def __post_init__(self) -> None:
+        self.sensor.index(self.bands)
+        n = len(self.bands)
+        if len(self.mean) != n or len(self.std) != n:
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations for {n} bands")
+        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in (*self.std, self.gsd_m)):
+            raise ValueError("mean must be finite, std and gsd_m positive and finite")
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in the body of a safetensors file, in bytes, and what it is."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
 class BundleEncoder(nn.Module):
@@ -131,28 +148,19 @@ def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInpu
 def load_bundle(folder: str | Path) -> BundleEncoder:
     """The encoder of a bundle folder, in eval mode. Raises `ValueError` for anything that is not a whole bundle."""
     folder = Path(folder)
+    page = _read_page(folder)
     try:
-        page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None
-    if page.get("format") != FORMAT:
-        raise ValueError(f"{folder}: bundle format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
-    encoder = Encoder(_dataclass_from(EncoderConfig, page["encoder"]), page["n_channels"])
+        # On the meta device no size that a damaged file may state takes memory.
+        with torch.device("meta"):
+            encoder = Encoder(_dataclass_from(EncoderConfig, page["encoder"]), page["n_channels"])
+        inputs = {name: _input_from(name, raw) for name, raw in page["inputs"].items()}
+    except KeyError as error:
+        raise ValueError(f"{folder}/encoder.json: key {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{folder}/encoder.json: {_one_line(error)}") from error
     tensors = read_tensors(folder / "encoder.safetensors")
-    try:
-        encoder.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: weights do not fit the encoder: {error}") from None
-    inputs = {
-        name: SensorInput(
-            sensor=Sensor.from_dict(raw["sensor"], where=f"{folder}/encoder.json: {name}"),
-            bands=tuple(raw["bands"]),
-            mean=tuple(raw["mean"]),
-            std=tuple(raw["std"]),
-            gsd_m=raw["gsd_m"],
-        )
-        for name, raw in page["inputs"].items()
-    }
+    _check_fit(folder, encoder, tensors)
+    encoder.to_empty(device="cpu").load_state_dict(tensors)
     facts = {k: v for k, v in page.items() if k not in ("format", "encoder", "n_channels", "inputs")}
     return BundleEncoder(encoder, inputs, facts).eval()
 
@@ -192,10 +200,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: header length {n_header} exceeds the file; truncated, or not a safetensors file")
     try:
         header = json.loads(data[8 : 8 + n_header])
-    except ValueError:
-        raise ValueError(f"{path}: the header is not JSON; not a safetensors file") from None
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: the header is not a JSON object; not a safetensors file")
+    header.pop("__metadata__", None)
+    places = {name: _place(path, name, entry) for name, entry in header.items()}
     body = memoryview(data)[8 + n_header :]
-    return {name: _tensor(path, name, entry, body) for name, entry in header.items() if name != "__metadata__"}
+    _check_places(path, places, len(body))
+    return {name: _tensor(place, body) for name, place in places.items()}
 
 
 def _raw_bytes(tensor: Tensor) -> bytes:
@@ -204,26 +217,83 @@ def _raw_bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(values.data_ptr(), values.numel() * values.element_size())
 
 
-def _tensor(path: Path, name: str, entry: Any, body: memoryview) -> Tensor:
+def _place(path: Path, name: str, entry: Any) -> _Place:
+    """What the header says of one tensor; the number of its bytes follows from its shape."""
     try:
         dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        fits = 0 <= start <= end <= len(body) and end - start == math.prod(shape) * dtype.itemsize
+        numbers = (*shape, start, end)
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: entry {name!r} of the header is malformed: {entry!r}") from None
-    if not fits:
-        raise ValueError(f"{path}: tensor {name!r} of shape {shape} does not fit its place in the file (truncated?)")
+        numbers = (None,)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{path}: entry {name!r} of the header lacks a known dtype, a shape or data_offsets")
+    strides_fit = math.prod(size or 1 for size in shape) < 1 << 48
+    if not strides_fit or end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path}: tensor {name!r} of shape {shape} and {dtype} has {end - start} bytes")
+    return _Place(start, end, dtype, tuple(shape))
+
+
+def _check_places(path: Path, places: Mapping[str, _Place], n_bytes: int) -> None:
+    """The tensors fill the body of the file without a gap and without an overlap."""
+    expected = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1][:2]):
+        if place.start != expected:
+            raise ValueError(f"{path}: tensor {name!r} starts at byte {place.start} of the body, expected {expected}")
+        expected = place.end
+    if expected != n_bytes:
+        raise ValueError(f"{path}: the tensors have {expected} bytes, the body of the file {n_bytes} (truncated?)")
+
+
+def _tensor(place: _Place, body: memoryview) -> Tensor:
+    start, end, dtype, shape = place
     if start == end:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(body[start:end]), dtype=dtype).reshape(shape)
 
 
+def _read_page(folder: Path) -> dict[str, Any]:
+    """The content of `encoder.json`, which is an object of the format that this version reads."""
+    try:
+        page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None
+    if not isinstance(page, dict):
+        raise ValueError(f"{folder}: not an encoder bundle (encoder.json holds no object)")
+    if page.get("format") != FORMAT:
+        raise ValueError(f"{folder}: bundle format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
+    return page
+
+
+def _check_fit(folder: Path, encoder: Encoder, tensors: Mapping[str, Tensor]) -> None:
+    expected = {name: list(value.shape) for name, value in encoder.state_dict().items()}
+    found = {name: list(value.shape) for name, value in tensors.items()}
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        first = wrong[0]
+        raise ValueError(
+            f"{folder}: {len(wrong)} tensors do not fit the encoder, the first is {first}: expected"
+            f" {expected.get(first, 'none')}, found {found.get(first, 'none')}"
+        )
+
+
+def _input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:
+    return SensorInput(
+        sensor=Sensor.from_dict(raw["sensor"], where=f"inputs.{name}"),
+        bands=tuple(raw["bands"]),
+        mean=tuple(raw["mean"]),
+        std=tuple(raw["std"]),
+        gsd_m=raw["gsd_m"],
+    )
+
+
 def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
     """A (nested) dataclass from the plain values that `asdict` gave, tuples restored where the default is one."""
-    default = cls()
+    default, hints = cls(), get_type_hints(cls)
     values = {}
     for key, value in raw.items():
-        if not hasattr(default, key):
+        if key not in hints:
             raise ValueError(f"encoder config: unknown key {key!r}; written by a newer version of ssl_eo?")
+        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
+            raise ValueError(f"encoder config: {key} is {value!r}, which this version of ssl_eo does not know")
         current = getattr(default, key)
         if is_dataclass(current):
             value = _dataclass_from(type(current), value)
@@ -231,3 +301,7 @@ def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
             value = tuple(value)
         values[key] = value
     return cls(**values)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -229,7 +229,7 @@ def load_sensor(name: str) -> Sensor:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a sensor file holds one mapping, found {type(raw).__name__}")
     return Sensor.from_dict({"name": path.stem, **raw}, where=str(path))

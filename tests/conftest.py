@@ -18,6 +18,12 @@ import torch.multiprocessing as mp
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate-golden", action="store_true", help="write tests/golden/*.json anew; look at the diff"
+    )
+
+
 def _enter(rank: int, n_ranks: int, folder: str, call: Callable[..., Any], args: tuple[Any, ...]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_ranks)
     try:

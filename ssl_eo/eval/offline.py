@@ -37,12 +37,12 @@ def evaluate(encoder: Encoder, step: int, cfg: EvalConfig, out: Path) -> None:
 def print_summary(path: Path, stream: TextIO) -> bool:
     """Print one table for each task in the file `path` (`eval.jsonl`): last step against step 0 and the controls.
 
-    Returns whether every task could be measured at its last step.
+    Returns whether all that the tables compare could be measured; what could not is named below its table.
     """
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=stream, highlight=False)
+    console = Console(file=stream, soft_wrap=True, highlight=False, markup=False, emoji=False)
     records = read_jsonl(path)
     complete = True
     for task in dict.fromkeys(r["task"] for r in records):
@@ -57,9 +57,9 @@ def print_summary(path: Path, stream: TextIO) -> bool:
         console.print(table)
         for line in _margins(_rows(of_task, last), probes, last):
             console.print(line)
-        for error in (r["error"] for r in of_task if r["kind"] == "error" and r["step"] == last):
+        for r in (r for r in of_task if r["kind"] == "error" and r["step"] in (0, last)):
             complete = False
-            console.print(f"could not be measured: {error}")
+            console.print(f"  {_title(r, last)} could not be measured: {r['error']}")
     return complete
 
 

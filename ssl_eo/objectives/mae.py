@@ -45,6 +45,7 @@ class Config:
     output: Literal["spectral", "linear"] = "spectral"  # any sensor; or one fixed number of channels, as in the paper
     spectral: SpectralConfig = field(default_factory=SpectralConfig)
     norm_pix: bool = True  # predict each patch with its own mean and variance taken out
+    norm_pix_eps: float = 1e-6  # added to that variance; larger values stop flat patches from becoming pure noise
     # Predicted beside the pixels, with equal weight: mean and log spread of each channel of a patch (what norm_pix
     # takes out), and log histograms of oriented gradients (arXiv 2112.09133).
     extra_targets: list[Literal["statistics", "gradients"]] = field(default_factory=list)
@@ -55,6 +56,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.ema_momentum is not None and not 0 <= self.ema_momentum < 1:
             raise ValueError(f"ema_momentum must be in [0, 1) or null, got {self.ema_momentum}")
+        if not self.norm_pix_eps > 0:
+            raise ValueError(f"norm_pix_eps must be positive, got {self.norm_pix_eps}")
+        if self.gradient_bins < 2 or self.gradient_cell_px < 1:
+            raise ValueError(
+                f"gradient_bins must be at least 2 and gradient_cell_px at least 1, got {self.gradient_bins} and"
+                f" {self.gradient_cell_px}"
+            )
 
 
 class MaskedPlan(NamedTuple):
@@ -188,7 +196,7 @@ class Objective(base.Objective):
         """Target and validity of each thing that is predicted for the patches `ids [B, M]`."""
         patches = _gather(patchify(view.pixels, self.patch_size), ids)  # [B, M, P*P*C]
         valid = None if view.valid is None else _gather(patchify(view.valid, self.patch_size), ids)
-        targets = {"pixels": (normalise_patches(patches, valid) if self.cfg.norm_pix else patches, valid)}
+        targets = {"pixels": (normalise_patches(patches, valid, self.cfg.norm_pix_eps) if self.cfg.norm_pix else patches, valid)}
         if "statistics" in self.cfg.extra_targets:
             targets["statistics"] = patch_statistics(patches, view.channels.n_channels, valid)
         if "gradients" in self.cfg.extra_targets:

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
@@ -130,10 +132,7 @@ class Checkpointer:
             return None
         seal = _read_seal(path)
         state = self._state()
-        try:
-            load(state, checkpoint_id=path, no_dist=world_size() == 1)
-        except _DCP_ERRORS as error:
-            raise CheckpointError(f"{path} does not fit this config or cannot be read: {_first_line(error)}") from error
+        _load(state, path, alone=world_size() == 1)
         set_state_dict(
             self.objective,
             self.optimizer,
@@ -229,9 +228,38 @@ def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
     state = objective.state_dict()
-    load({"objective": state}, checkpoint_id=path, no_dist=True)
+    _load({"objective": state}, path, alone=True)
     objective.load_state_dict(state)
     return _read_seal(path)
+
+
+def _load(state: dict[str, Any], path: Path, *, alone: bool) -> None:
+    """Read the parts that `state` names into its tensors."""
+    try:
+        _check_fit(state, path)
+        load(state, checkpoint_id=path, no_dist=alone)
+    except _DCP_ERRORS as error:
+        raise CheckpointError(f"{path} cannot be loaded: {_root_cause(error)}") from error
+
+
+def _check_fit(state: dict[str, Any], path: Path) -> None:
+    """DCP compares sizes only in part, and leaves tensors that the objective lacks unread."""
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = {name: list(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    wanted = {
+        f"{part}.{name}": list(value.shape)
+        for part, values in state.items()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+    named = dict.fromkeys([*wanted, *(name for name in saved if name.startswith("objective."))])
+    wrong = [name for name in named if saved.get(name) != wanted.get(name)]
+    if wrong:
+        there, here = saved.get(wrong[0], "absent"), wanted.get(wrong[0], "absent")
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit this config, the first is {wrong[0]}:"
+            f" {there} in the checkpoint, {here} here"
+        )
 
 
 def _candidates(root: Path) -> list[Path]:

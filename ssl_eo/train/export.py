@@ -67,7 +67,7 @@ def export_encoder(path: Path, out: Path) -> int:
 
 def _locate(path: Path) -> tuple[Path, Path]:
     """(run directory, checkpoint directory) of either."""
-    if path.name.startswith("step_") and path.parent.name == "checkpoints":
+    if path.name.startswith("step_") and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     checkpoint = newest(path / "checkpoints")
     if checkpoint is None or not (path / "config.yaml").is_file():

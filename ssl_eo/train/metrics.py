@@ -93,7 +93,8 @@ class ProgressLine:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self._total = total_steps
-        self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False)
+        # Paths and keys are shown as they are: rich would take [/data] for the end of a style.
+        self._console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
         self._live: Progress | None = None
         if self._console.is_terminal:
             columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))

@@ -21,7 +21,7 @@ from ssl_eo.config import Config, difference, read_yaml, to_dict
 from ssl_eo.data.manifest import schema_from_dict, schema_to_dict
 from ssl_eo.data.types import TileSchema
 from ssl_eo.distributed import World, barrier, is_main
-from ssl_eo.eval.report import save_panel
+from ssl_eo.eval.report import read_jsonl, save_panel
 from ssl_eo.train.checkpoint import newest
 
 __all__ = ["claim", "describe", "read_environment", "read_schemas", "record_skipped", "save_pictures"]
@@ -50,8 +50,10 @@ def describe(config: Config, schemas: Sequence[Mapping[str, TileSchema]], world:
     table = [{name: schema_to_dict(schema) for name, schema in source.items()} for source in schemas]
     _write(path / "schemas.json", json.dumps(table, indent=1))
     _write(path / "env.json", json.dumps(_environment(world), indent=1))
-    for name in ("metrics.jsonl", "eval.jsonl", "quarantine.jsonl", "skipped.jsonl", "keys.jsonl"):
+    for name in ("metrics.jsonl", "eval.jsonl", "keys.jsonl"):  # by the number of finished steps
         _keep_until(path / name, step)
+    for name in ("quarantine.jsonl", "skipped.jsonl"):  # by the step itself, counted from 0
+        _keep_until(path / name, step - 1)
 
 
 def read_schemas(path: Path) -> list[dict[str, TileSchema]]:
@@ -118,14 +120,9 @@ def _check_config(path: Path, config: Config) -> None:
 
 def _keep_until(path: Path, step: int) -> None:
     """Keep the records of steps up to `step`: later ones are written again, and a killed run may end in half a line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line).get("step", 0) <= step:
-                kept.append(line + "\n")
-    _write(path, "".join(kept))
+    if path.exists():
+        kept = [record for record in read_jsonl(path) if record.get("step", 0) <= step]
+        _write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,291 @@
+"""Every command on real, small data: what it writes and prints, its exit status, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import ROOT, records
+
+from ssl_eo import __version__
+from ssl_eo.cli import main
+from ssl_eo.config import load
+from ssl_eo.data.shards import ShardIndex, index_path
+from ssl_eo.hub import load_bundle
+
+DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
+SOURCE = ("--source", "synthetic", "n_samples=6", "sensors=[sentinel2_l2a,dem]", "extent_m=300")
+TASK = """\
+train: {name: synthetic, sensors: [sentinel2_l2a], extent_m: 160.0, n_samples: 60, split: train}
+test: {name: synthetic, sensors: [sentinel2_l2a], extent_m: 160.0, n_samples: 30, split: test}
+max_train: 60
+max_test: 30
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of four steps, with checkpoints of steps 2 and 4."""
+    out_dir = tmp_path_factory.mktemp("runs")
+    short = ("data.n_workers=0", "train.total_steps=4", "train.global_batch_size=8", "optim.warmup_steps=1")
+    logs = ("checkpoint.every_n_steps=2", "log.every_n_steps=2", "eval.pool=cls", "eval.taps=[0.5,1.0]")
+    assert main(["train", "--config", DEBUG, f"run.out_dir={out_dir}", *short, *logs]) == 0
+    return out_dir / "debug_mae"
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    out = run.parent / "bundle"
+    assert main(["export", "--checkpoint", str(run), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed")
+    assert main(["data", "pack", *SOURCE, "--out", str(out), "--split", "train", "--workers", "0"]) == 0
+    return out / "train"
+
+
+# --- train, config, report --------------------------------------------------------------------------------------------
+
+
+def test_train_leaves_a_complete_run_directory(run: Path) -> None:
+    assert [r["step"] for r in records(run / "metrics.jsonl")] == [2, 4]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_00000002", "step_00000004"]
+    for name in ("config.yaml", "env.json", "schemas.json", "report.html", "pictures/step_00000004.png"):
+        assert (run / name).is_file(), name
+    assert not list(run.rglob("*.partial"))
+
+
+def test_config_prints_what_it_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--config", "debug/mae", "optim.lr=0.25"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    printed = load(tmp_path / "printed.yaml")
+    assert printed == load(DEBUG, ["optim.lr=0.25"])
+    assert printed.optim.lr == 0.25
+    # Defaults are written out too.
+    assert yaml.safe_load((tmp_path / "printed.yaml").read_text())["train"]["accumulate"] == 1
+
+
+def test_report_of_several_runs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
+    assert main(["report", str(run), str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n" * 2
+    assert "debug_mae" in (run / "report.html").read_text()
+
+
+# --- export, eval -----------------------------------------------------------------------------------------------------
+
+
+def test_export_of_a_run_is_that_of_its_last_step(
+    run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        checkpoint = run / "checkpoints" / f"step_{step:08d}"
+        out = tmp_path / str(step)
+        assert main(["export", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+        assert capsys.readouterr().out == f"wrote {out} (encoder after step {step})\n"
+    of_run, of_2, of_4 = (load_bundle(path) for path in (bundle, tmp_path / "2", tmp_path / "4"))
+    assert (of_run.facts["step"], of_2.facts["step"], of_4.facts["step"]) == (4, 2, 4)
+    assert of_run.facts["objective"] == "mae"
+    last, second, fourth = (model.encoder.state_dict() for model in (of_run, of_2, of_4))
+    assert all(torch.equal(last[name], fourth[name]) for name in last)
+    assert any(not torch.equal(last[name], second[name]) for name in last)
+    images = torch.randint(0, 4000, (2, 12, 32, 32), dtype=torch.int32)
+    assert of_run(images, sensor="sentinel2_l2a").shape == (2, 64)
+
+
+def test_run_and_bundle_are_measured_alike(
+    run: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scenes.yaml").write_text(TASK)
+    results = []
+    for model, chosen in ((run, ()), (bundle, ("--pool", "cls", "--taps", "0.5", "1.0"))):
+        out = tmp_path / model.name
+        arguments = ["--model", str(model), "--tasks", str(tmp_path / "scenes.yaml"), "--out", str(out), *chosen]
+        assert main(["eval", *arguments]) == 0
+        results.append([{k: v for k, v in r.items() if k != "seconds"} for r in records(out / "eval.jsonl")])
+    assert results[0] == results[1]
+    assert {(r["features"], r["step"]) for r in results[0]} >= {("encoder", 0), ("encoder", 4), ("band_statistics", 0)}
+    assert {r["tap"] for r in results[0] if r["features"] == "encoder"} == {"depth_0.50", "last", "all"}
+    shown = capsys.readouterr().out
+    assert "scenes: accuracy of frozen features" in shown
+    assert "margin over random encoder" in shown
+
+
+def test_eval_of_a_task_that_cannot_be_measured_fails(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = yaml.safe_load(TASK)
+    for split in ("train", "test"):
+        task[split]["sensors"] = ["dem"]
+        task[split]["extent_m"] = 60.0  # two pixels: too small for a patch of eight
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(task))
+    arguments = ["--model", str(bundle), "--tasks", str(tmp_path / "small.yaml"), "--out", str(tmp_path)]
+    assert main(["eval", *arguments]) == 1
+    assert "encoder, step 4 could not be measured: ValueError" in capsys.readouterr().out
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_pack_then_read_again(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "pack", *SOURCE, "--out", str(packed.parent), "--split", "train", "--workers", "0"]) == 0
+    assert "6 samples in 1 shards" in (again := capsys.readouterr().out)
+    assert "1 shards kept from an earlier run, 0 bad samples left out" in again
+    source = ("--source", "shards", "--root", str(packed.parent), "split=train", "tiles=[dem]")
+    assert main(["data", "pack", *source, "--out", str(tmp_path), "--codec", "raw", "--workers", "2"]) == 0
+    assert f"{tmp_path}: 6 samples" in capsys.readouterr().out
+
+
+def test_stats_of_a_source_and_of_its_shards_agree(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", *SOURCE, "--workers", "0"]) == 0
+    of_source = capsys.readouterr().out
+    assert main(["data", "stats", "--source", "shards", "--root", str(packed), "--workers", "0"]) == 0
+    assert capsys.readouterr().out == of_source
+    assert "6 samples (0 bad left out)" in of_source
+    for name in ("sentinel2_l2a", "B8A", "dem", "5,400"):  # whole names; 6 samples of 30 x 30 pixels
+        assert name in of_source
+
+
+def test_index_then_check(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = packed.glob("*.tar")
+    index_path(shard).unlink()
+    assert main(["data", "index", "--root", str(packed), "--workers", "0"]) == 0
+    assert capsys.readouterr().out == f"{packed}: indexed 6 samples in 1 shards\n"
+    assert main(["data", "check", "--root", str(packed), "--workers", "0"]) == 0
+    assert capsys.readouterr().out == f"{packed}: 6 samples in 1 shards are whole\n"
+
+
+def test_check_names_a_flipped_byte(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shard,) = packed.glob("*.tar")
+    index, whole = ShardIndex.load(index_path(shard)), shard.read_bytes()
+    offset, size = int(index.offset[3, 1]), int(index.size[3, 1])
+    place = offset + size - 5
+    shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    try:
+        assert main(["data", "check", "--root", str(packed), "--workers", "0"]) == 1
+    finally:
+        shard.write_bytes(whole)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    problem, summary = shown.err.splitlines()
+    assert problem.startswith(f"{shard.name}: {index.member_name(3, 1)}, byte {offset}: its CRC-32 is ")
+    assert summary == "ssl-eo: 1 problems; fetch or pack the shards named above again"
+
+
+# --- usage and errors -------------------------------------------------------------------------------------------------
+
+
+def _status(arguments: Sequence[str]) -> int:
+    """What the process would exit with."""
+    try:
+        return main(arguments)
+    except SystemExit as stop:  # argparse ends the process itself
+        return stop.code if isinstance(stop.code, int) else 1
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert line.startswith("ssl-eo: ")
+    return line
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _status(["--version"]) == 0
+    assert capsys.readouterr().out == f"ssl_eo {__version__}\n"
+
+
+def test_python_m_is_the_same_command(tmp_path: Path) -> None:
+    """In a folder of its own, with its own exit status."""
+    command = [sys.executable, "-m", "ssl_eo", "train", "--config", "debug/mea"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ssl-eo: no config file 'debug/mea'; did you mean 'debug/mae'?")
+
+
+WRONG_USAGE: list[tuple[list[str], str]] = [
+    ([], "the following arguments are required: command (see ssl-eo --help)"),
+    (["trian"], "invalid choice: 'trian'"),
+    (["eval", "--model", "m"], "required: --tasks, --out (see ssl-eo eval --help)"),
+    (["data", "stats", "--source", "synthetic", "--workers", "two"], "argument --workers: invalid int value: 'two'"),
+    (["train", "--config", "debug/mea"], "no config file 'debug/mea'; did you mean 'debug/mae'?"),
+    (["train", "--config", DEBUG, "optim.lr"], "'optim.lr': write key=value, for instance optim.lr=0.001"),
+    (["train", "--config", DEBUG, "optim.lrr=1"], "optim.lrr: unknown key; did you mean 'lr'?"),
+    (["train", "--config", DEBUG, "optim.lr=fast"], "optim.lr: expected float, got 'fast'"),
+    (["train", "--config", DEBUG, "optim.betas=[1"], "'optim.betas=[1': the value is not YAML: "),
+    (["train", "--config", DEBUG, "objective.name=mea"], "objective.name: there is no component 'mea'"),
+    (["train", "--config", DEBUG, "data.sources.0.name=synthetc"], "did you mean 'synthetic'?"),
+    (["train", "--config", DEBUG, "data.sources.0.sensors=[sentinel9]"], "has no 'sentinel9'"),
+    (["config", "--config", "{tmp}/broken.yaml"], "broken.yaml: cannot be read as YAML: "),
+    (["export", "--checkpoint", "{tmp}", "--out", "{tmp}/b"], "no run with a whole checkpoint here"),
+    (["export", "--checkpoint", "{run}/checkpoints/step_00000099", "--out", "{tmp}/b"], "no run with a whole"),
+    (["eval", "--model", "{tmp}", "--tasks", "synthetic_scenes", "--out", "{tmp}"], "no run with a whole checkpoint"),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scens", "--out", "{tmp}"], "did you mean 'synthetic_scenes'?"),
+    (["eval", "--model", "{run}", "--tasks", "{tmp}/broken.yaml", "--out", "{tmp}"], "cannot be read as YAML: "),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--pool", "max"], "eval.pool: got"),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--taps", "2"], "eval: taps are"),
+    (["report", "{tmp}"], "it is not a run directory"),
+    (["data", "pack", "--source", "synthetc", "--out", "{tmp}"], "there is no component 'synthetc'"),
+    (["data", "pack", "--source", "synthetic", "n_sample=3", "--out", "{tmp}"], "did you mean 'n_samples'?"),
+    (["data", "pack", "--source", "synthetic", "n_samples", "--out", "{tmp}"], "'n_samples': write key=value"),
+    (["data", "pack", "--source", "synthetic", "sensors=[", "--out", "{tmp}"], "the value is not YAML: "),
+    (["data", "pack", *SOURCE, "--out", "{tmp}", "--codec", "zip"], "argument --codec: invalid choice: 'zip'"),
+    (["data", "stats", "--source", "shards"], "--source.root: missing; this key has no default"),
+    (["data", "index", "--root", "{tmp}"], "holds no .tar file"),
+    (["data", "check", "--root", "{tmp}"], "manifest.json: no such file; write the dataset with 'ssl-eo data pack'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG_USAGE, ids=[message for _, message in WRONG_USAGE])
+def test_wrong_usage_is_one_line_and_status_2(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: }\n")
+    if arguments[:1] == ["train"]:
+        arguments = [*arguments, f"run.out_dir={tmp_path}"]
+    assert _status([a.format(tmp=tmp_path, run=run) if a[:1] == "{" else a for a in arguments]) == 2
+    assert message in _error(capsys)
+
+
+FAILURES: list[list[str]] = [
+    ["export", "--checkpoint", "{run}", "--out", "{tmp}/file/below"],
+    ["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}/file/below"],
+    ["data", "pack", *SOURCE, "--out", "{tmp}/file/below", "--workers", "0"],
+]
+
+
+@pytest.mark.parametrize("arguments", FAILURES, ids=lambda arguments: arguments[0])
+def test_failure_is_one_line_and_status_1(
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    arguments = [a.format(tmp=tmp_path, run=run) if a[:1] == "{" else a for a in arguments]
+    assert _status(arguments) == 1
+    assert _error(capsys).endswith("(set SSL_EO_TRACEBACK=1 for the traceback)")
+    monkeypatch.setenv("SSL_EO_TRACEBACK", "1")
+    with pytest.raises(OSError, match="Not a directory"):
+        main(arguments)
+
+
+def test_damaged_bundle_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page: dict[str, Any] = json.loads((bundle / "encoder.json").read_text())
+    del page["encoder"]
+    (tmp_path / "encoder.json").write_text(json.dumps(page))
+    assert _status(["eval", "--model", str(tmp_path), "--tasks", "synthetic_scenes", "--out", str(tmp_path)]) == 2
+    assert _error(capsys) == f"ssl-eo: {tmp_path}/encoder.json: key 'encoder' is missing"

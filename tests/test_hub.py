@@ -1,0 +1,373 @@
+"""Bundles: the same bits back, readable by the safetensors library, and one clear line for anything hostile."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_eo.hub import BundleEncoder, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
+from ssl_eo.models.vit import Encoder, EncoderConfig
+from ssl_eo.sensors import load_sensor
+
+ROOT = Path(__file__).parent.parent
+BANDS = ("B02", "B03", "B04")
+SMALL = EncoderConfig(embed_dim=16, depth=2, n_heads=2, patch_size=4, n_registers=2, mlp_ratio=2.0)
+FACTS = {"objective": "mae", "step": 7}
+
+
+def _inputs() -> dict[str, SensorInput]:
+    sensor = load_sensor("sentinel2_l2a")
+    return {"sentinel2_l2a": SensorInput(sensor, BANDS, (900.0, 1000.0, 1100.0), (300.0, 400.0, 0.1), 10.0)}
+
+
+def _encoder(patch_embed: str) -> Encoder:
+    torch.manual_seed(0)
+    cfg = replace(SMALL, patch_embed=patch_embed)  # type: ignore[arg-type]
+    encoder = Encoder(cfg, n_channels=3 if patch_embed == "conv" else None)
+    encoder.init_weights()
+    return encoder.eval()
+
+
+def _write(folder: Path, patch_embed: str = "conv") -> Encoder:
+    encoder = _encoder(patch_embed)
+    write_bundle(folder, encoder, _inputs(), FACTS)
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    _write(folder)
+    return folder
+
+
+def _images(n_bands: int = 3) -> torch.Tensor:
+    return torch.randint(0, 3000, (2, n_bands, 8, 12), generator=torch.Generator().manual_seed(1), dtype=torch.int16)
+
+
+@pytest.mark.parametrize("patch_embed", ["conv", "channel_attention", "dynamic"])
+def test_round_trip_is_exact(tmp_path: Path, patch_embed: str) -> None:
+    written = _write(tmp_path, patch_embed)
+    read = load_bundle(tmp_path)
+    assert not read.training
+    assert read.encoder.cfg == written.cfg
+    assert read.encoder.n_channels == written.n_channels
+    assert read.inputs == _inputs()
+    assert read.facts == FACTS
+    expected, found = written.state_dict(), read.encoder.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_call_with_stored_values_normalises_them(bundle: Path) -> None:
+    model = load_bundle(bundle)
+    known = model.inputs["sentinel2_l2a"]
+    pixels = (_images().float() - torch.tensor(known.mean)[:, None, None]) / torch.tensor(known.std)[:, None, None]
+    by_name = model(_images(), sensor="sentinel2_l2a")
+    assert by_name.shape == (2, 16)
+    assert torch.equal(by_name, model(_images()))  # there is only one sensor to mean
+    assert torch.equal(by_name, model(pixels, channels=known.sensor.channel_meta(BANDS)))
+    tokens = model.forward_features(_images())
+    assert torch.equal(tokens.cls, by_name)
+    assert (tokens.patches.shape, tokens.registers.shape, tokens.grid) == ((2, 6, 16), (2, 2, 16), (2, 3))
+
+
+def test_intermediate_layers(bundle: Path) -> None:
+    model = load_bundle(bundle)
+    final = model.forward_features(_images()).x
+    first, last = model.get_intermediate_layers(_images(), n=2)
+    assert torch.equal(last.x, final)
+    assert not torch.equal(first.x, last.x)
+    assert torch.equal(model.get_intermediate_layers(_images(), n=[0])[0].x, first.x)
+    (raw,) = model.get_intermediate_layers(_images(), n=1, norm=False)
+    assert torch.equal(model.encoder.norm(raw.x), final)
+
+
+@pytest.mark.parametrize(
+    ("n_bands", "sensor", "message"),
+    [
+        (4, "sentinel2_l2a", "got 4 channels, expected 3 in this order: B02, B03, B04"),
+        (3, "landsat", "sensor 'landsat': this encoder has statistics for sentinel2_l2a"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(bundle: Path, n_bands: int, sensor: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_bundle(bundle)(_images(n_bands), sensor=sensor)
+
+
+def test_torch_hub_loads_a_bundle(bundle: Path) -> None:
+    model = torch.hub.load(str(ROOT), "encoder", str(bundle), source="local")
+    assert torch.equal(model(_images()), load_bundle(bundle)(_images()))
+
+
+# --- the file format --------------------------------------------------------------------------------------------------
+
+TENSORS = {
+    "weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+    "half": torch.tensor([1.5, -2.25, 3.0], dtype=torch.bfloat16),
+    "scalar": torch.tensor(-7),
+    "flags": torch.tensor([True, False, True]),
+    "nothing": torch.empty(0, 4),
+    "turned": torch.arange(6, dtype=torch.float64).reshape(2, 3).T,  # not contiguous
+}
+
+
+def _assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert (value.dtype, value.shape) == (b[name].dtype, b[name].shape)
+        assert torch.equal(value, b[name]), name
+
+
+def test_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
+    library = pytest.importorskip("safetensors.torch")
+    write_tensors(tmp_path / "ours", TENSORS)
+    _assert_same(TENSORS, library.load_file(tmp_path / "ours"))
+    plain = {name: value.contiguous() for name, value in TENSORS.items()}
+    library.save_file(plain, tmp_path / "theirs", metadata={"format": "pt"})
+    _assert_same(plain, read_tensors(tmp_path / "theirs"))
+    _assert_same(TENSORS, read_tensors(tmp_path / "ours"))
+
+
+def test_read_tensors_can_be_written_to(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", TENSORS)
+    read_tensors(tmp_path / "file")["weight"].add_(1)
+
+
+def _safetensors(header: Any, body: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def _one(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> bytes:
+    return _safetensors({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}, bytes(8))
+
+
+def _two(first: tuple[int, int], second: tuple[int, int]) -> bytes:
+    entries = {"a": first, "b": second}
+    header = {k: {"dtype": "U8", "shape": [v[1] - v[0]], "data_offsets": v} for k, v in entries.items()}
+    return _safetensors(header, bytes(8))
+
+
+HOSTILE = {
+    "empty": (b"", "0 bytes are too few"),
+    "seven bytes": (bytes(7), "7 bytes are too few"),
+    "header length beyond the file": (struct.pack("<Q", 9) + b"{}", "header length 9 exceeds the file"),
+    "huge header length": (struct.pack("<Q", 2**64 - 1) + b"{}", "exceeds the file"),
+    "not JSON": (_safetensors(b"\x80\x04}q."), "not a JSON object"),
+    "not UTF-8": (_safetensors(b'{"\xff": 1}'), "not a JSON object"),
+    "a list": (_safetensors([1, 2]), "not a JSON object"),
+    "JSON bomb": (_safetensors(b'{"a":' + b"[" * 200_000), "not a JSON object"),
+    "deep entry": (_safetensors(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"), "entry 'a'"),
+    "entry without keys": (_safetensors({"a": {}}), "entry 'a'"),
+    "entry is a number": (_safetensors({"a": 1}), "entry 'a'"),
+    "unknown dtype": (_one(dtype="F8"), "entry 'a'"),
+    "dtype is a list": (_one(dtype=["F32"]), "entry 'a'"),
+    "shape is a word": (_one(shape="two"), "entry 'a'"),
+    "shape is a fraction": (_one(shape=[2.0]), "entry 'a'"),
+    "shape is a truth": (_one(shape=[True, 2]), "entry 'a'"),
+    "negative sizes": (_one(shape=[-2, -1]), "entry 'a'"),
+    "huge sizes": (_one(shape=[0, 1 << 47, 1 << 47], offsets=[0, 0]), "has 0 bytes"),
+    "one offset": (_one(offsets=[0]), "entry 'a'"),
+    "offset is not a number": (_one(offsets=[float("nan"), 8]), "entry 'a'"),
+    "negative offsets": (_one(offsets=[-8, 0]), "entry 'a'"),
+    "offsets turned round": (_one(offsets=[8, 0]), "has -8 bytes"),
+    "offsets beyond the file": (_one(shape=[4], offsets=[0, 16]), "have 16 bytes, the body of the file 8"),
+    "shape does not fit": (_one(shape=[3]), "has 8 bytes"),
+    "overlap": (_two((0, 5), (3, 8)), "'b' starts at byte 3 of the body, expected 5"),
+    "gap": (_two((0, 3), (5, 8)), "'b' starts at byte 5 of the body, expected 3"),
+    "more at the end": (_two((0, 3), (3, 6)), "have 6 bytes, the body of the file 8"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_tensor_files_are_one_clear_line(tmp_path: Path, case: str) -> None:
+    content, message = HOSTILE[case]
+    path = tmp_path / "encoder.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_tensors(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_every_truncation_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_tensors(path, TENSORS)
+    content = path.read_bytes()
+    for n_bytes in range(len(content)):
+        path.write_bytes(content[:n_bytes])
+        with pytest.raises(ValueError, match=str(path)):
+            read_tensors(path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere: No such file"):
+        read_tensors(tmp_path / "nowhere")
+
+
+json_values = st.one_of(
+    *(st.none(), st.booleans(), st.integers(-4, 40), st.floats(), st.text(max_size=4)),
+    *(st.lists(st.integers(-4, 40), max_size=3), st.just({}), st.just({"a": 1})),
+)
+edits = st.lists(st.tuples(st.integers(0, 10_000), st.binary(max_size=4), st.integers(0, 4)), min_size=1, max_size=4)
+
+
+def _edit(content: bytes, changes: list[tuple[int, bytes, int]]) -> bytes:
+    """`content` with some bytes put in place of others, at positions counted round."""
+    for place, new, n_removed in changes:
+        at = place % (len(content) + 1)
+        content = content[:at] + new + content[at + n_removed :]
+    return content
+
+
+@settings(max_examples=200, deadline=None)
+@given(edits)
+def test_any_bytes_are_tensors_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, changes: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    write_tensors(path, TENSORS)
+    path.write_bytes(_edit(path.read_bytes(), changes))
+    _succeeds_or_value_error(lambda: read_tensors(path))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_header_is_tensors_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed_header.safetensors"
+    write_tensors(path, TENSORS)
+    content = path.read_bytes()
+    n_header = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + n_header])
+    _replace_one_value(header, data)
+    path.write_bytes(_safetensors(header, content[8 + n_header :]))
+    _succeeds_or_value_error(lambda: read_tensors(path))
+
+
+def _replace_one_value(tree: Any, data: st.DataObject) -> None:
+    """Put any JSON value at a random place of `tree`."""
+    keys: list[Any] = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    key = data.draw(st.sampled_from(keys))
+    if isinstance(tree[key], (dict, list)) and tree[key] and data.draw(st.booleans()):
+        _replace_one_value(tree[key], data)
+    else:
+        tree[key] = data.draw(json_values)
+
+
+def _succeeds_or_value_error(call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert str(error)  # noqa: PT017
+
+
+# --- the description --------------------------------------------------------------------------------------------------
+
+
+def _copy(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], Any] = lambda page: None) -> Path:
+    """A bundle at `folder` like `bundle`, `change` applied to its `encoder.json`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "encoder.safetensors").write_bytes((bundle / "encoder.safetensors").read_bytes())
+    page = json.loads((bundle / "encoder.json").read_text())
+    change(page)
+    (folder / "encoder.json").write_text(json.dumps(page))
+    return folder
+
+
+def _put(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
+    def change(page: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            page = page[key]
+        page[keys[-1]] = value
+
+    return change
+
+
+S2 = ("inputs", "sentinel2_l2a")
+WRONG_PAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "format": (_put(2, "format"), "bundle format 2, this version reads 1; update ssl_eo"),
+    "no format": (lambda page: page.pop("format"), "bundle format None"),
+    "no encoder": (lambda page: page.pop("encoder"), "encoder.json: key 'encoder' is missing"),
+    "no inputs": (lambda page: page.pop("inputs"), "encoder.json: key 'inputs' is missing"),
+    "no bands": (lambda page: page["inputs"]["sentinel2_l2a"].pop("bands"), "key 'bands' is missing"),
+    "encoder is a list": (_put([1], "encoder"), "encoder.json: "),
+    "inputs is a number": (_put(3, "inputs"), "encoder.json: "),
+    "sensor is a word": (_put("s2", *S2, "sensor"), "encoder.json: "),
+    "unknown key": (_put(1, "encoder", "width"), "unknown key 'width'"),
+    "unknown choice": (_put("moved", "encoder", "position"), "position is 'moved', which this version"),
+    "a word for a number": (_put("four", "encoder", "patch_size"), "encoder.json: "),
+    "conv without channels": (_put(None, "n_channels"), "needs the number of channels"),
+    "a number of channels below zero": (_put(-3, "n_channels"), "encoder.json: "),
+    "infinite width": (_put(float("inf"), "encoder", "mlp_ratio"), "encoder.json: "),
+    "other patch size": (_put(8, "encoder", "patch_size"), r"1 tensors do not fit the encoder, the first is patch_emb"),
+    "huge": (_put(1 << 20, "encoder", "embed_dim"), "tensors do not fit the encoder, the first is cls_token"),
+    "other depth": (_put(3, "encoder", "depth"), r"first is blocks\.2\.\S+: expected \[\d+\], found none"),
+    "means": (_put([1.0], *S2, "mean"), "1 means and 3 standard deviations for 3 bands"),
+    "words for means": (_put(["a", "b", "c"], *S2, "mean"), "encoder.json: "),
+    "zero std": (_put([1.0, 0.0, 1.0], *S2, "std"), "std and gsd_m positive"),
+    "no size of pixels": (_put(float("nan"), *S2, "gsd_m"), "std and gsd_m positive"),
+    "unknown band": (_put(["B02", "B03", "B44"], *S2, "bands"), "has no band 'B44'"),
+    "wrong wavelength": (
+        lambda page: page["inputs"]["sentinel2_l2a"]["sensor"]["bands"][0].update(wavelength_um=443.0),
+        "looks like nanometres",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PAGES)
+def test_malformed_description_is_one_clear_line(bundle: Path, tmp_path: Path, case: str) -> None:
+    change, message = WRONG_PAGES[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        load_bundle(_copy(bundle, tmp_path, change))
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", '{"format":' + "[" * 200_000])
+def test_description_that_is_no_object(bundle: Path, tmp_path: Path, text: str) -> None:
+    folder = _copy(bundle, tmp_path)
+    (folder / "encoder.json").write_text(text)
+    with pytest.raises(ValueError, match="not an encoder bundle"):
+        load_bundle(folder)
+
+
+def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}: not an encoder bundle"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cls_token", "unknown"])
+def test_tensors_of_another_encoder(bundle: Path, tmp_path: Path, name: str) -> None:
+    folder = _copy(bundle, tmp_path)
+    tensors = read_tensors(folder / "encoder.safetensors")
+    tensors[name] = torch.zeros(1, 1, 17)
+    write_tensors(folder / "encoder.safetensors", tensors)
+    with pytest.raises(ValueError, match=rf"1 tensors do not fit .* is {name}: expected .*, found \[1, 1, 17\]"):
+        load_bundle(folder)
+
+
+def test_half_precision_weights_become_a_float32_encoder(bundle: Path, tmp_path: Path) -> None:
+    folder = _copy(bundle, tmp_path)
+    tensors = {k: v.bfloat16() for k, v in read_tensors(folder / "encoder.safetensors").items()}
+    write_tensors(folder / "encoder.safetensors", tensors)
+    model: BundleEncoder = load_bundle(folder)
+    assert all(torch.equal(v, tensors[k].float()) for k, v in model.encoder.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_description_is_a_bundle_or_a_value_error(
+    bundle: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = _copy(bundle, tmp_path_factory.getbasetemp() / "fuzzed", lambda page: _replace_one_value(page, data))
+    _succeeds_or_value_error(lambda: load_bundle(folder))
