@@ -57,6 +57,24 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
     ]
 
 
+def test_kill_9_on_real_data_with_two_workers(samples_dir: Path, tmp_path: Path) -> None:
+    """EuroSAT JPEGs from WebDataset tars: 20 steps equal 10, a kill, and 10, in weights, optimiser and keys seen."""
+    recipe = ("pretrain/mae_vitmicro4_eurosat", f"data.sources[0].root={samples_dir / 'eurosat_rgb'}")
+    short = (*SHORT, "data.n_workers=2", "eval.every_n_steps=0", "train.precision=float32", "run.name=debug_mae")
+    status, output = train(recipe[0], tmp_path / "whole", *short, recipe[1])
+    assert status == 0, output
+    process = start(command(recipe[0], tmp_path / "killed", *short, recipe[1]))
+    metrics = tmp_path / "killed" / "debug_mae" / "metrics.jsonl"
+    wait_for(lambda: any(r["step"] >= 12 for r in records(metrics)), process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    status, output = train(recipe[0], tmp_path / "killed", *short, recipe[1])
+    assert status == 0, output
+    assert_same_bits(_final(tmp_path / "whole"), _final(tmp_path / "killed"))
+    assert _keys(tmp_path / "killed") == _keys(tmp_path / "whole")
+    assert len({key for _, keys in _keys(tmp_path / "whole") for key in keys}) == 20 * 16
+
+
 def test_sigterm_checkpoints_and_exits_75(uninterrupted: Path, tmp_path: Path) -> None:
     status, output = _train_killed_after_step(4, tmp_path, how=signal.SIGTERM)
     assert status == 75, output
