@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check clean
 
 demo: .venv/installed
-	$(BIN)/ssl-eo train --config demo
+	$(BIN)/ssl-eo train --config demo $(ARGS)
 
 test: .venv/installed-dev
 	$(BIN)/ruff check .
