@@ -196,7 +196,12 @@ class Objective(base.Objective):
         """Target and validity of each thing that is predicted for the patches `ids [B, M]`."""
         patches = _gather(patchify(view.pixels, self.patch_size), ids)  # [B, M, P*P*C]
         valid = None if view.valid is None else _gather(patchify(view.valid, self.patch_size), ids)
-        targets = {"pixels": (normalise_patches(patches, valid, self.cfg.norm_pix_eps) if self.cfg.norm_pix else patches, valid)}
+        targets = {
+            "pixels": (
+                normalise_patches(patches, valid, self.cfg.norm_pix_eps) if self.cfg.norm_pix else patches,
+                valid,
+            )
+        }
         if "statistics" in self.cfg.extra_targets:
             targets["statistics"] = patch_statistics(patches, view.channels.n_channels, valid)
         if "gradients" in self.cfg.extra_targets:
