@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import ROOT, records
+from launching import ROOT, records
 
 from ssl_eo import __version__
 from ssl_eo.cli import main

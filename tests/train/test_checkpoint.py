@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_bits, read_checkpoint
+from launching import assert_same_bits, read_checkpoint
 from torch import nn
 
 from ssl_eo.distributed import barrier, rank

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, read_checkpoint, records, train
+from launching import ROOT, read_checkpoint, records, train
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (

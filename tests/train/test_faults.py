@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, read_checkpoint, records
+from launching import ROOT, read_checkpoint, records
 
 from ssl_eo.cli import main
 from ssl_eo.train.checkpoint import newest, verify

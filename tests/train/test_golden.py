@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, records
+from launching import ROOT, records
 
 from ssl_eo.cli import main
 

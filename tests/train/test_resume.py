@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, assert_same_bits, command, finish, read_checkpoint, records, start, train, wait_for
+from launching import ROOT, assert_same_bits, command, finish, read_checkpoint, records, start, train, wait_for
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (

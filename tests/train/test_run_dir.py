@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import ROOT
 from PIL import Image
-from runs import ROOT
 from torch import nn
 
 from ssl_eo.config import Config, load, to_dict
