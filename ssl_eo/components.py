@@ -47,6 +47,11 @@ def resolve(package: str, name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (qualified + ".").startswith(error.name + "."):
             raise
+        if "." in name:
+            raise ValueError(
+                f"there is no module {name!r}: install it, or put its folder on PYTHONPATH"
+                " ('python -m ssl_eo' looks in the current folder too)"
+            ) from None
         allowed = available(package)
         raise ValueError(
             f"there is no component {name!r}: {package} has {', '.join(allowed)}{suggest(name, allowed)}"

@@ -46,6 +46,7 @@ def test_every_shipped_config_loads_and_round_trips(path: Path) -> None:
         ("train.total_steps=1.5", r"train\.total_steps: expected int, got 1\.5"),
         ("train.precision=bfloat61", r"train\.precision: got 'bfloat61'.*did you mean 'bfloat16'\?"),
         ("objective.name=mea", r"objective\.name: there is no component 'mea'.*did you mean 'mae'\?"),
+        ("objective.name=nowhere.mine", r"objective\.name: there is no module 'nowhere\.mine'.*PYTHONPATH"),
         ("objective.mask.mask_ratoi=0.5", r"objective\.mask\.mask_ratoi: unknown key"),
         ("data.sources[0].sensrs=[naip]", r"data\.sources\[0\]\.sensrs: unknown key; did you mean 'sensors'\?"),
         ("data.sources=[]", r"data: sources is empty"),
