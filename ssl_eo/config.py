@@ -53,8 +53,8 @@ class RunConfig:
     """Where a run lives and the seed that all its randomness is addressed from."""
 
     out_dir: str = "runs"  # the run directory is <out_dir>/<name>
-    name: str = "run"
-    seed: int = 0
+    name: str = "run"  # the folder of this run in out_dir
+    seed: int = 0  # of weights, order, crops, masks and dropout
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
@@ -65,7 +65,7 @@ class RunConfig:
 class TrainConfig:
     """The loop. Steps only, no epochs; `global_batch_size` is the truth and the per-rank size is derived."""
 
-    total_steps: int = 1000
+    total_steps: int = 1000  # updates of the weights
     global_batch_size: int = 256  # samples per optimiser step, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per step on each rank
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters stay float32

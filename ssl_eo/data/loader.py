@@ -60,7 +60,7 @@ class SourceConfig:
 class DataConfig:
     """What is read, in which order, and how. From `n_workers` on, nothing changes a batch."""
 
-    sources: list[SourceConfig]
+    sources: list[SourceConfig]  # a batch comes from one of them
     n_lanes: int = 8  # parallel streams of samples; a multiple of the world size, divides train.global_batch_size
     window_chunks: int = 8  # chunks of a lane that are shuffled together
     interpolation: Interpolation = "bicubic"  # of views that are resized
@@ -84,7 +84,7 @@ class DataConfig:
 class Locates(Protocol):
     """A source that knows (key, file) of a sample without reading it. Optional; it completes the quarantine lines."""
 
-    def locate(self, index: int) -> tuple[str, str]: ...
+    def locate(self, index: int) -> tuple[str | None, str]: ...
 
 
 @dataclass(frozen=True)

@@ -48,16 +48,16 @@ class TaskConfig:
 
     resource_folder: ClassVar[str] = "datasets_meta/benchmarks"
 
-    name: str
-    train: TaskSource
-    test: TaskSource
+    name: str  # of the task in logs; the name of its file
+    train: TaskSource  # what probes are fitted on
+    test: TaskSource  # what they are scored on
     kind: Literal["classification"] = "classification"  # of the labels: one class a sample
     max_train: int = 2000  # samples; balanced over classes as far as the source allows
-    max_test: int = 1000
+    max_test: int = 1000  # samples, likewise
     size_px: int | None = None  # side of the square view in pixels; None shows the tile at its own size
     tile: str | None = None  # which tile is shown, where the source has several
     bands: list[str] | None = None  # bands of the tile that are shown; None for all
-    probes: list[str] = field(default_factory=lambda: ["knn", "ridge"])
+    probes: list[str] = field(default_factory=lambda: ["knn", "ridge"])  # of ssl_eo.eval.probes.PROBES
     seed: int = 0  # of the choice of samples
 
     def __post_init__(self) -> None:

@@ -14,27 +14,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["gradient_histograms", "patch_statistics"]
+__all__ = ["gradient_histograms", "moments_of", "patch_statistics"]
 
-_STD_FLOOR = 0.03  # in standardised units: below it a patch counts as flat
-_GRADIENT_FLOOR = 0.01
+# In standardised pixels. Logarithms are of (x + floor) / typical: the floor stops flat patches from becoming extreme,
+# and with what is typical of patches of Sentinel-2 they start around 0, where an untrained head is.
+_STD_FLOOR, _STD_TYPICAL = 0.03, 0.15
+_GRADIENT_FLOOR, _GRADIENT_TYPICAL = 0.01, 0.025
 
 
 def patch_statistics(patches: Tensor, n_channels: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Mean and log standard deviation of each channel of each patch, `[B, M, 2*C]`, channel last, and their validity.
+    """Mean and log spread of each channel of each patch, `[B, M, 2*C]`, channel last, and their validity.
 
     `patches`, `valid`: `[B, M, P*P*C]`, channel last. A channel of a patch is valid where it has two valid values.
     """
     values = torch.unflatten(patches, -1, (-1, n_channels))  # [B, M, P*P, C]
     if valid is None:
         std, mean = torch.std_mean(values, dim=2, correction=0)  # [B, M, C]
-        return torch.cat((mean, (std + _STD_FLOOR).log()), -1), None
+        return torch.cat((mean, _log_std(std)), -1), None
     known = torch.unflatten(valid, -1, (-1, n_channels))
     n = known.sum(2)  # [B, M, C]
     mean = torch.where(known, values, 0.0).sum(2) / n.clamp(min=1)
     var = torch.where(known, values - mean[:, :, None], 0.0).square().sum(2) / n.clamp(min=1)
-    statistics = torch.cat((mean, (var.sqrt() + _STD_FLOOR).log()), -1)
-    return statistics, (n >= 2).repeat(1, 1, 2)
+    return torch.cat((mean, _log_std(var.sqrt())), -1), (n >= 2).repeat(1, 1, 2)
+
+
+def moments_of(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over all values of a patch, `[B, M, 1]` each, from its `patch_statistics [B, M, 2*C]`."""
+    mean, log_std = statistics.chunk(2, -1)  # [B, M, C]
+    std = (log_std.exp() * _STD_TYPICAL - _STD_FLOOR).clamp(min=0)
+    total = mean.mean(-1, keepdim=True)
+    return total, (std.square() + (mean - total).square()).mean(-1, keepdim=True)
+
+
+def _log_std(std: Tensor) -> Tensor:
+    return ((std + _STD_FLOOR) / _STD_TYPICAL).log()
 
 
 @torch.no_grad()
@@ -55,7 +68,8 @@ def gradient_histograms(
     bins = torch.arange(n_bins, device=pixels.device, dtype=pixels.dtype).view(1, -1, 1, 1)
     distance = (angle - bins).abs_()  # [B, O, H, W]; in place from here on: O times the pixels is the cost
     share = torch.minimum(distance, n_bins - distance).neg_().add_(1).clamp_(min=0)
-    histogram = F.avg_pool2d(share.mul_(length), cell).add_(_GRADIENT_FLOOR).log_()  # [B, O, H/cell, W/cell]
+    histogram = F.avg_pool2d(share.mul_(length), cell)  # [B, O, H/cell, W/cell]
+    histogram = histogram.add_(_GRADIENT_FLOOR).div_(_GRADIENT_TYPICAL).log_()
     target = _cells_of_patches(histogram, patch_size // cell)
     if valid is None:
         return target, None

@@ -30,11 +30,11 @@ class DecoderConfig:
 
     # "full": self-attention over visible and hidden tokens (MAE). "cross": hidden ones look at visible ones (CrossMAE).
     kind: Literal["full", "cross"] = "full"
-    embed_dim: int = 128
-    depth: int = 4
-    n_heads: int = 4
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
+    embed_dim: int = 128  # width of a token
+    depth: int = 4  # number of blocks
+    n_heads: int = 4  # of attention; divides embed_dim
+    mlp_ratio: float = 4.0  # hidden width / width
+    norm_eps: float = 1e-6  # of LayerNorm
 
     def __post_init__(self) -> None:
         if self.n_heads < 1 or self.embed_dim % self.n_heads or self.embed_dim % 4:

@@ -53,20 +53,22 @@ class EncoderConfig:
     """Everything that decides the encoder's weights and what it computes from them."""
 
     size: str = "small"  # tiny, small, base, large or giant; the next three override it
-    embed_dim: int | None = None
-    depth: int | None = None
-    n_heads: int | None = None
+    embed_dim: int | None = None  # width of a token
+    depth: int | None = None  # number of blocks
+    n_heads: int | None = None  # of attention; divides the width
     patch_size: int = 16  # pixels
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu is gated (DINOv2 giant)
     mlp_ratio: float = 4.0  # hidden width / width of a plain MLP; a swiglu one takes two thirds of it
     n_registers: int = 0  # extra tokens without a position (arXiv 2309.16588)
     layer_scale_init: float | None = None  # None leaves LayerScale out; DINOv2 uses 1e-5
     drop_path_prob: float = 0.0  # stochastic depth, the same in all blocks
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # of LayerNorm
+    # Of patches: by index in the grid, by metres on the ground, a learned table, or rotary in two dimensions.
     position: Literal["sincos", "sincos_metres", "learned", "rope"] = "sincos"
     image_size: int = 224  # pixels, square; native size of the learned table
     reference_gsd_m: float = 10.0  # sincos_metres: pixel size at which a position is the patch index
     mask_token: bool = False  # for objectives that hide tokens inside the encoder
+    # conv: one fixed set of bands; channel_attention (Panopticon) and dynamic (DOFA): any sensor.
     patch_embed: Literal["conv", "channel_attention", "dynamic"] = "channel_attention"
     conv: ConvConfig = field(default_factory=ConvConfig)
     channel_attention: ChannelAttentionConfig = field(default_factory=ChannelAttentionConfig)

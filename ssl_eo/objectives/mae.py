@@ -21,7 +21,7 @@ from ssl_eo.data.masking import MaskConfig, draw, predicted, stack_masks
 from ssl_eo.data.plans import CropConfig, resized_crop, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
-from ssl_eo.losses.targets import gradient_histograms, patch_statistics
+from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
 from ssl_eo.objectives import base
@@ -49,7 +49,7 @@ class Config:
     # Predicted beside the pixels, with equal weight: mean and log spread of each channel of a patch (what norm_pix
     # takes out), and log histograms of oriented gradients (arXiv 2112.09133).
     extra_targets: list[Literal["statistics", "gradients"]] = field(default_factory=list)
-    gradient_bins: int = 8
+    gradient_bins: int = 8  # orientations of a histogram
     gradient_cell_px: int = 4  # histograms are taken over cells of this side; divides the patch size
     ema_momentum: float | None = None  # keep a moving average of the encoder, probed and exported in its stead
 
@@ -166,11 +166,11 @@ class Objective(base.Objective):
         ids_hidden = hidden.nonzero()[:, 1].view(n, -1)  # [n, N-K]
         shown = PixelBatch(pixels, view.channels, view.gsd_m[:n])
         features = self._decode(shown, mask.ids_keep[:n], ids_hidden)  # [n, N-K, d]
-        pred, _ = self._split(self.student["output"](features, view.channels).float(), view.channels)  # [n, N-K, P*P*C]
+        pred, statistics = self._split(self.student["output"](features, view.channels).float(), view.channels)
         patches = patchify(pixels, self.patch_size)  # [n, N, P*P*C]
-        if self.cfg.norm_pix:  # a normalised prediction is shown with the mean and variance of its true patch
-            truth = _gather(patches, ids_hidden)
-            pred = pred * truth.std(-1, keepdim=True) + truth.mean(-1, keepdim=True)
+        if self.cfg.norm_pix:
+            mean, var = self._moments(_gather(patches, ids_hidden), statistics)
+            pred = pred * var.sqrt() + mean  # [n, N-K, P*P*C]
         index = ids_hidden[..., None].expand_as(pred)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         masked = patches.masked_fill(hidden[..., None], torch.nan)  # a hole in the picture
@@ -191,6 +191,13 @@ class Objective(base.Objective):
         """Pixels `[B, M, P*P*C]` and statistics `[B, M, 2*C]` (empty unless asked for) of the head's output."""
         n_pixels = self.patch_size**2 * channels.n_channels
         return values[..., :n_pixels], values[..., n_pixels:]
+
+    def _moments(self, truth: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each patch, `[B, M, 1]`: as predicted where they are, else those of the true patch."""
+        if "statistics" in self.cfg.extra_targets:
+            return moments_of(statistics)
+        var, mean = torch.var_mean(truth, -1, keepdim=True)
+        return mean, var
 
     def _targets(self, view: PixelBatch, ids: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Target and validity of each thing that is predicted for the patches `ids [B, M]`."""

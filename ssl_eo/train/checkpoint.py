@@ -53,7 +53,7 @@ class CheckpointError(RuntimeError):
 class CheckpointConfig:
     """When to save and what to keep. The last step and a stop on request are always saved."""
 
-    every_n_steps: int = 1000
+    every_n_steps: int = 1000  # and after the last step
     keep: int = 2  # newest checkpoints kept
     keep_every_n_steps: int | None = None  # these are kept for good
     asynchronous: bool = False  # write in the background while training goes on

@@ -40,7 +40,9 @@ def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
     """The encoder of a run, a checkpoint or a bundle folder, its step, and how its run reads features."""
     if (path / "encoder.json").is_file():
         bundle = load_bundle(path)
-        return bundle.encoder, bundle.facts["step"], {}
+        if not isinstance(bundle.facts.get("step"), int):
+            raise ValueError(f"{path}/encoder.json: step must be a whole number, got {bundle.facts.get('step')!r}")
+        return bundle.encoder, bundle.facts["step"], bundle.facts.get("features", {})
     encoder, config, seal = load_encoder(path)
     return encoder, seal["step"], {"pool": config.eval.pool, "taps": config.eval.taps}
 
@@ -58,6 +60,7 @@ def export_encoder(path: Path, out: Path) -> int:
         "objective": config.objective.name,
         "step": seal["step"],
         "run": config.run.name,
+        "features": {"pool": config.eval.pool, "taps": config.eval.taps},
         "commit": read_environment(run).get("commit"),
     }
     write_bundle(out, encoder, inputs, facts)

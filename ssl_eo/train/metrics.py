@@ -22,10 +22,10 @@ __all__ = ["JsonLines", "LogConfig", "Meters", "ProgressLine", "Sink", "TensorBo
 class LogConfig:
     """How often and where to log. Between two log steps nothing is read from the device."""
 
-    every_n_steps: int = 10
-    wandb: Literal["off", "offline", "online"] = "off"
-    wandb_project: str = "ssl_eo"
-    tensorboard: bool = False
+    every_n_steps: int = 10  # one record: a line of metrics.jsonl
+    wandb: Literal["off", "offline", "online"] = "off"  # offline: `wandb sync` sends it later
+    wandb_project: str = "ssl_eo"  # the run has the name of run.name there
+    tensorboard: bool = False  # write scalars to the folder tensorboard of the run
     pictures_every_n_steps: int = 0  # 0: once, at the end
     keys: bool = False  # the sample keys of every step and rank go to keys.jsonl
     report: bool = True  # write report.html when the run ends
@@ -103,6 +103,8 @@ class ProgressLine:
             self._live.start()
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if "loss" not in record:  # what was measured before training
+            return
         left = format_duration(record["eta_s"])
         text = (
             f"loss {record['loss']:.4f}  {record['samples_per_s']:.0f} samples/s"

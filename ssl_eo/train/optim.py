@@ -31,14 +31,14 @@ class OptimConfig:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101). `lr` is the peak as used, not scaled by the batch size."""
 
     lr: float = 6e-4  # MAE writes 1.5e-4 * global batch / 256
-    end_lr: float = 0.0
-    schedule: Literal["cosine", "constant", "trapezoid"] = "cosine"
-    warmup_steps: int = 0
+    end_lr: float = 0.0  # at the last step
+    schedule: Literal["cosine", "constant", "trapezoid"] = "cosine"  # of lr, after the warm-up
+    warmup_steps: int = 0  # lr rises linearly from 0
     cooldown_steps: int = 0  # trapezoid only
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # decoupled; not of biases, norms and tokens
     end_weight_decay: float | None = None  # a cosine from weight_decay to this; None keeps it constant
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-8  # of AdamW
     clip_grad_norm: float | None = None  # one global norm over all parameters
     layer_decay: float = 1.0  # lr of block i is multiplied by layer_decay ** (depth - i)
 

@@ -25,7 +25,7 @@ __all__ = ["ParallelConfig", "build_objective", "resolve_strategy", "wrap"]
 class ParallelConfig:
     """`auto` is `single` for one process and `ddp` for several."""
 
-    strategy: Literal["auto", "single", "ddp"] = "auto"
+    strategy: Literal["auto", "single", "ddp"] = "auto"  # auto: ddp under torchrun with several processes
     bucket_cap_mb: int = 25  # DDP: gradients are reduced in buckets of this size while backward goes on
 
 

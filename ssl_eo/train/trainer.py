@@ -125,8 +125,8 @@ class Trainer:
             self._note(f"{config.run_dir} has finished its {self.step} steps; nothing to do")
             return EXIT_DONE
         started = time.monotonic()
-        if self.step == 0:
-            self._evaluate()
+        if self.step == 0 and (probes := self._evaluate()):
+            self._write({"step": 0, **probes})
         self.model.train()
         self.stopwatch.lap()
         with _signals_raise(self.stop):
@@ -233,6 +233,9 @@ class Trainer:
         }
         if self.world.device.type == "cuda":
             record["max_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._write(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(record)
 

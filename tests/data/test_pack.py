@@ -124,6 +124,7 @@ def test_what_is_packed_comes_back(tmp_path, codec, access):
     packed = PackedSource(Config(str(tmp_path), access=access, verify=True, max_open_shards=1))
     assert packed.schema == source.schema
     assert packed.label_names == source.label_names
+    assert packed.locate(8) == (source.read(8).key, "shard-000001.tar")
     assert_same_samples(packed, source, list(range(20)))
     assert_same_samples(pickle.loads(pickle.dumps(packed)), source, list(range(20)))
     with pytest.raises(IndexError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssl_eo.losses.reconstruction import patchify
-from ssl_eo.losses.targets import gradient_histograms, patch_statistics
+from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
 
 
 def test_statistics_equal_a_naive_loop() -> None:
@@ -20,7 +20,15 @@ def test_statistics_equal_a_naive_loop() -> None:
                 mean = sum(values) / 4
                 std = math.sqrt(sum((v - mean) ** 2 for v in values) / 4)
                 assert float(found[b, m, c]) == pytest.approx(mean, abs=1e-12)
-                assert float(found[b, m, 5 + c]) == pytest.approx(math.log(std + 0.03), abs=1e-12)
+                assert float(found[b, m, 5 + c]) == pytest.approx(math.log((std + 0.03) / 0.15), abs=1e-12)
+
+
+def test_moments_of_a_patch_follow_from_its_statistics() -> None:
+    patches = 3 + torch.randn(2, 3, 4 * 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    patches[0, 0] = 7.0  # flat
+    mean, var = moments_of(patch_statistics(patches, n_channels=5)[0])
+    torch.testing.assert_close(mean, patches.mean(-1, keepdim=True))
+    torch.testing.assert_close(var, patches.var(-1, correction=0, keepdim=True))
 
 
 def naive_histogram(grey: torch.Tensor, top: int, left: int, cell: int, n_bins: int) -> list[float]:
@@ -34,7 +42,7 @@ def naive_histogram(grey: torch.Tensor, top: int, left: int, cell: int, n_bins: 
             low, share = int(position) % n_bins, position - int(position)
             bins[low] += math.hypot(dx, dy) * (1 - share)
             bins[(low + 1) % n_bins] += math.hypot(dx, dy) * share
-    return [math.log(b / cell**2 + 0.01) for b in bins]
+    return [math.log((b / cell**2 + 0.01) / 0.025) for b in bins]
 
 
 @pytest.mark.parametrize(("patch_size", "cell"), [(4, 2), (4, 4), (8, 4)])

@@ -128,8 +128,9 @@ def test_the_same_weights_take_any_sensor(sensor: str, bands: str | None) -> Non
     torch.testing.assert_close(losses.total, torch.stack(list(losses.parts.values())).sum())
 
 
-def test_preview_keeps_what_is_visible(tmp_path: Path) -> None:
-    objective, batch = _objective(), _batch()
+@pytest.mark.parametrize("overrides", [(), (EXTRA,), ("objective.norm_pix=false",)], ids=str)
+def test_preview_keeps_what_is_visible(overrides: tuple[str, ...]) -> None:
+    objective, batch = _objective(*overrides), _batch()
     pictures = objective.preview(batch)
     hidden = batch.masks["image"].mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     visible = (~hidden).expand_as(pictures["input"])

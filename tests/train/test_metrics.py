@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,9 @@ def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sink.write(RECORD)
     sink.close()
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = written.read_bytes()
+    deadline = time.monotonic() + 30  # wandb's own process writes the file, and may still be at it
+    while tmp_path.name.encode() not in (content := written.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for name in (b"samples_per_s", b"loss/pixels", b"0.51234", b"0.125", tmp_path.name.encode()):
         assert name in content
 

@@ -43,7 +43,7 @@ class Config:
 
     root: str  # folder of the shards, or of the class folders
     layout: Literal["auto", "webdataset", "geotiff"] = "auto"  # auto: webdataset if there is a .tar
-    split: Literal["train", "val", "test", "all"] = "train"
+    split: Literal["train", "val", "test", "all"] = "train"  # of those of split_by; all: every image
     split_by: Literal["file", "geography"] = "geography"  # file: names of shards, or column `split` for GeoTIFFs
     cell_deg: float = 0.5  # side of a cell of the geographic split, degrees of latitude and of longitude
     split_seed: int = 0  # of the geographic split

@@ -109,6 +109,15 @@ class Source:
         label = reader.array(row, LABEL_MEMBER) if reader.has(row, LABEL_MEMBER) else content["label"]
         return Sample(unescape_key(reader.key(row)), tiles, content["meta"], label)
 
+    def locate(self, index: int) -> tuple[str | None, str]:
+        """Key and file of sample `index`; None for a key that cannot be read."""
+        shard = bisect_right(self._starts, index) - 1
+        try:
+            key = unescape_key(self._reader(shard).key(index - self._starts[shard]))
+        except (ValueError, OSError):
+            key = None
+        return key, self.manifest.shards[shard].name
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 

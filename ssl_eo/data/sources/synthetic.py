@@ -39,8 +39,8 @@ _PRESENT = 0.05  # share of the scene from which a land cover counts as present
 class Config:
     """Which scenes, seen by which sensors."""
 
-    n_samples: int = 20_000
-    seed: int = 0
+    n_samples: int = 20_000  # different scenes
+    seed: int = 0  # of the world; another seed has other scenes
     sensors: list[str] = field(default_factory=lambda: ["sentinel2_l2a"])  # names, or `name:subset` ("enmap:rgb")
     extent_m: float = 640.0  # side of a scene; whole pixels for every sensor
     split: Literal["train", "val", "test"] = "train"  # disjoint scenes

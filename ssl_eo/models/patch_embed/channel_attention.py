@@ -26,7 +26,7 @@ class ChannelAttentionConfig:
     """Panopticon's embedding: channels attend to one learned query. Defaults are those of the released model."""
 
     attn_dim: int = 2304  # width of keys and values, split over the heads
-    n_heads: int = 16
+    n_heads: int = 16  # of the attention over channels; divides attn_dim
     elevation: bool = False  # a learned row for elevation channels, which the released model does not have
 
     def __post_init__(self) -> None:

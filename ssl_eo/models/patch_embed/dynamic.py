@@ -34,10 +34,10 @@ __all__ = ["DynamicConfig", "DynamicPatchEmbed"]
 class DynamicConfig:
     """DOFA's embedding: a small transformer writes the convolution from the wavelengths."""
 
-    generator_dim: int = 128
-    n_weight_tokens: int = 128
-    n_heads: int = 4
-    ffn_dim: int = 2048
+    generator_dim: int = 128  # width of the transformer that generates kernels
+    n_weight_tokens: int = 128  # its learned tokens, beside one per band
+    n_heads: int = 4  # its heads
+    ffn_dim: int = 2048  # its hidden width
     # How the generated numbers are read as a kernel. The first public DOFA weights need "legacy".
     layout: Literal["channel_major", "legacy"] = "channel_major"
     padding: int = 0  # pixels of zero border, 0 or 1; released weights need 1, which shifts the grid by one pixel
