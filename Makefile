@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test clean
 
 demo: .venv/installed
 	$(BIN)/ssl-eo train --config demo $(ARGS)

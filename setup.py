@@ -1,3 +1,28 @@
-from setuptools import setup
+"""What `pyproject.toml` cannot say: a wheel holds the YAML files that stand beside the package in a checkout."""
 
-setup()
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+RESOURCES = [str(path) for folder in ("configs", "datasets_meta") for path in sorted(Path(folder).rglob("*.yaml"))]
+
+
+class BuildWithResources(build_py):
+    """Copies the YAML files into the package that is built; an editable install finds them where they are."""
+
+    def run(self) -> None:
+        super().run()
+        for path in () if self.editable_mode else RESOURCES:
+            target = Path(self.build_lib, "ssl_eo", path)
+            self.mkpath(str(target.parent))
+            self.copy_file(path, str(target))
+
+    def get_source_files(self) -> list[str]:
+        """With the YAML files, so that a source distribution holds them too."""
+        return [*super().get_source_files(), *RESOURCES]
+
+
+setup(cmdclass={"build_py": BuildWithResources})

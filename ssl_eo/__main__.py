@@ -1,5 +1,5 @@
 """`python -m ssl_eo` and `torchrun -m ssl_eo` are `ssl-eo`."""
 
-from ssl_eo.cli import main
+from ssl_eo.cli import entry
 
-raise SystemExit(main())
+entry()

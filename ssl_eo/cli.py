@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_eo import __version__
+from ssl_eo.components import MissingExtraError
 
-__all__ = ["main"]
+__all__ = ["entry", "main"]
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         status: int = arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, MissingExtraError) as error:
         return _fail(str(error), EXIT_USAGE)
     except (RuntimeError, OSError) as error:
         if os.environ.get("SSL_EO_TRACEBACK"):
@@ -38,6 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return status
+
+
+def entry() -> NoReturn:
+    """`main` as a process of its own."""
+    status = main()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # An error on this rank alone: at exit, gloo would wait for collectives that the other ranks never join.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> int:
@@ -68,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the encoder of a checkpoint as a bundle")
     export.add_argument("--checkpoint", required=True, help="a run directory, or one step_ directory of it")
     export.add_argument("--out", required=True, help="the bundle folder to write")
+    export.add_argument("--overwrite", action="store_true", help="replace the bundle that is there")
     export.set_defaults(run=_export)
 
     evaluate = commands.add_parser("eval", help="probe a frozen encoder")
@@ -99,12 +113,22 @@ def _add_data_commands(parser: argparse.ArgumentParser) -> None:
     pack.add_argument("--split", default=None, help="subfolder of --out, for instance train")
     pack.add_argument("--codec", default="raw", choices=("raw", "blosc"), help="blosc is lossless and needs an extra")
     pack.add_argument("--shard-size-mb", type=float, default=512)
+    pack.add_argument("--max-bad-ratio", type=float, default=0.01, help="share of bad samples above which it stops")
     pack.set_defaults(run=_data_pack)
     stats = actions.add_parser("stats", help="per-band statistics of a source or of packed shards")
     stats.set_defaults(run=_data_stats)
-    index = actions.add_parser("index", help="index WebDataset tar shards")
+    index = actions.add_parser(
+        "index",
+        help="write an index beside each tar",
+        description="Write NAME.index.npz beside each NAME.tar of a folder, where the members of the tar are: for the"
+        " indexes that a packed dataset has lost, or to read the tars of another tool by ssl_eo.data.shards.",
+    )
     index.set_defaults(run=_data_index)
-    check = actions.add_parser("check", help="verify every byte of packed shards")
+    check = actions.add_parser(
+        "check",
+        help="verify every byte of a packed dataset",
+        description="Read every byte of what 'data pack' wrote and compare it with index and manifest.",
+    )
     check.set_defaults(run=_data_check)
     for action in (pack, stats):
         action.add_argument("--source", required=True, help="a module of ssl_eo.data.sources, or a dotted name")
@@ -124,18 +148,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    import yaml
+    from ssl_eo.config import load, to_yaml
 
-    from ssl_eo.config import load, to_dict
-
-    print(yaml.safe_dump(to_dict(load(arguments.config, arguments.overrides)), sort_keys=False), end="")
+    print(to_yaml(load(arguments.config, arguments.overrides)), end="")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from ssl_eo.train.export import export_encoder
 
-    step = export_encoder(Path(arguments.checkpoint), Path(arguments.out))
+    step = export_encoder(Path(arguments.checkpoint), Path(arguments.out), arguments.overwrite)
     print(f"wrote {arguments.out} (encoder after step {step})")
     return 0
 
@@ -173,6 +195,7 @@ def _data_pack(arguments: argparse.Namespace) -> int:
             split=arguments.split,
             codec=arguments.codec,
             shard_size_mb=arguments.shard_size_mb,
+            max_bad_ratio=arguments.max_bad_ratio,
             n_workers=arguments.workers,
             progress=progress,
         )
@@ -211,7 +234,7 @@ def _data_index(arguments: argparse.Namespace) -> int:
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
-    from ssl_eo.data.pack import check
+    from ssl_eo.data.pack_check import check
 
     with _progress("checking") as progress:
         report = check(arguments.root, n_workers=arguments.workers, progress=progress)

@@ -5,22 +5,28 @@ A pluggable module holds its class and, beside it, a dataclass `Config` with eve
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import pkgutil
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Component", "available", "resolve", "suggest"]
+__all__ = ["FREE", "MissingExtraError", "available", "free", "import_extra", "one_line", "resolve", "suggest"]
+
+T = TypeVar("T")
+
+FREE = {"free": True}  # metadata of such a field, where it needs more than a default
 
 
-@dataclass
-class Component:
-    """A choice made by name in a config: the module's name, and its `Config` with the values of this run."""
+def free(default: T) -> T:
+    """A field of a `Config` that may differ when a run is resumed: it leaves every training bit as it is."""
+    declared: T = dataclasses.field(default=default, metadata=FREE)
+    return declared
 
-    name: str
-    options: Any
+
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed; the message says what needs it and how to install it."""
 
 
 def available(package: str) -> list[str]:
@@ -35,15 +41,37 @@ def suggest(word: str, allowed: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def one_line(error: Exception) -> str:
+    """The text of an error, for a message of one line."""
+    return " ".join(str(error).split())
+
+
+def import_extra(extra: str, module: str, what: str) -> Any:
+    """The optional module `module`, which `what` needs and the extra `extra` installs.
+
+    Raises `MissingExtraError` when its package is absent; an error inside an installed one is raised unchanged.
+    """
+    package = module.partition(".")[0]
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise MissingExtraError(f"{what} needs the package {package}: pip install 'ssl_eo[{extra}]'") from None
+    return importlib.import_module(module)
+
+
 def resolve(package: str, name: str) -> ModuleType:
     """Import the component module `name` of `package` (a dotted `name` is imported as it stands).
 
     Raises `ValueError` when there is no such module, naming what exists; an import error inside the module itself
     is raised unchanged, since hiding it would send the user looking in the wrong place.
     """
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{name!r} is not the name of a module")
     qualified = name if "." in name else f"{package}.{name}"
     try:
-        return importlib.import_module(qualified)
+        module = importlib.import_module(qualified)
     except ModuleNotFoundError as error:
         if error.name is None or not (qualified + ".").startswith(error.name + "."):
             raise
@@ -57,3 +85,6 @@ def resolve(package: str, name: str) -> ModuleType:
             f"there is no component {name!r}: {package} has {', '.join(allowed)}{suggest(name, allowed)}"
             " (a dotted name such as 'my_package.my_module' is imported as it stands)"
         ) from None
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)):
+        raise ValueError(f"{qualified} has no dataclass Config: it is no component")
+    return module

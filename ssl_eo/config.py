@@ -6,16 +6,16 @@ found, what is allowed. `to_dict` gives back plain types that load to the same o
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from ssl_eo.components import resolve, suggest
+from ssl_eo.components import FREE, free, one_line, resolve, suggest
 from ssl_eo.data.loader import DataConfig
 from ssl_eo.eval.hook import EvalConfig
 from ssl_eo.models.vit import EncoderConfig
@@ -32,32 +32,28 @@ __all__ = [
     "TrainConfig",
     "build",
     "difference",
-    "fingerprint",
     "load",
     "read_overrides",
     "read_yaml",
     "to_dict",
+    "to_yaml",
+    "with_key",
 ]
 
 T = TypeVar("T")
-
-# Keys that may differ between the start of a run and its resumption: they leave every training bit as it is.
-_FREE_KEYS = (
-    *("checkpoint.", "eval.", "log.", "parallel.", "run.out_dir", "train.max_skipped_steps", "train.time_limit_s"),
-    *("data.max_bad_ratio", "data.n_workers", "data.pin_memory", "data.prefetch_batches", "data.start_method"),
-)
+R = TypeVar("R")
 
 
 @dataclass
 class RunConfig:
     """Where a run lives and the seed that all its randomness is addressed from."""
 
-    out_dir: str = "runs"  # the run directory is <out_dir>/<name>
+    out_dir: str = free("runs")  # the run directory is <out_dir>/<name>
     name: str = "run"  # the folder of this run in out_dir
     seed: int = 0  # of weights, order, crops, masks and dropout
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name must be one folder name, got {self.name!r}")
 
 
@@ -69,14 +65,16 @@ class TrainConfig:
     global_batch_size: int = 256  # samples per optimiser step, over all ranks and micro-batches
     accumulate: int = 1  # micro-batches per step on each rank
     precision: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters stay float32
-    max_skipped_steps: int = 20  # non-finite steps in a row before the run stops
+    max_skipped_steps: int = free(20)  # non-finite steps in a row before the run stops
     n_threads: int | None = None  # CPU threads of torch; None leaves torch's choice
-    time_limit_s: float | None = None  # checkpoint and stop (exit 75) after this long
+    time_limit_s: float | None = free(None)  # checkpoint and stop (exit 75) after this long
 
     def __post_init__(self) -> None:
-        for key in ("total_steps", "global_batch_size", "accumulate", "max_skipped_steps"):
-            if getattr(self, key) < 1:
+        for key in ("total_steps", "global_batch_size", "accumulate", "max_skipped_steps", "n_threads"):
+            if (value := getattr(self, key)) is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.time_limit_s is not None and self.time_limit_s < 0:
+            raise ValueError(f"time_limit_s must not be negative, got {self.time_limit_s}")
         if self.global_batch_size % self.accumulate:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of accumulate {self.accumulate}"
@@ -93,10 +91,10 @@ class Config:
     model: EncoderConfig = field(default_factory=EncoderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=FREE)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata=FREE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
 
     @property
     def run_dir(self) -> Path:
@@ -117,7 +115,10 @@ def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         merged = _override(_merge_includes(path, ()), overrides)
         plain: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if unset := re.search(r"Environment variable '(\w+)' not found", reason):
+            reason = f"needs the environment variable {unset[1]}, which is not set: export {unset[1]}=..."
+        raise ValueError(f"{path}: {reason}") from None
     return plain
 
 
@@ -138,7 +139,7 @@ def build(cls: type[T], raw: Any, where: str) -> T:
     """
     folder = getattr(cls, "resource_folder", None)
     if folder is not None and isinstance(raw, str):
-        path = _with_key(where, find_resource, folder, raw)
+        path = with_key(where, find_resource, folder, raw)
         raw = {"name": path.stem, **read_yaml(path)}
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where or 'config'}: expected a mapping of keys, got {raw!r}")
@@ -158,7 +159,7 @@ def build(cls: type[T], raw: Any, where: str) -> T:
     for name, f in own.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{_join(where, name)}: missing; this key has no default")
-    built: T = _with_key(where, cls, **values)
+    built: T = with_key(where, cls, **values)
     return built
 
 
@@ -181,21 +182,23 @@ def to_dict(config: Any) -> Any:
     return config
 
 
-def fingerprint(config: Config) -> str:
-    """A hash of everything that training's bits depend on, as written in the config."""
-    bound = {k: v for k, v in _flatten(to_dict(config)).items() if not _is_free(k)}
-    return hashlib.blake2b(json.dumps(bound, sort_keys=True).encode(), digest_size=8).hexdigest()
+def to_yaml(config: Config) -> str:
+    """A YAML file that `load` turns into the same object."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Quotes what OmegaConf takes for a number and YAML 1.1 does not, such as the string 1e5."""
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.0-9][-+.0-9eE_]*$"), list("-+.0123456789"))
+    text: str = yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False)
+    return text
 
 
-def difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Lines `key: saved -> current` for every key that must agree for a run to be resumed and does not."""
-    before, after = _flatten(saved), _flatten(current)
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
-        if old != new and not _is_free(key):
-            lines.append(f"{key}: {old} -> {new}")
-    return lines
+def difference(saved: Config, current: Config) -> list[str]:
+    """`key: saved -> current` for every key that must agree for a run to be resumed and does not."""
+    before, after = dict(_bound(saved)), dict(_bound(current))
+    pairs = {key: (before.get(key, "(absent)"), after.get(key, "(absent)")) for key in sorted(before.keys() | after)}
+    return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 
 def _find_config(name: str) -> Path:
@@ -213,6 +216,7 @@ def _find_config(name: str) -> Path:
 def _override(target: Any, overrides: Sequence[str]) -> Any:
     """Write each `key=value` into the OmegaConf mapping `target`; values are YAML."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     for override in overrides:
@@ -222,8 +226,13 @@ def _override(target: Any, overrides: Sequence[str]) -> Any:
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
         except YAMLError as error:
-            raise ValueError(f"{override!r}: the value is not YAML: {_one_line(error)}") from None
-        OmegaConf.update(target, key, value, merge=True, force_add=True)
+            raise ValueError(f"{override!r}: the value is not YAML: {one_line(error)}") from None
+        try:
+            OmegaConf.update(target, key, value, merge=True, force_add=True)
+        except (OmegaConfBaseException, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{override!r}: {one_line(error)}; a key is written as optim.lr or data.sources[0].name"
+            ) from None
     return target
 
 
@@ -237,17 +246,24 @@ def _merge_includes(path: Path, parents: tuple[Path, ...]) -> Any:
     try:
         own = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
+        raise ValueError(f"{path}: cannot be read as YAML: {one_line(error)}") from None
     if not isinstance(own, DictConfig):
         raise ValueError(f"{path}: a config file holds one mapping of keys")
     includes = own.pop("include", [])
     merged = OmegaConf.create({})
-    for name in [includes] if isinstance(includes, str) else includes:
+    for name in _names(path, includes):
         beside = path.parent / name
         merged = OmegaConf.merge(
             merged, _merge_includes(beside if beside.is_file() else _find_config(name), (*parents, path))
         )
     return OmegaConf.merge(merged, own)
+
+
+def _names(path: Path, includes: Any) -> list[str]:
+    names = [includes] if isinstance(includes, str) else includes
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: include takes the name of a config file, or a list of them, got {includes!r}")
+    return list(names)
 
 
 def _component_package(cls: type) -> str | None:
@@ -261,7 +277,7 @@ def _build_options(package: str, raw: Mapping[str, Any], own: set[str], where: s
     name = raw.get("name")
     if not isinstance(name, str):
         raise ValueError(f"{_join(where, 'name')}: missing; it names a module of {package}")
-    module = _with_key(_join(where, "name"), resolve, package, name)
+    module = with_key(_join(where, "name"), resolve, package, name)
     return build(module.Config, {k: v for k, v in raw.items() if k not in own}, where)
 
 
@@ -286,7 +302,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(k): _convert(get_args(hint)[1], v, _join(where, str(k))) for k, v in value.items()}
     if is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: expected a finite number, got {value!r}")
         return float(value)
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
         raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
@@ -318,27 +336,27 @@ def _convert_sequence(origin: type, args: tuple[Any, ...], value: Any, where: st
     return origin(items)
 
 
-def _with_key(where: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+def with_key(where: str, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+    """`call(...)`, with `where` before the message of a `ValueError`."""
     try:
         return call(*args, **kwargs)
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, item in value.items() for k, v in _flatten(item, _join(prefix, str(key))).items()}
-    if isinstance(value, (list, tuple)) and value and any(isinstance(v, Mapping) for v in value):
-        return {k: v for i, item in enumerate(value) for k, v in _flatten(item, f"{prefix}[{i}]").items()}
-    return {prefix: list(value) if isinstance(value, tuple) else value}
-
-
-def _is_free(key: str) -> bool:
-    return key.startswith(_FREE_KEYS) or (key.startswith("data.sources[") and key.endswith("].root"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _bound(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values of a config that a run is bound to: all fields but those marked as free."""
+    if is_dataclass(value) and not isinstance(value, type):
+        is_component = _component_package(type(value)) is not None
+        for f in fields(value):
+            if not f.metadata.get("free"):
+                inside = is_component and f.name == "options"
+                yield from _bound(getattr(value, f.name), where if inside else _join(where, f.name))
+    elif isinstance(value, list) and any(is_dataclass(item) for item in value):
+        for i, item in enumerate(value):
+            yield from _bound(item, f"{where}[{i}]")
+    else:
+        yield where, to_dict(value)
 
 
 def _join(where: str, key: str) -> str:

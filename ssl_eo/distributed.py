@@ -24,10 +24,15 @@ __all__ = [
     "init_world",
     "is_main",
     "mean_over_ranks",
+    "raise_on_all_ranks",
     "rank",
     "shutdown",
     "world_size",
 ]
+
+
+# A rank may spend minutes on something that others wait for, such as reading an archive's index for the first time.
+_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class World:
     device: torch.device
 
 
-def init_world(timeout_s: float = 1800.0) -> World:
+def init_world() -> World:
     """Join the process group that torchrun's variables describe; world size 1 needs none and creates none.
 
     gloo on CPU; on GPUs nccl, with gloo beside it for host-side agreement.
@@ -54,7 +59,7 @@ def init_world(timeout_s: float = 1800.0) -> World:
         device = torch.device("cpu")
     if size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=_TIMEOUT)
     return World(rank=rank(), size=world_size(), local_rank=local_rank, device=device)
 
 
@@ -88,6 +93,12 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def raise_on_all_ranks(error: BaseException | None) -> None:
+    """Raise on every rank what rank 0 gives as `error`, so that none waits for one that has stopped; None passes."""
+    if (agreed := broadcast_object(error)) is not None:
+        raise agreed
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -1,23 +1,29 @@
 """Encoder bundles: a folder with `encoder.safetensors` and `encoder.json`, written and read with torch alone.
 
-Nothing is unpickled on the way in. `encoder.json` says how to build the encoder and what its pixels must look like:
-sensors with their bands, and the mean and standard deviation that normalise stored values.
+Nothing is unpickled on the way in. `encoder.json` says how to build the encoder, which file of weights it belongs to
+(by SHA-256), and what the pixels must look like: sensors with their bands, and the mean and standard deviation that
+normalise stored values.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from ssl_eo.components import one_line
+from ssl_eo.files import atomic_write
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
 from ssl_eo.sensors import ChannelMeta, Sensor
 
@@ -51,6 +57,8 @@ class SensorInput:
     def __post_init__(self) -> None:
         self.sensor.index(self.bands)
         n = len(self.bands)
+        if len(set(self.bands)) != n:
+            raise ValueError(f"bands of {self.sensor.name} are named twice: {', '.join(self.bands)}")
         if len(self.mean) != n or len(self.std) != n:
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations for {n} bands")
         if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in (*self.std, self.gsd_m)):
@@ -70,8 +78,9 @@ class BundleEncoder(nn.Module):
     """An encoder with the sensors it knows. Call it with stored values and a sensor's name.
 
     `forward(images, sensor="sentinel2_l2a")` takes `[B, C, H, W]` in stored units, normalises, and returns the CLS
-    features `[B, D]`. `forward_features` and `get_intermediate_layers` return tokens. With `channels=` (a
-    `ChannelMeta`) instead of `sensor=`, images are taken as normalised already.
+    features `[B, D]`. As in training, pixels that were not measured (NaN, infinite, or a value that the sensor lists as
+    no-data) become 0 after normalising, the mean of the band. `forward_features` and `get_intermediate_layers` return
+    tokens. With `channels=` (a `ChannelMeta`) instead of `sensor=`, images are taken as normalised already.
     """
 
     def __init__(self, encoder: Encoder, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]) -> None:
@@ -103,8 +112,13 @@ class BundleEncoder(nn.Module):
         return self.encoder.intermediates(self.prepare(images, sensor, channels), n, norm=norm)
 
     def prepare(self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None) -> EncoderInput:
-        """The encoder's input: normalised pixels and what each channel is."""
+        """The encoder's input: normalised pixels and what each channel is. Raises `ValueError` for what is no input."""
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise ValueError(f"images must be a tensor [B, C, H, W], got {found}")
         if channels is not None:
+            if images.shape[1] != channels.n_channels:
+                raise ValueError(f"images have {images.shape[1]} channels, channels= describes {channels.n_channels}")
             return EncoderInput(images.float(), channels, gsd_m=None)
         known = self._input(sensor)
         if images.shape[1] != len(known.bands):
@@ -115,7 +129,9 @@ class BundleEncoder(nn.Module):
         mean = torch.tensor(known.mean, device=images.device)[:, None, None]
         std = torch.tensor(known.std, device=images.device)[:, None, None]
         meta = known.sensor.channel_meta(known.bands).to(images.device)
-        return EncoderInput((images.float() - mean) / std, meta, gsd_m=known.gsd_m)
+        values = images.float()
+        pixels = torch.where(known.sensor.is_measured(values), (values - mean) / std, 0.0)  # [B, C, H, W]
+        return EncoderInput(pixels, meta, gsd_m=known.gsd_m)
 
     def _input(self, sensor: str | None) -> SensorInput:
         if sensor is None and len(self.inputs) == 1:
@@ -129,11 +145,15 @@ class BundleEncoder(nn.Module):
 
 
 def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]) -> None:
-    """Write the bundle `folder`; `facts` are plain values kept beside the weights."""
+    """Write the bundle `folder`; `facts` are plain values kept beside the weights.
+
+    Raises `OSError` that names the file which cannot be written; then, as after a kill, what `folder` holds is the old
+    bundle, or a mixture that `load_bundle` refuses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "encoder.safetensors", encoder.state_dict())
     page = {
         "format": FORMAT,
+        "sha256": write_tensors(folder / "encoder.safetensors", encoder.state_dict()),
         "encoder": asdict(encoder.cfg),
         "n_channels": encoder.n_channels,
         "inputs": {
@@ -142,31 +162,34 @@ def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInpu
         },
         **facts,
     }
-    (folder / "encoder.json").write_text(json.dumps(page, indent=1), encoding="utf-8")
+    atomic_write(folder / "encoder.json", json.dumps(page, indent=1))
 
 
 def load_bundle(folder: str | Path) -> BundleEncoder:
     """The encoder of a bundle folder, in eval mode. Raises `ValueError` for anything that is not a whole bundle."""
     folder = Path(folder)
     page = _read_page(folder)
-    try:
-        # On the meta device no size that a damaged file may state takes memory.
-        with torch.device("meta"):
-            encoder = Encoder(_dataclass_from(EncoderConfig, page["encoder"]), page["n_channels"])
+    with _faults_of(folder / "encoder.json"):
+        cfg = _dataclass_from(EncoderConfig, page["encoder"])
+        n_channels, sha256 = _count_or_none("n_channels", page["n_channels"]), str(page["sha256"])
         inputs = {name: _input_from(name, raw) for name, raw in page["inputs"].items()}
-    except KeyError as error:
-        raise ValueError(f"{folder}/encoder.json: key {error} is missing") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{folder}/encoder.json: {_one_line(error)}") from error
-    tensors = read_tensors(folder / "encoder.safetensors")
+    tensors = read_tensors(folder / "encoder.safetensors", sha256)
+    # On the meta device no size that a damaged file may state takes memory; a number of blocks takes time.
+    with _faults_of(folder / "encoder.json"), torch.device("meta"):
+        if cfg.n_blocks > len(tensors):
+            raise ValueError(f"the encoder has {cfg.n_blocks} blocks, too many for a file of {len(tensors)} tensors")
+        encoder = Encoder(cfg, n_channels)
     _check_fit(folder, encoder, tensors)
     encoder.to_empty(device="cpu").load_state_dict(tensors)
-    facts = {k: v for k, v in page.items() if k not in ("format", "encoder", "n_channels", "inputs")}
+    facts = {k: v for k, v in page.items() if k not in ("format", "sha256", "encoder", "n_channels", "inputs")}
     return BundleEncoder(encoder, inputs, facts).eval()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` in the safetensors format: length, JSON header, raw little-endian values."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write `tensors` in the safetensors format: length, JSON header, raw little-endian values.
+
+    Returns the SHA-256 of the file.
+    """
     header: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
@@ -179,20 +202,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         offset += n_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(_raw_bytes(tensor))
-    partial.replace(path)
+    data = b"".join((struct.pack("<Q", len(text)), text, *map(_raw_bytes, tensors.values())))
+    atomic_write(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; every offset, shape and dtype is checked before a tensor is made."""
+def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file; every offset, shape and dtype is checked before a tensor is made.
+
+    Raises `ValueError` for a file that is not whole, or not the one of `sha256`.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path}: its SHA-256 is not that of encoder.json, one of the two was changed; export again")
     if len(data) < 8:
         raise ValueError(f"{path}: {len(data)} bytes are too few for a safetensors file")
     (n_header,) = struct.unpack("<Q", data[:8])
@@ -263,9 +288,21 @@ def _read_page(folder: Path) -> dict[str, Any]:
     return page
 
 
+@contextmanager
+def _faults_of(path: Path) -> Iterator[None]:
+    """Whatever a wrong value in the file `path` leads to is one `ValueError` that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
 def _check_fit(folder: Path, encoder: Encoder, tensors: Mapping[str, Tensor]) -> None:
+    """The names and shapes are the encoder's, and the values are floating point, of whatever precision."""
     expected = {name: list(value.shape) for name, value in encoder.state_dict().items()}
-    found = {name: list(value.shape) for name, value in tensors.items()}
+    found = {name: list(value.shape) if value.is_floating_point() else value.dtype for name, value in tensors.items()}
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
         first = wrong[0]
@@ -286,22 +323,32 @@ def _input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:
 
 
 def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
-    """A (nested) dataclass from the plain values that `asdict` gave, tuples restored where the default is one."""
-    default, hints = cls(), get_type_hints(cls)
+    """A (nested) dataclass from the plain values that `asdict` gave."""
+    hints, spelt = get_type_hints(cls), {f.name: f.type for f in fields(cls)}
     values = {}
     for key, value in raw.items():
         if key not in hints:
             raise ValueError(f"encoder config: unknown key {key!r}; written by a newer version of ssl_eo?")
-        if get_origin(hints[key]) is Literal and value not in get_args(hints[key]):
-            raise ValueError(f"encoder config: {key} is {value!r}, which this version of ssl_eo does not know")
-        current = getattr(default, key)
-        if is_dataclass(current):
-            value = _dataclass_from(type(current), value)
-        elif isinstance(current, tuple):
-            value = tuple(value)
+        if is_dataclass(hints[key]):
+            value = _dataclass_from(hints[key], value)
+        elif not _fits(value, hints[key]):
+            raise ValueError(f"encoder config: {key} is {value!r}, which this version does not know ({spelt[key]})")
         values[key] = value
     return cls(**values)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type `hint`: a plain type, a union of such, or a `Literal`. Numbers are finite."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _count_or_none(key: str, value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{key} must be a whole number from 1 or null, got {value!r}")
+    return value

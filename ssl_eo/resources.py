@@ -11,7 +11,8 @@ _PACKAGE = Path(__file__).resolve().parent
 
 def resource_dir(name: str) -> Path:
     """The folder `name` (`"configs"` or `"datasets_meta"`) of this installation."""
-    for parent in (_PACKAGE.parent, _PACKAGE):
+    # Inside first: what stands beside an installed package belongs to anyone, and `configs` is a common name.
+    for parent in (_PACKAGE, _PACKAGE.parent):
         if (parent / name).is_dir():
             return parent / name
     raise FileNotFoundError(f"the folder {name!r} is neither beside nor inside {_PACKAGE}: the installation is broken")

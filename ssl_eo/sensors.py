@@ -154,6 +154,13 @@ class Sensor:
             found.append(known.index(name))
         return tuple(found)
 
+    def is_measured(self, values: Tensor) -> Tensor:
+        """True where stored `values`, of any shape and on any device, are finite and none of `no_data`."""
+        measured = values.isfinite()
+        for value in self.no_data:
+            measured &= values != value
+        return measured
+
     def resolve_bands(self, bands: str | Iterable[str] | None) -> tuple[str, ...]:
         """Band names from a subset name (`"rgb"`), a list of names, or None for all bands."""
         if bands is None:

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ssl_eo.components import resolve
-from ssl_eo.config import Config, difference
+from ssl_eo.components import available, resolve
+from ssl_eo.config import Config
 from ssl_eo.eval.tasks import TaskConfig
 from ssl_eo.resources import resource_dir
 from ssl_eo.sensors import load_sensor
@@ -77,18 +77,19 @@ def keys_of(section: str) -> list[Key]:
 
 def free_keys() -> list[str]:
     """The keys by which a resumed run may differ from its beginning; `section.*` where these are all of a section."""
-    found = []
-    for section in (f.name for f in dataclasses.fields(Config)):
-        names = [key.name for key in keys_of(section)] + ["data.sources[].root"] * (section == "data")
-        free = [name for name in names if not difference(_nest(name, 1), _nest(name, 2))]
-        found += [f"{section}.*"] if free == names else free
-    return found
+    sources = [resolve("ssl_eo.data.sources", name).Config for name in available("ssl_eo.data.sources")]
+    return list(dict.fromkeys([*_free(Config), *(key for cls in sources for key in _free(cls, "data.sources[]."))]))
 
 
-def _nest(name: str, value: Any) -> Any:
-    for part in reversed(name.split(".")):
-        value = {part.removesuffix("[]"): [value] if part.endswith("[]") else value}
-    return value
+def _free(cls: type, prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        hint, name = hints[f.name], prefix + f.name
+        is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        if f.metadata.get("free"):
+            yield f"{name}.*" if is_section else name
+        elif is_section:
+            yield from _free(hint, f"{name}.")
 
 
 def _keys(cls: type, prefix: str, defaults: Any = None) -> Iterator[Key]:

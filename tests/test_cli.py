@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -146,6 +147,28 @@ def test_pack_then_read_again(packed: Path, tmp_path: Path, capsys: pytest.Captu
     assert f"{tmp_path}: 6 samples" in capsys.readouterr().out
 
 
+def test_pack_stops_at_bad_samples_unless_allowed(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(packed, damaged)
+    (shard,) = damaged.glob("*.tar")
+    index, data = ShardIndex.load(index_path(shard)), bytearray(shard.read_bytes())
+    data[int(index.offset[3, 1] + index.size[3, 1]) - 5] ^= 1
+    shard.write_bytes(data)
+    source = ("--source", "shards", "--root", str(damaged), "verify=true")
+    pack = ["data", "pack", *source, "--out", str(tmp_path / "again"), "--workers", "0"]
+    assert _status(pack) == 2
+    line = _error(capsys)
+    assert line.startswith(
+        "ssl-eo: 1 bad samples so far, allowed are 0 of 6: repair them, or raise max_bad_ratio (--max"
+    )
+    assert f"The first are sample 3: {shard}, member " in line
+    assert _status([*pack, "--max-bad-ratio", "0.2"]) == 0
+    assert "5 samples in 1 shards" in (out := capsys.readouterr().out)
+    assert "1 bad samples left out" in out
+
+
 def test_stats_of_a_source_and_of_its_shards_agree(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "stats", *SOURCE, "--workers", "0"]) == 0
     of_source = capsys.readouterr().out
@@ -163,6 +186,17 @@ def test_index_then_check(packed: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out == f"{packed}: indexed 6 samples in 1 shards\n"
     assert main(["data", "check", "--root", str(packed), "--workers", "0"]) == 0
     assert capsys.readouterr().out == f"{packed}: 6 samples in 1 shards are whole\n"
+
+
+def test_index_of_foreign_tars_is_no_packed_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    subprocess.run(["tar", "cf", tmp_path / "shard-000000.tar", "-C", tmp_path, "a.txt"], check=True)
+    assert main(["data", "index", "--root", str(tmp_path), "--workers", "0"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: indexed 1 samples in 1 shards\n"
+    assert _status(["data", "check", "--root", str(tmp_path), "--workers", "0"]) == 2
+    assert "'ssl-eo data pack' did not write these tars" in _error(capsys)
+    assert _status(["data", "index", "--help"]) == 0
+    assert "beside each NAME.tar" in " ".join(capsys.readouterr().out.split())
 
 
 def test_check_names_a_flipped_byte(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +276,13 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
     (["data", "pack", "--source", "synthetic", "n_samples", "--out", "{tmp}"], "'n_samples': write key=value"),
     (["data", "pack", "--source", "synthetic", "sensors=[", "--out", "{tmp}"], "the value is not YAML: "),
     (["data", "pack", *SOURCE, "--out", "{tmp}", "--codec", "zip"], "argument --codec: invalid choice: 'zip'"),
+    (["data", "pack", *SOURCE, "--out", "{tmp}", "--max-bad-ratio", "2"], "max_bad_ratio must lie in 0 to 1, got 2.0"),
+    (["data", "pack", *SOURCE, "weight=2", "--out", "{tmp}"], "--source.weight: unknown key"),
     (["data", "stats", "--source", "shards"], "--source.root: missing; this key has no default"),
+    (
+        ["data", "pack", *SOURCE, "--out", "{tmp}/broken.yaml/x"],
+        "cannot be used: Not a directory; choose another folder",
+    ),
     (["data", "index", "--root", "{tmp}"], "holds no .tar file"),
     (["data", "check", "--root", "{tmp}"], "manifest.json: no such file; write the dataset with 'ssl-eo data pack'"),
 ]
@@ -262,7 +302,6 @@ def test_wrong_usage_is_one_line_and_status_2(
 FAILURES: list[list[str]] = [
     ["export", "--checkpoint", "{run}", "--out", "{tmp}/file/below"],
     ["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}/file/below"],
-    ["data", "pack", *SOURCE, "--out", "{tmp}/file/below", "--workers", "0"],
 ]
 
 
@@ -281,6 +320,30 @@ def test_failure_is_one_line_and_status_1(
     monkeypatch.setenv("SSL_EO_TRACEBACK", "1")
     with pytest.raises(OSError, match="Not a directory"):
         main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("numcodecs", "codec", ["data", "pack", *SOURCE, "--out", "{tmp}/out", "--codec", "blosc", "--workers", "0"]),
+        ("rasterio", "geo", ["data", "stats", "--source", "eurosat", "--root", "{tmp}", "split=all", "--workers", "0"]),
+        ("tensorboard", "tensorboard", ["train", "--config", DEBUG, "run.out_dir={tmp}", "log.tensorboard=true"]),
+    ],
+    ids=["numcodecs", "rasterio", "tensorboard"],
+)
+def test_missing_extra_is_one_line_and_status_2(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    package: str,
+    extra: str,
+    arguments: list[str],
+) -> None:
+    (tmp_path / "Forest").mkdir()
+    (tmp_path / "Forest" / "Forest_1.tif").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    assert _status([a.format(tmp=tmp_path) for a in arguments]) == 2
+    assert _error(capsys).endswith(f"needs the package {package}: pip install 'ssl_eo[{extra}]'")
 
 
 def test_damaged_bundle_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import resource
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_eo.data.plans import stack_tiles, stack_views
+from ssl_eo.data.render import Renderer
+from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, ViewPlan
 from ssl_eo.hub import BundleEncoder, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import load_sensor
@@ -81,6 +87,29 @@ def test_call_with_stored_values_normalises_them(bundle: Path) -> None:
     assert (tokens.patches.shape, tokens.registers.shape, tokens.grid) == ((2, 6, 16), (2, 2, 16), (2, 3))
 
 
+def test_pixels_that_were_not_measured_are_shown_as_in_training(tmp_path: Path) -> None:
+    """No-data, NaN and infinity become 0 after normalising, exactly where `Renderer` makes them 0."""
+    known = _inputs()["sentinel2_l2a"]
+    assert known.sensor.no_data == (0.0,)
+    schema = TileSchema(known.sensor, known.bands, "float32", (8, 12), known.gsd_m, known.mean, known.std)
+    images = _images().float()
+    images[0, 0, :2], images[0, 1, 3, 3], images[1, 2, 5], images[1, 0, 7, 7] = 0.0, torch.nan, torch.inf, -torch.inf
+    samples = [
+        Sample(str(i), {"tile": Tile(image.numpy(), known.bands, known.gsd_m)}) for i, image in enumerate(images)
+    ]
+    views = {"image": stack_views([[ViewPlan("tile", (0.0, 0.0, 8.0, 12.0), (8, 12))] * 2])}
+    batch = Batch(0, 0, ["0", "1"], stack_tiles(samples, ["tile"], {"tile": schema}), views)
+    expected = Renderer([{"tile": schema}]).render(batch)["image"]
+    _write(tmp_path)
+    model = load_bundle(tmp_path)
+    prepared = model.prepare(images)
+    torch.testing.assert_close(prepared.pixels, expected.pixels, atol=1e-3, rtol=1e-5)
+    assert expected.valid is not None
+    assert (prepared.pixels[~expected.valid] == 0).all()
+    assert int((~expected.valid).sum()) == 2 * 12 + 1 + 12 + 1
+    assert model(images).isfinite().all()
+
+
 def test_intermediate_layers(bundle: Path) -> None:
     model = load_bundle(bundle)
     final = model.forward_features(_images()).x
@@ -102,6 +131,31 @@ def test_intermediate_layers(bundle: Path) -> None:
 def test_images_that_do_not_fit_are_refused(bundle: Path, n_bands: int, sensor: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_bundle(bundle)(_images(n_bands), sensor=sensor)
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (torch.zeros(3, 64, 64), r"shape \[3, 64, 64\]"),
+        (torch.zeros(1, 1, 3, 8, 8), r"shape \[1, 1, 3, 8, 8\]"),
+        (_images().numpy(), "a ndarray"),
+        (_images().tolist(), "a list"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(bundle: Path, images: Any, found: str) -> None:
+    model = load_bundle(bundle)
+    meta = model.inputs["sentinel2_l2a"].sensor.channel_meta(BANDS)
+    for given_as in ({}, {"sensor": "sentinel2_l2a"}, {"channels": meta}):
+        with pytest.raises(ValueError, match=rf"images must be a tensor \[B, C, H, W\], got {found}$"):
+            model(images, **given_as)
+
+
+def test_channels_must_describe_the_images(tmp_path: Path) -> None:
+    _write(tmp_path, "channel_attention")
+    model = load_bundle(tmp_path)
+    meta = model.inputs["sentinel2_l2a"].sensor.channel_meta(BANDS)
+    with pytest.raises(ValueError, match="images have 4 channels, channels= describes 3"):
+        model(_images(4), channels=meta)
 
 
 def test_torch_hub_loads_a_bundle(bundle: Path) -> None:
@@ -283,6 +337,13 @@ def _copy(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], Any] = 
     return folder
 
 
+def _put_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Weights that `encoder.json` describes, checksum and all."""
+    path, page = folder / "encoder.json", json.loads((folder / "encoder.json").read_text())
+    page["sha256"] = write_tensors(folder / "encoder.safetensors", tensors)
+    path.write_text(json.dumps(page))
+
+
 def _put(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
     def change(page: dict[str, Any]) -> None:
         for key in keys[:-1]:
@@ -311,6 +372,16 @@ WRONG_PAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "other patch size": (_put(8, "encoder", "patch_size"), r"1 tensors do not fit the encoder, the first is patch_emb"),
     "huge": (_put(1 << 20, "encoder", "embed_dim"), "tensors do not fit the encoder, the first is cls_token"),
     "other depth": (_put(3, "encoder", "depth"), r"first is blocks\.2\.\S+: expected \[\d+\], found none"),
+    "deeper than the file": (_put(10**6, "encoder", "depth"), "encoder.json: the encoder has 1000000 blocks, too many"),
+    "a word for a fraction": (_put("x", "encoder", "norm_eps"), "norm_eps is 'x', which this version .*float"),
+    "a truth for a number": (_put(True, "encoder", "n_registers"), "n_registers is True, which this version"),
+    "a fraction for a number": (_put(2.5, "encoder", "depth"), "depth is 2.5, which this version .*int | None"),
+    "a word for channels": (_put("3", "n_channels"), "n_channels must be a whole number from 1 or null, got '3'"),
+    "inner config is a list": (_put([1], "encoder", "conv"), "encoder.json: "),
+    "band twice": (_put(["B02", "B02", "B04"], *S2, "bands"), "bands of sentinel2_l2a are named twice: B02, B02, B04"),
+    "no checksum": (lambda page: page.pop("sha256"), "encoder.json: key 'sha256' is missing"),
+    "other checksum": (_put("0" * 64, "sha256"), "encoder.safetensors: its SHA-256 is not that of encoder.json"),
+    "checksum is null": (_put(None, "sha256"), "encoder.safetensors: its SHA-256 is not that of encoder.json"),
     "means": (_put([1.0], *S2, "mean"), "1 means and 3 standard deviations for 3 bands"),
     "words for means": (_put(["a", "b", "c"], *S2, "mean"), "encoder.json: "),
     "zero std": (_put([1.0, 0.0, 1.0], *S2, "std"), "std and gsd_m positive"),
@@ -350,7 +421,7 @@ def test_tensors_of_another_encoder(bundle: Path, tmp_path: Path, name: str) -> 
     folder = _copy(bundle, tmp_path)
     tensors = read_tensors(folder / "encoder.safetensors")
     tensors[name] = torch.zeros(1, 1, 17)
-    write_tensors(folder / "encoder.safetensors", tensors)
+    _put_tensors(folder, tensors)
     with pytest.raises(ValueError, match=rf"1 tensors do not fit .* is {name}: expected .*, found \[1, 1, 17\]"):
         load_bundle(folder)
 
@@ -358,9 +429,59 @@ def test_tensors_of_another_encoder(bundle: Path, tmp_path: Path, name: str) -> 
 def test_half_precision_weights_become_a_float32_encoder(bundle: Path, tmp_path: Path) -> None:
     folder = _copy(bundle, tmp_path)
     tensors = {k: v.bfloat16() for k, v in read_tensors(folder / "encoder.safetensors").items()}
-    write_tensors(folder / "encoder.safetensors", tensors)
+    _put_tensors(folder, tensors)
     model: BundleEncoder = load_bundle(folder)
     assert all(torch.equal(v, tensors[k].float()) for k, v in model.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_weights_that_are_no_fractions(bundle: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = _copy(bundle, tmp_path)
+    tensors = read_tensors(folder / "encoder.safetensors")
+    bits = tensors["norm.weight"]
+    tensors["norm.weight"] = bits.view(dtype) if dtype == torch.int32 else bits.to(dtype)
+    _put_tensors(folder, tensors)
+    with pytest.raises(ValueError, match=rf"the first is norm.weight: expected \[16\], found {dtype}"):
+        load_bundle(folder)
+
+
+def test_weights_and_description_of_two_exports_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """As a kill between the two files would leave them."""
+    folder = _copy(bundle, tmp_path)
+    encoder = _encoder("conv")
+    torch.nn.init.ones_(encoder.cls_token)
+    write_tensors(folder / "encoder.safetensors", encoder.state_dict())
+    with pytest.raises(ValueError, match=r"encoder\.safetensors: its SHA-256 is not that of encoder\.json"):
+        load_bundle(folder)
+
+
+def test_the_checksum_is_that_of_the_file(bundle: Path) -> None:
+    page = json.loads((bundle / "encoder.json").read_text())
+    assert page["sha256"] == hashlib.sha256((bundle / "encoder.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "encoder.json"])
+def test_a_full_disk_names_the_file_and_leaves_nothing(bundle: Path, tmp_path: Path, name: str) -> None:
+    """A limit on the size of files stands for the full disk; it is set in a child, for it cannot be raised again."""
+    folder = _copy(bundle, tmp_path / "bundle")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    child = os.fork()
+    if child == 0:
+        facts = {"note": "x" * 200_000} if name == "encoder.json" else {}
+        limit = 100_000 if name == "encoder.json" else 1000
+        message = "nothing was raised"
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            write_bundle(folder, _encoder("conv"), _inputs(), facts)
+        except OSError as error:
+            message = str(error)
+        finally:
+            (tmp_path / "message").write_text(message)
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert f"{folder / name} could not be written: File too large" in (tmp_path / "message").read_text()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    load_bundle(folder)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

@@ -15,14 +15,14 @@ PACKAGE = ROOT / "ssl_eo"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 # Layer of a module: the longest prefix that matches. A module may import its own and lower layers.
-LAYER_0 = ("components", "distributed", "resources", "schedules", "seeding", "sensors")
+LAYER_0 = ("components", "distributed", "files", "jsonl", "resources", "schedules", "seeding", "sensors")
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYER_0, LAYER_0),
     "losses": ("losses", "distributed"),
     "models": ("models", "sensors", "distributed", "components"),
-    "data": ("data", "sensors", "seeding", "components", "resources"),
+    "data": ("data", "sensors", "seeding", "components", "resources", "files", "jsonl"),
     "objectives": ("objectives", "models", "losses", "data.types", "data.plans", "data.masking", *LAYER_0),
-    "hub": ("hub", "models", "sensors"),
+    "hub": ("hub", "models", "sensors", "components", "files"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.loader", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim", "parallel")},

@@ -4,6 +4,8 @@ The unit of work is a rank's part of one step, or a micro-batch of it, so a batc
 alone: not on how many workers there are, which of them made it, or what ran before. Views are drawn from the generator
 at (seed, "view", step, slot), slot being the sample's position in the global batch: a sample that comes twice in a
 batch gets two different views.
+
+No array is looked into here: shapes and their letters are those of `ssl_eo.data.types`.
 """
 
 from __future__ import annotations
@@ -28,14 +30,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_eo.components import resolve
+from ssl_eo.components import free, one_line, resolve
 from ssl_eo.data.order import Mixture, Order, check_lanes
-from ssl_eo.data.plans import check_sample
+from ssl_eo.data.plans import check_no_data, check_sample, shown_tiles
 from ssl_eo.data.render import Interpolation
 from ssl_eo.data.types import Batch, Sample, Source, Views, map_tensors
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["BadSample", "DataConfig", "Loader", "Locates", "SourceConfig", "StepDataset", "open_source"]
+__all__ = [
+    "BadSample",
+    "DataConfig",
+    "Loader",
+    "Locates",
+    "SourceConfig",
+    "StepDataset",
+    "WeightedSourceConfig",
+    "open_source",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +56,16 @@ MIN_BAD_SAMPLES = 10  # a run never stops for fewer, whatever their share
 
 @dataclass
 class SourceConfig:
-    """One entry of `data.sources`: a module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
+    """A module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
 
     name: str
     options: Any = field(metadata={"package": "ssl_eo.data.sources"})
+
+
+@dataclass
+class WeightedSourceConfig(SourceConfig):
+    """One entry of `data.sources`."""
+
     weight: float = 1.0  # share of the steps this source feeds, relative to the other sources' weights
 
     def __post_init__(self) -> None:
@@ -60,15 +77,15 @@ class SourceConfig:
 class DataConfig:
     """What is read, in which order, and how. From `n_workers` on, nothing changes a batch."""
 
-    sources: list[SourceConfig]  # a batch comes from one of them
+    sources: list[WeightedSourceConfig]  # a batch comes from one of them
     n_lanes: int = 8  # parallel streams of samples; a multiple of the world size, divides train.global_batch_size
     window_chunks: int = 8  # chunks of a lane that are shuffled together
     interpolation: Interpolation = "bicubic"  # of views that are resized
-    n_workers: int = 2  # reading processes per rank; 0 reads in the training process
-    prefetch_batches: int = 2  # batches that each worker prepares ahead
-    max_bad_ratio: float = 0.01  # share of unreadable samples at which the run stops
-    pin_memory: bool = True  # page-locked batches, for copies that overlap with compute; CUDA only
-    start_method: Literal["auto", "fork", "forkserver"] = "auto"  # of workers; auto forks unless CUDA is in use
+    n_workers: int = free(2)  # reading processes per rank; 0 reads in the training process
+    prefetch_batches: int = free(2)  # batches that each worker prepares ahead
+    max_bad_ratio: float = free(0.01)  # share of unreadable samples at which the run stops
+    pin_memory: bool = free(True)  # page-locked batches, for copies that overlap with compute; CUDA only
+    start_method: Literal["auto", "fork", "forkserver"] = free("auto")  # of workers; auto forks unless CUDA is in use
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -163,6 +180,14 @@ class StepDataset(Dataset[Outcome]):
             for i, s in enumerate(sources)
         ]
 
+    def example(self, n: int) -> Batch:
+        """The first `n` samples of this rank's part of step 0."""
+        source = self.mixture.source(0)
+        slots = self.orders[source].slots(self.rank, self.world_size)[:n]
+        ids = self.orders[source].batch(0, self.rank, self.world_size)[:n]
+        planned = [self._sample(0, source, slot, index, []) for slot, index in zip(slots, ids.tolist(), strict=True)]
+        return self.views.collate(planned, 0, source, numpy_generator(self.seed, "batch", 0))
+
     def __getitem__(self, i: int) -> Outcome:
         step, part = divmod(i, self.n_micro_batches)
         source = self.mixture.source(step)
@@ -181,7 +206,7 @@ class StepDataset(Dataset[Outcome]):
         mine = slice(part * n, (part + 1) * n)
         pairs = zip(slots[mine], ids[mine].tolist(), strict=True)
         planned = [self._sample(step, source, slot, index, bad) for slot, index in pairs]
-        return self.views.collate(planned, step, source)
+        return self.views.collate(planned, step, source, numpy_generator(self.seed, "batch", step))
 
     def _sample(self, step: int, source: int, slot: int, index: int, bad: list[BadSample]) -> tuple[Sample, Any]:
         """The sample `index` and its plan, or those of the first usable sample that takes its place."""
@@ -197,7 +222,9 @@ class StepDataset(Dataset[Outcome]):
         try:
             sample = reader.read(index)
             check_sample(sample, reader.schema)
-            return sample, self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
+            planned = self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
+            check_no_data(sample, {name: reader.schema[name] for name in shown_tiles(planned)})
+            return sample, planned
         except (ValueError, OSError, EOFError) as error:
             key, shard = reader.locate(index) if isinstance(reader, Locates) else (None, None)
             bad.append(BadSample(step, self.names[source], index, key, shard, _describe(error)))
@@ -237,7 +264,7 @@ class Loader:
         self.n_bad = 0
         self._max_bad_ratio = cfg.max_bad_ratio
         self._quarantine_path = quarantine_path
-        dataset = StepDataset(
+        self._dataset = StepDataset(
             cfg,
             sources,
             views,
@@ -247,24 +274,16 @@ class Loader:
             world_size=world_size,
             n_micro_batches=n_micro_batches,
         )
-        on_cuda = torch.device(device).type == "cuda"
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(start_step * n_micro_batches, total_steps * n_micro_batches),
-            num_workers=cfg.n_workers,
-            prefetch_factor=cfg.prefetch_batches if cfg.n_workers else None,
-            multiprocessing_context=_context(cfg.start_method, on_cuda) if cfg.n_workers else None,
-            worker_init_fn=_set_up_worker,
-            pin_memory=cfg.pin_memory and on_cuda,
-            generator=torch.Generator(),  # DataLoader draws a seed that nothing here uses: not from the global stream
-        )
-        if cfg.n_workers:
-            _raise_open_file_limit()
+        parts = range(start_step * n_micro_batches, total_steps * n_micro_batches)
+        loader = _data_loader(cfg, self._dataset, parts, on_cuda=torch.device(device).type == "cuda")
         others = set(multiprocessing.active_children())
         self._running: list[Iterator[Outcome]] = [iter(loader)]
         workers = [c for c in multiprocessing.active_children() if c not in others]
         self._stop = weakref.finalize(self, _stop_workers, self._running, workers)
+
+    def example(self, n: int) -> Batch:
+        """A batch of `n` samples, always the same, read in this process: for pictures of how training goes on."""
+        return self._dataset.example(n)
 
     def __iter__(self) -> Loader:
         return self
@@ -315,7 +334,24 @@ class Loader:
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _data_loader(cfg: DataConfig, dataset: StepDataset, parts: range, on_cuda: bool) -> DataLoader[Outcome]:
+    """The outcomes of `parts` in order, from workers as `cfg` wants them."""
+    if cfg.n_workers:
+        _raise_open_file_limit()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=parts,
+        num_workers=cfg.n_workers,
+        prefetch_factor=cfg.prefetch_batches if cfg.n_workers else None,
+        multiprocessing_context=_context(cfg.start_method, on_cuda) if cfg.n_workers else None,
+        worker_init_fn=_set_up_worker,
+        pin_memory=cfg.pin_memory and on_cuda,
+        generator=torch.Generator(),  # DataLoader draws a seed that nothing here uses: not from the global stream
+    )
 
 
 def _context(start_method: str, on_cuda: bool) -> multiprocessing.context.BaseContext:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ssl_eo.components import one_line
 from ssl_eo.data.members import CODECS, tile_member
 from ssl_eo.data.shards import atomic_file
 from ssl_eo.data.statistics import BandStatistics
@@ -18,6 +19,7 @@ from ssl_eo.sensors import Sensor
 __all__ = [
     "FORMAT",
     "MANIFEST_NAME",
+    "PLAN_NAME",
     "Manifest",
     "PackedTile",
     "ShardEntry",
@@ -28,6 +30,7 @@ __all__ = [
 
 FORMAT = 1
 MANIFEST_NAME = "manifest.json"
+PLAN_NAME = "pack.json"  # beside it: what the shards are packed from, written first
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,18 @@ class ShardEntry:
     n_samples: int
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or Path(self.name).name != self.name or not self.name.endswith(".tar"):
+            raise ValueError(f"shard {self.name!r} is not a plain file name that ends in .tar")
+        for key, value in (("n_samples", self.n_samples), ("size", self.size)):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{key} of shard {self.name} must be a whole number from 0, got {value!r}")
+
+    def matches(self, path: Path) -> bool:
+        """Whether the bytes of the tar `path` are those that were packed."""
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,13 @@ class Manifest:
     tiles: dict[str, PackedTile]
     shards: tuple[ShardEntry, ...]
 
+    def __post_init__(self) -> None:
+        if not self.tiles:
+            raise ValueError("tiles is empty")
+        names = [shard.name for shard in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError(f"shards lists {next(n for n in names if names.count(n) > 1)} twice")
+
     @property
     def n_samples(self) -> int:
         return sum(s.n_samples for s in self.shards)
@@ -84,6 +106,7 @@ class Manifest:
             "tiles": {name: _tile_to_dict(name, tile) for name, tile in self.tiles.items()},
             "shards": [asdict(s) for s in self.shards],
         }
+        content["checksum"] = _checksum(content)
         with atomic_file(folder / MANIFEST_NAME) as file:
             file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -95,11 +118,16 @@ class Manifest:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path}: no such file{_advice(folder)}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error}); pack the dataset again") from None
         found = raw.get("format") if isinstance(raw, dict) else None
         if found != FORMAT:
             raise ValueError(f"{path}: format {found!r}, this version reads format {FORMAT}; pack the dataset again")
+        if raw.pop("checksum", None) != _checksum(raw):
+            raise ValueError(
+                f"{path} was changed or damaged after it was written: copy it again, or run the same 'ssl-eo data pack'"
+                " again, which keeps the shards and writes it anew"
+            )
         try:
             return cls(
                 source_name=raw["source"]["name"],
@@ -108,15 +136,17 @@ class Manifest:
                 split=raw["split"],
                 label_names=tuple(raw["label_names"]),
                 tiles={name: _tile_from_dict(name, tile) for name, tile in raw["tiles"].items()},
-                shards=tuple(_shard_entry(entry) for entry in raw["shards"]),
+                shards=tuple(ShardEntry(**entry) for entry in raw["shards"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: {type(error).__name__}: {error}; pack the dataset again") from None
+        except KeyError as error:
+            raise ValueError(f"{path}: key {error} is missing; pack the dataset again") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: {one_line(error)}; pack the dataset again") from None
 
 
 def content_hash(content: Any) -> str:
     """SHA-256 of `content` (plain JSON types) in a canonical spelling."""
-    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def schema_to_dict(schema: TileSchema) -> dict[str, Any]:
@@ -133,17 +163,22 @@ def schema_to_dict(schema: TileSchema) -> dict[str, Any]:
 
 
 def schema_from_dict(name: str, raw: Mapping[str, Any]) -> TileSchema:
-    """The schema of the tile `name` that `schema_to_dict` gave."""
-    height, width = raw["shape"]
-    return TileSchema(
-        sensor=Sensor.from_dict(raw["sensor"], where=f"tiles.{name}.sensor"),
-        bands=tuple(raw["bands"]),
-        dtype=raw["dtype"],
-        shape=(height, width),
-        gsd_m=raw["gsd_m"],
-        mean=tuple(raw["mean"]),
-        std=tuple(raw["std"]),
-    )
+    """The schema of the tile `name` that `schema_to_dict` gave. Raises `ValueError` for anything else."""
+    try:
+        height, width = raw["shape"]
+        return TileSchema(
+            sensor=Sensor.from_dict(raw["sensor"]),
+            bands=tuple(raw["bands"]),
+            dtype=raw["dtype"],
+            shape=(height, width),
+            gsd_m=raw["gsd_m"],
+            mean=tuple(raw["mean"]),
+            std=tuple(raw["std"]),
+        )
+    except KeyError as error:
+        raise ValueError(f"tiles.{name}: key {error} is missing") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"tiles.{name}: {one_line(error)}") from None
 
 
 def _tile_to_dict(name: str, tile: PackedTile) -> dict[str, Any]:
@@ -161,17 +196,20 @@ def _tile_from_dict(name: str, raw: Mapping[str, Any]) -> PackedTile:
     return PackedTile(schema_from_dict(name, raw), raw["codec"], BandStatistics.from_dict(raw["statistics"]))
 
 
-def _shard_entry(raw: Mapping[str, Any]) -> ShardEntry:
-    entry = ShardEntry(**raw)
-    if Path(entry.name).name != entry.name:
-        raise ValueError(f"shard {entry.name!r} is not a plain file name")
-    return entry
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else that the manifest holds, in its order: that of the tiles and shards has a meaning."""
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()
 
 
 def _advice(folder: Path) -> str:
     splits = sorted(p.parent.name for p in folder.glob(f"*/{MANIFEST_NAME}"))
     if splits:
         return f"; the splits {', '.join(splits)} lie in folders of their own: choose one with 'split'"
-    if any(folder.glob("shard-*.tar*")):
+    if (folder / PLAN_NAME).is_file():
         return "; packing was not finished: run the same 'ssl-eo data pack' again, it goes on where it stopped"
+    if any(folder.glob("*.tar")):
+        return (
+            "; 'ssl-eo data pack' did not write these tars: 'data check' and the source 'shards' are for packed"
+            " datasets, 'data index' serves ssl_eo.data.shards.ShardReader alone"
+        )
     return "; write the dataset with 'ssl-eo data pack'"

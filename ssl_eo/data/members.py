@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import suggest
+from ssl_eo.components import import_extra, suggest
 
 __all__ = [
     "CODECS",
@@ -191,6 +191,9 @@ def decode_meta(data: bytes | memoryview) -> dict[str, Any]:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("meta"), dict) or "label" not in content:
         raise ValueError("a sample's JSON is one object with the keys 'label' and 'meta'")
+    gsd_m = content.get("gsd_m", {})
+    if not isinstance(gsd_m, dict) or not all(type(v) in (int, float) and 0 < v < math.inf for v in gsd_m.values()):
+        raise ValueError(f"gsd_m in a sample's JSON is an object of metres above 0 by tile name, found {gsd_m!r:.80}")
     return content
 
 
@@ -201,10 +204,7 @@ def _plain(value: Any) -> Any:
 
 
 def _blosc() -> Any:
-    try:
-        from numcodecs import blosc
-    except ImportError:
-        raise ImportError("compressed shards need numcodecs: pip install 'ssl_eo[codec]'") from None
+    blosc = import_extra("codec", "numcodecs.blosc", "the codec of compressed shards")
     # One thread: loader workers are the parallelism, and with several the order of blocks in a buffer may vary.
     blosc.use_threads = False
     return blosc

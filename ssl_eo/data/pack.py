@@ -1,4 +1,4 @@
-"""`ssl-eo data pack | index | stats | check`: make packed datasets, and look after them.
+"""`ssl-eo data pack | index | stats`: make packed datasets.
 
 Packing is parallel and resumable, and gives the same bytes every time: one that was killed goes on after the shards
 that are finished, and `manifest.json` is written when all are. The format is described in `docs/data.md`.
@@ -7,38 +7,23 @@ that are finished, and `manifest.json` is written when all are. The format is de
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ssl_eo.components import Component, resolve
 from ssl_eo.data.manifest import MANIFEST_NAME, Manifest, PackedTile, ShardEntry
-from ssl_eo.data.members import LABEL_MEMBER, META_MEMBER, decode_meta, tile_member
 from ssl_eo.data.pack_plan import Finished, Plan, check_budget, claim, make_plan, pack_shard, read_checked
 from ssl_eo.data.pool import in_order
-from ssl_eo.data.shards import ShardError, ShardIndex, ShardReader, index_path
+from ssl_eo.data.shards import ShardError, ShardIndex, index_path
 from ssl_eo.data.statistics import Statistics, merge_statistics, tile_statistics
-from ssl_eo.data.tar import BLOCK
 from ssl_eo.data.types import Source, TileSchema
+from ssl_eo.files import lock_folder
 
-__all__ = [
-    "CheckReport",
-    "IndexReport",
-    "PackReport",
-    "Problem",
-    "Progress",
-    "StatsReport",
-    "check",
-    "index",
-    "pack",
-    "stats",
-]
+__all__ = ["IndexReport", "PackReport", "Progress", "StatsReport", "index", "pack", "stats"]
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 
@@ -46,7 +31,6 @@ QUARANTINE_NAME = "quarantine.jsonl"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STATS_RUN = 256  # samples whose statistics are one task
-_MAX_PROBLEMS = 20  # reported per shard
 
 
 # --- pack -------------------------------------------------------------------------------------------------------------
@@ -66,7 +50,7 @@ class PackReport:
 
 
 def pack(
-    source: Source | Component,
+    source: Source,
     out: str | Path,
     *,
     split: str | None = None,
@@ -83,40 +67,51 @@ def pack(
     follows from the uncompressed `shard_size_mb` unless given. `n_workers=0` packs in this process. Samples that
     cannot be read or do not fit the source's schema are left out and listed in `quarantine.jsonl`.
 
-    Run again after a kill, it keeps the finished shards. Raises `ValueError` when `out` holds something else or more
-    than `max_bad_ratio` of the samples are bad, `OSError` when the disk is full (finished shards are kept).
+    Run again after a kill, it keeps the finished shards. Raises `ValueError` when `out` holds something else, cannot be
+    used or is packed into by another process, or more than `max_bad_ratio` of the samples are bad, `OSError` when the
+    disk is full (finished shards are kept).
     """
-    source_name = source.name if isinstance(source, Component) else type(source).__module__
-    source = _build(source)
-    folder = _folder(Path(out), split)
-    plan = make_plan(source, folder, codec, shard_size_mb, samples_per_shard, max_bad_ratio)
-    claim(plan)
-    n_kept = _n_finished(plan)
+    plan = make_plan(source, _folder(Path(out), split), codec, shard_size_mb, samples_per_shard, max_bad_ratio)
+    lock = lock_folder(plan.folder, "choose another folder")
     try:
-        finished = _pack_shards(source, plan, n_workers, progress)
+        claim(plan)
+        return _pack(source, plan, split, n_workers, progress)
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise _no_space(error, plan) from error
         raise
+    finally:
+        os.close(lock)
+
+
+def _pack(source: Source, plan: Plan, split: str | None, n_workers: int, progress: Progress | None) -> PackReport:
+    n_kept = _n_finished(plan)
+    finished = _pack_shards(source, plan, n_workers, progress)
     statistics = merge_statistics(source.schema, (f.statistics for f in finished))
-    manifest = Manifest(
-        source_name=source_name,
-        source_fingerprint=source.fingerprint(),
-        config_hash=plan.config_hash,
-        split=split,
-        label_names=tuple(source.label_names),
-        tiles={n: PackedTile(schema, plan.codecs[n], statistics[n]) for n, schema in source.schema.items()},
-        shards=tuple(f.entry for f in finished),
-    )
-    manifest.save(folder)
+    manifest = _manifest(source, plan, split, finished, statistics)
+    manifest.save(plan.folder)
     return PackReport(
-        folder=folder,
+        folder=plan.folder,
         n_samples=manifest.n_samples,
         n_bad=plan.n_samples - manifest.n_samples,
         n_shards=plan.n_shards,
         n_shards_kept=n_kept,
         n_bytes=sum(f.entry.size for f in finished),
         statistics=statistics,
+    )
+
+
+def _manifest(
+    source: Source, plan: Plan, split: str | None, finished: Sequence[Finished], statistics: Statistics
+) -> Manifest:
+    return Manifest(
+        source_name=type(source).__module__.removeprefix("ssl_eo.data.sources."),  # as data.sources names it
+        source_fingerprint=source.fingerprint(),
+        config_hash=plan.config_hash,
+        split=split,
+        label_names=tuple(source.label_names),
+        tiles={n: PackedTile(schema, plan.codecs[n], statistics[n]) for n, schema in source.schema.items()},
+        shards=tuple(f.entry for f in finished),
     )
 
 
@@ -153,13 +148,6 @@ def _folder(out: Path, split: str | None) -> Path:
     if split is not None and (Path(split).name != split or split == ".."):
         raise ValueError(f"split must be a plain name such as 'train', got {split!r}")
     return out / (split or "")
-
-
-def _build(source: Source | Component) -> Source:
-    if isinstance(source, Component):
-        built: Source = resolve("ssl_eo.data.sources", source.name).Source(source.options)
-        return built
-    return source
 
 
 # --- index ------------------------------------------------------------------------------------------------------------
@@ -201,16 +189,11 @@ def index(root: str | Path, *, n_workers: int = 0, progress: Progress | None = N
 def _index_shard(task: tuple[Path, ShardEntry | None]) -> ShardIndex:
     path, entry = task
     made = ShardIndex.build(path)
-    if entry is not None and _sha256(path) != entry.sha256:
+    if entry is not None and not entry.matches(path):
         # An index made now would declare the damage to be the content.
         raise ShardError(path, "", 0, "its SHA-256 is not the manifest's; see 'ssl-eo data check', restore the file")
     made.save(index_path(path))
     return made
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- stats ------------------------------------------------------------------------------------------------------------
@@ -235,16 +218,13 @@ class StatsReport:
                 yield name, band, int(count), mean, std, low, high
 
 
-def stats(
-    source: Source | Component | str | Path, *, n_workers: int = 0, progress: Progress | None = None
-) -> StatsReport:
+def stats(source: Source | str | Path, *, n_workers: int = 0, progress: Progress | None = None) -> StatsReport:
     """Measure every band of a source, or of the packed dataset in a folder. Bad samples are counted and left out."""
     if isinstance(source, (str, Path)):
         from ssl_eo.data.sources.shards import Config
         from ssl_eo.data.sources.shards import Source as PackedSource
 
         source = PackedSource(Config(root=str(source)))
-    source = _build(source)
     n_samples = len(source)
     runs = [range(start, min(start + _STATS_RUN, n_samples)) for start in range(0, n_samples, _STATS_RUN)]
     parts, n_bad = [], 0
@@ -264,137 +244,3 @@ def _stats_of(source: Source, run: Sequence[int]) -> tuple[Statistics, int]:
         except ValueError:
             n_bad += 1
     return merge_statistics(source.schema, parts), n_bad
-
-
-# --- check ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong: bytes `offset` to `offset + size` of `shard`, in `member` (empty: the shard itself)."""
-
-    shard: str
-    member: str
-    offset: int
-    size: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What `check` looked at and what it found. Sizes in bytes."""
-
-    n_shards: int
-    n_samples: int
-    n_members: int
-    n_bytes: int
-    problems: tuple[Problem, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-
-def check(root: str | Path, *, n_workers: int = 0, progress: Progress | None = None) -> CheckReport:
-    """Read every byte of the packed dataset in the folder `root` and compare it with index and manifest.
-
-    Damage is reported, up to 20 problems a shard, not raised; `ValueError` when there is no manifest.
-    """
-    folder = Path(root)
-    manifest = Manifest.load(folder)
-    n_samples = n_members = n_bytes = 0
-    problems: list[Problem] = []
-    results = in_order(partial(_check_shard, folder, manifest), manifest.shards, n_workers)
-    for done, (found, shard_problems) in enumerate(results, start=1):
-        problems += shard_problems
-        if found is not None:
-            n_samples += len(found)
-            n_members += int((found.offset >= 0).sum())
-            n_bytes += found.tar_size
-        if progress is not None:
-            progress(done, len(manifest.shards))
-    return CheckReport(len(manifest.shards), n_samples, n_members, n_bytes, tuple(problems))
-
-
-def _check_shard(folder: Path, manifest: Manifest, entry: ShardEntry) -> tuple[ShardIndex | None, list[Problem]]:
-    """The index as the tar itself gives it (None when it cannot be walked), and what is wrong."""
-    path = folder / entry.name
-
-    def whole(size: int, reason: str) -> Problem:
-        return Problem(entry.name, "", 0, size, reason)
-
-    if not path.is_file():
-        return None, [whole(0, "the file is missing")]
-    size = path.stat().st_size
-    problems = [] if size == entry.size else [whole(size, f"{size} bytes, the manifest lists {entry.size}")]
-    saved = None
-    try:
-        saved = ShardIndex.load(index_path(path))
-    except ValueError as error:
-        problems.append(whole(size, str(error)))
-    try:
-        found = ShardIndex.build(path)
-    except ShardError as error:
-        member, reason = error.member, error.reason
-        if (name := _member_of_header(saved, error.offset)) is not None:
-            member, reason = name, "its tar header is damaged or cut off"
-        return None, [*problems, Problem(entry.name, member, error.offset, size - error.offset, reason)]
-    if len(found) != entry.n_samples:
-        problems.append(whole(size, f"{len(found)} samples, the manifest lists {entry.n_samples}"))
-    if saved is not None:
-        problems += _compare(entry.name, saved, found)
-    damaged = {problem.member for problem in problems}
-    problems += [p for p in _decode_all(path, manifest, found) if p.member not in damaged]
-    if not problems and _sha256(path) != entry.sha256:
-        problems.append(whole(size, "its SHA-256 is not the manifest's, though every member is as indexed"))
-    return found, problems[:_MAX_PROBLEMS]
-
-
-def _member_of_header(index: ShardIndex | None, offset: int) -> str | None:
-    """Name of the member whose header is at byte `offset`."""
-    if index is None:
-        return None
-    hits = np.argwhere(index.offset == offset + BLOCK)
-    return index.member_name(*hits[0]) if len(hits) else None
-
-
-def _compare(shard: str, saved: ShardIndex, found: ShardIndex) -> Iterator[Problem]:
-    """Where the saved index and the tar disagree."""
-    if not (np.array_equal(saved.keys, found.keys) and np.array_equal(saved.suffixes, found.suffixes)):
-        yield Problem(shard, "", 0, found.tar_size, "the index names other members than the tar holds")
-        return
-    moved = (saved.offset != found.offset) | (saved.size != found.size)
-    for row, column in np.argwhere(moved | (saved.crc32 != found.crc32)):
-        offset, size = int(found.offset[row, column]), int(found.size[row, column])
-        reason = f"its CRC-32 is {found.crc32[row, column]:08x}, the index has {saved.crc32[row, column]:08x}"
-        if moved[row, column]:
-            reason = f"the index has it at byte {saved.offset[row, column]}, {saved.size[row, column]} bytes"
-        yield Problem(shard, found.member_name(row, column), offset, size, reason)
-
-
-def _decode_all(path: Path, manifest: Manifest, index: ShardIndex) -> Iterator[Problem]:
-    """Members that are missing, cannot be decoded, or do not fit the schema."""
-    reader = ShardReader(path, index)
-    columns = {suffix.decode(): column for column, suffix in enumerate(index.suffixes)}
-    schemas = {tile_member(name, tile.codec): tile.schema for name, tile in manifest.tiles.items()}
-    for row in range(len(index)):
-        labels = (LABEL_MEMBER,) if reader.has(row, LABEL_MEMBER) else ()
-        for suffix in (*schemas, *labels, META_MEMBER):
-            try:
-                _decode(reader, row, suffix, schemas.get(suffix))
-            except ValueError as error:
-                place = (row, columns[suffix]) if reader.has(row, suffix) else None
-                offset, size = (int(index.offset[place]), int(index.size[place])) if place else (0, 0)
-                reason = error.reason if isinstance(error, ShardError) else str(error)
-                yield Problem(path.name, f"{reader.key(row)}.{suffix}", offset, size, reason)
-
-
-def _decode(reader: ShardReader, row: int, suffix: str, schema: TileSchema | None) -> None:
-    if suffix == META_MEMBER:
-        decode_meta(reader.read(row, suffix))
-        return
-    array = reader.array(row, suffix)
-    if schema is not None:
-        shape = (len(schema.bands), *schema.shape)
-        if array.shape != shape or array.dtype != np.dtype(schema.dtype):
-            raise ValueError(f"{array.dtype} {array.shape}, the manifest says {schema.dtype} {shape}")

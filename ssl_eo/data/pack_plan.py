@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_eo.data.manifest import FORMAT, ShardEntry, content_hash, schema_to_dict
+from ssl_eo.components import one_line
+from ssl_eo.data.manifest import FORMAT, PLAN_NAME, ShardEntry, content_hash, schema_to_dict
 from ssl_eo.data.members import (
     LABEL_MEMBER,
     META_MEMBER,
@@ -25,13 +26,12 @@ from ssl_eo.data.members import (
     escape_key,
     tile_member,
 )
+from ssl_eo.data.plans import check_sample
 from ssl_eo.data.shards import ShardWriter, atomic_file, index_path
 from ssl_eo.data.statistics import BandStatistics, Statistics, merge_statistics, tile_statistics
 from ssl_eo.data.types import Sample, Source, TileSchema
 
 __all__ = ["Finished", "Plan", "check_budget", "claim", "make_plan", "pack_shard", "read_checked"]
-
-PLAN_NAME = "pack.json"
 
 _SIDE_BYTES = 2048  # per sample: its JSON member, padding
 _MEMBER_BYTES = 896  # per tile: tar header, NPY header, padding on average
@@ -105,7 +105,7 @@ def _codecs(schema: Mapping[str, TileSchema], codec: str | Mapping[str, str]) ->
         codecs = dict.fromkeys(schema, codec)
     else:
         if unknown := sorted(set(codec) - set(schema)):
-            raise ValueError(f"codec names tiles that the source has not: {unknown} (it has {', '.join(schema)})")
+            raise ValueError(f"codec: the source has no tiles {', '.join(unknown)} (it has {', '.join(schema)})")
         codecs = {name: codec.get(name, "raw") for name in schema}
     for name, chosen in codecs.items():
         tile_member(name, chosen)  # raises for an unknown codec
@@ -121,8 +121,10 @@ def _sample_size(schema: Mapping[str, TileSchema]) -> int:
 
 
 def claim(plan: Plan) -> None:
-    """Write the plan into the folder, or make sure that the one there is ours; remove what a killed run left."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    """Write the plan into the folder, which the caller has locked, or make sure that the one there is ours.
+
+    Removes what a killed run left.
+    """
     path = plan.folder / PLAN_NAME
     mine = json.loads(json.dumps(plan.config))
     if path.is_file():
@@ -196,7 +198,7 @@ def pack_shard(source: Source, plan: Plan, shard: int) -> Finished:
                 part = tile_statistics(sample, source.schema)
                 writer.add(escape_key(sample.key), _members(sample, source.schema, plan.codecs))
             except ValueError as error:
-                quarantine.append({"shard": path.name, "index": index, "reason": str(error)})
+                quarantine.append({"shard": path.name, "index": index, "reason": one_line(error)})
                 check_budget(quarantine, plan)
                 continue
             statistics = {name: total.merge(part[name]) for name, total in statistics.items()}
@@ -229,22 +231,15 @@ def read_checked(source: Source, index: int) -> Sample:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if sample.tiles.keys() != source.schema.keys():
         raise ValueError(f"its tiles are {sorted(sample.tiles)}, the schema's {sorted(source.schema)}")
-    for name, schema in source.schema.items():
-        tile = sample.tiles[name]
-        shape = (len(schema.bands), *schema.shape)
-        if tile.bands != schema.bands or tile.pixels.shape != shape or tile.pixels.dtype != np.dtype(schema.dtype):
-            raise ValueError(
-                f"tile {name} is {tile.pixels.dtype} {tile.pixels.shape} with bands {', '.join(tile.bands)};"
-                f" the schema says {schema.dtype} {shape} with bands {', '.join(schema.bands)}"
-            )
+    check_sample(sample, source.schema)
     return sample
 
 
 def check_budget(quarantine: Sequence[Mapping[str, Any]], plan: Plan) -> None:
     """Raise `ValueError` when there are more bad samples than the plan allows."""
     if len(quarantine) > plan.max_bad:
-        first = "\n".join(f"  sample {q['index']}: {q['reason']}" for q in quarantine[:3])
+        first = "; ".join(f"sample {q['index']}: {q['reason']}" for q in quarantine[:3])
         raise ValueError(
-            f"{len(quarantine)} bad samples so far, allowed are {plan.max_bad} of {plan.n_samples}"
-            f" (max_bad_ratio); finished shards are kept. The first:\n{first}"
+            f"{len(quarantine)} bad samples so far, allowed are {plan.max_bad} of {plan.n_samples}: repair them, or"
+            f" raise max_bad_ratio (--max-bad-ratio); finished shards are kept. The first are {first}"
         )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ __all__ = [
     "CropConfig",
     "aligned",
     "band_subset",
+    "check_no_data",
     "check_sample",
     "multi_crop",
     "resized_crop",
+    "shown_tiles",
     "stack_tiles",
     "stack_views",
     "whole",
@@ -42,7 +45,7 @@ class CropConfig:
     """
 
     size_px: int  # height and width of the view, in pixels
-    scale: tuple[float, float] = (0.2, 1.0)  # range of the box's share of the tile's area
+    scale: tuple[float, float] = (0.2, 1.0)  # range of the box's share of the tile's area; from 1, always all of it
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # range of the box's width / height
     flip: bool = True  # left-right, with probability 1/2
     rot90: bool = True  # 0 to 3 quarter turns, equally likely; imagery from above has no up
@@ -129,7 +132,8 @@ def aligned(
 ) -> ViewPlan:
     """The view of the tile `other` that shows the same ground, equally flipped and turned, as `plan` does of its tile.
 
-    Tiles of a sample share the top left corner of their footprint, so a box is carried over in metres. The view has
+    Tiles of a sample share the top left corner of their footprint, so a box is carried over in metres, by the ground
+    sampling of the schemas: give `replace(schema, gsd_m=tile.gsd_m)` for tiles that have their own. The view has
     `size` (h, w), or by default the plan's size times `size_ratio`. Bands and jitter belong to a sensor and are not
     carried over. Footprints are rarely a whole number of pixels of every sensor: up to one pixel of overhang is cut
     off; a `ValueError` says when the other tile does not cover the box.
@@ -161,14 +165,35 @@ def band_subset(rng: np.random.Generator, n_bands: int, low: int, high: int) -> 
 
 
 def check_sample(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
-    """Raises `ValueError` when the sample cannot be used: a tile of `schema` is missing, has another shape, dtype or
-    band list, or holds nothing but no-data. The message names sample, tile, what was found and what is expected.
+    """Raises `ValueError` when a tile of `schema` is missing from the sample, has another shape, dtype or band list, or
+    a ground sampling that is no length. The message names sample, tile, what was found and what is expected.
     """
     for name, expected in schema.items():
-        tile = _checked_tile(sample, name, expected)
+        _checked_tile(sample, name, expected)
+
+
+def check_no_data(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
+    """Raises `ValueError` when a tile of `schema` holds nothing but no-data; notes in each whether it holds any."""
+    for name, expected in schema.items():
+        tile = sample.tiles[name]
         valid = _valid(tile.pixels, expected.sensor)
-        if valid is not None and not valid.any():
+        tile.has_no_data = valid is not None and not valid.all()
+        if valid is not None and tile.has_no_data and not valid.any():
             raise ValueError(f"tile {name!r} of sample {sample.key!r} is all no-data")
+
+
+def shown_tiles(planned: Any) -> set[str]:
+    """Names of the tiles that the view plans in `planned` show; they may lie in tuples, lists, dicts, dataclasses."""
+    if isinstance(planned, ViewPlan):
+        return {planned.tile}
+    inner: Iterable[Any] = ()
+    if isinstance(planned, (tuple, list)):
+        inner = planned
+    elif isinstance(planned, Mapping):
+        inner = planned.values()
+    elif is_dataclass(planned):
+        inner = (getattr(planned, f.name) for f in fields(planned))
+    return {name for item in inner for name in shown_tiles(item)}
 
 
 def stack_tiles(
@@ -180,11 +205,12 @@ def stack_tiles(
     """
     stacked = {}
     for name in names:
-        tiles = [_checked_tile(sample, name, schema[name]).pixels for sample in samples]
-        has_no_data = any(
-            valid is not None and not valid.all() for valid in (_valid(t, schema[name].sensor) for t in tiles)
+        tiles = [_checked_tile(sample, name, schema[name]) for sample in samples]
+        stacked[name] = TileBatch(
+            pixels=torch.from_numpy(np.stack([tile.pixels for tile in tiles])),  # [B, C, H, W]
+            gsd_m=torch.tensor([tile.gsd_m for tile in tiles], dtype=torch.float32),  # [B]
+            has_no_data=any(_has_no_data(tile, schema[name].sensor) for tile in tiles),
         )
-        stacked[name] = TileBatch(torch.from_numpy(np.stack(tiles)), has_no_data)  # [B, C, H, W]
     return stacked
 
 
@@ -192,14 +218,20 @@ def _checked_tile(sample: Sample, name: str, expected: TileSchema) -> Tile:
     if name not in sample.tiles:
         raise ValueError(f"sample {sample.key!r} has no tile {name!r} (tiles: {', '.join(sample.tiles) or 'none'})")
     tile = sample.tiles[name]
-    for what, found, wanted in (
-        ("bands", tile.bands, expected.bands),
-        ("shape", tile.pixels.shape, (len(expected.bands), *expected.shape)),
-        ("dtype", tile.pixels.dtype, np.dtype(expected.dtype)),
-    ):
-        if found != wanted:
-            raise ValueError(f"tile {name!r} of sample {sample.key!r} has {what} {found}, expected {wanted}")
+    try:
+        expected.check(tile.pixels, tile.bands)
+        if not 0 < tile.gsd_m < math.inf:
+            raise ValueError(f"gsd_m {tile.gsd_m}, expected metres above 0")
+    except ValueError as error:
+        raise ValueError(f"tile {name!r} of sample {sample.key!r} has {error}") from None
     return tile
+
+
+def _has_no_data(tile: Tile, sensor: Sensor) -> bool:
+    if tile.has_no_data is not None:
+        return tile.has_no_data
+    valid = _valid(tile.pixels, sensor)
+    return valid is not None and not valid.all()
 
 
 def _valid(pixels: NDArray[np.generic], sensor: Sensor) -> NDArray[np.bool_] | None:
@@ -232,7 +264,6 @@ def stack_views(plans_by_view: Sequence[Sequence[ViewPlan]]) -> ViewBatch:
     return ViewBatch(
         tile=plans[0].tile,
         size=size,
-        n_views=n_views,
         row=torch.arange(n_samples).repeat(n_views),  # [R]
         box=torch.tensor([p.box for p in plans], dtype=torch.float32),  # [R, 4]
         flip=torch.tensor([p.flip for p in plans]),

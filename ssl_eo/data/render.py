@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_eo.data.types import Batch, PixelBatch, TileBatch, TileSchema, ViewBatch
-from ssl_eo.sensors import ChannelMeta
+from ssl_eo.sensors import ChannelMeta, Sensor
 
 __all__ = ["Interpolation", "Renderer"]
 
@@ -84,7 +84,7 @@ class Renderer(nn.Module):
         return PixelBatch(
             pixels=pixels,
             channels=constants.channels if view.bands is None else constants.channels.select(view.bands),
-            gsd_m=constants.gsd_m * (area / (h * w)).sqrt(),  # [R] geometric mean of the two axes
+            gsd_m=tiles.gsd_m[view.row] * (area / (h * w)).sqrt(),  # [R] geometric mean of the two axes
             valid=valid,
         )
 
@@ -93,28 +93,28 @@ class Renderer(nn.Module):
     ) -> None:
         """Fills `pixels [R, c, h, w]` and `valid [R, c, h, w]` of a group of rows."""
         raw = _gather(tiles.pixels, view)  # [R, c, H, W]
-        no_data = None if valid is None else constants.no_data
-        if constants.is_categorical:
-            values, ok = _nearest(raw, view, no_data)
+        sensor = None if valid is None else constants.sensor
+        if constants.sensor.is_categorical:
+            values, ok = _nearest(raw, view, sensor)
             pixels.copy_(values)
         else:
-            values, ok = self._resample(raw, view, no_data) if view.resample else _cut(raw, view, no_data)
+            values, ok = self._resample(raw, view, sensor) if view.resample else _cut(raw, view, sensor)
             scale, shift = constants.affine(view)  # [R, c, 1, 1]
             torch.addcmul(shift, values, scale, out=pixels)
         if valid is not None and ok is not None:
             valid.copy_(ok)
             pixels.masked_fill_(~ok, 0.0)
 
-    def _resample(self, raw: Tensor, view: ViewBatch, no_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _resample(self, raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
         kernel = _KERNELS[self.interpolation]
         geometry = _Geometry.of(view)
         # Rows before channels, so that the product over y and the one over x are one bmm each; the conversion to
         # float32 writes in this order and the last pointwise operation reads in it, so neither costs a copy.
         x = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [R, H, c, W]
         ky, kx = geometry.matrices(kernel, raw.shape[2], raw.shape[3])  # [R, m, H], [R, m, W]
-        if no_data is None:
+        if sensor is None:
             return geometry.turn(_apply(ky, x, kx)), None
-        ok = _is_valid(x, no_data)
+        ok = sensor.is_measured(x)
         x = torch.where(ok, x, 0.0)
         ky_abs, kx_abs = ky.abs(), kx.abs()
         weight = _apply(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
@@ -129,15 +129,12 @@ class _TileConstants(nn.Module):
 
     mean: Tensor
     std: Tensor
-    no_data: Tensor
 
     def __init__(self, schema: TileSchema) -> None:
         super().__init__()
-        self.gsd_m = schema.gsd_m
-        self.is_categorical = schema.sensor.is_categorical
+        self.sensor = schema.sensor
         self._buffer("mean", torch.tensor(schema.mean, dtype=torch.float32))
         self._buffer("std", torch.tensor(schema.std, dtype=torch.float32))
-        self._buffer("no_data", torch.tensor(schema.sensor.no_data, dtype=torch.float32))
         channels = schema.sensor.channel_meta(schema.bands)
         for f in fields(ChannelMeta):
             self._buffer(f"channel_{f.name}", getattr(channels, f.name))
@@ -280,28 +277,20 @@ def _apply(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
     return torch.bmm(y, kx.transpose(1, 2)).view(n_rows, m, n_channels, m)  # [R, m, c, m]
 
 
-def _cut(raw: Tensor, view: ViewBatch, no_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _cut(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
     """The top left pixels `[R, c, h, w]` as they are, float32, and their validity."""
     h, w = view.size
     values = raw[..., :h, :w].float()  # [R, c, h, w]
-    return values, None if no_data is None else _is_valid(values, no_data)
+    return values, None if sensor is None else sensor.is_measured(values)
 
 
-def _nearest(raw: Tensor, view: ViewBatch, no_data: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _nearest(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
     """Class numbers `[R, c, h, w]` float32 and their validity: class maps are picked from, never mixed."""
     y, x = _Geometry.of(view).nearest(raw.shape[2], raw.shape[3])  # [R, h, w]
     row = torch.arange(raw.shape[0], device=raw.device)[:, None, None, None]
     band = torch.arange(raw.shape[1], device=raw.device)[:, None, None]
     values = raw.float()[row, band, y[:, None], x[:, None]]  # [R, c, h, w]
-    return values, None if no_data is None else _is_valid(values, no_data)
-
-
-def _is_valid(values: Tensor, no_data: Tensor) -> Tensor:
-    """True where `values` are finite and none of `no_data [K]`."""
-    valid = values.isfinite()
-    for i in range(no_data.shape[0]):
-        valid &= values != no_data[i]
-    return valid
+    return values, None if sensor is None else sensor.is_measured(values)
 
 
 def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:

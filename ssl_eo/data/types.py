@@ -9,6 +9,7 @@ view, H W tile pixels, h w view pixels, N patches of a view, K visible patches, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, TypeVar
@@ -38,14 +39,22 @@ __all__ = [
 
 T = TypeVar("T")
 
+_UNSIGNED, _SIGNED = ("uint8", "uint16", "uint32", "uint64"), ("int8", "int16", "int32", "int64")
+_DTYPES = ("bool", *_UNSIGNED, *_SIGNED, "float16", "float32", "float64")  # of pixels: what NumPy and torch share
+
 
 @dataclass
 class Tile:
-    """Raw pixels of one sensor over one place: `pixels [C, H, W]` in the stored dtype, `bands` its C band names."""
+    """Raw pixels of one sensor over one place: `pixels [C, H, W]` in the stored dtype, `bands` its C band names.
+
+    `gsd_m` is the ground size of a pixel of this very tile. `has_no_data` is None until somebody has looked: it is kept
+    here so that every pixel is compared once (see `plans.check_no_data`).
+    """
 
     pixels: NDArray[Any]
     bands: tuple[str, ...]
     gsd_m: float
+    has_no_data: bool | None = None
 
 
 @dataclass
@@ -66,8 +75,9 @@ class Sample:
 class TileSchema:
     """What every tile of one name looks like in a source, and the statistics that normalise it.
 
-    `mean` and `std` are per band, in stored units, over valid pixels. `shape` is (H, W). A tile name is the sensor's
-    name unless a source holds several tiles of one sensor (resolutions, dates): then `sensor_name@what`.
+    `mean` and `std` are per band, in stored units, over valid pixels. `shape` is (H, W). `gsd_m` is what a tile has
+    that does not say otherwise. A tile name is the sensor's name unless a source holds several tiles of one sensor
+    (resolutions, dates): then `sensor_name@what`.
     """
 
     sensor: Sensor
@@ -79,14 +89,40 @@ class TileSchema:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        n = len(self.bands)
+        name, n = self.sensor.name, len(self.bands)
+        self.sensor.index(self.bands)
+        if not n or len(set(self.bands)) != n:
+            raise ValueError(f"bands of {name} are none, or named twice: {', '.join(self.bands) or 'none'}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype of {name} must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+        if len(self.shape) != 2 or not all(isinstance(s, (int, np.integer)) and s > 0 for s in self.shape):
+            raise ValueError(f"shape of {name} must be (height, width) in pixels, got {self.shape}")
+        if not (_is_number(self.gsd_m) and self.gsd_m > 0):
+            raise ValueError(f"gsd_m of {name} must be positive metres, got {self.gsd_m!r}")
         if len(self.mean) != n or len(self.std) != n:
             raise ValueError(
-                f"statistics of {self.sensor.name}: {len(self.mean)} means and {len(self.std)} standard deviations"
-                f" for {n} bands"
+                f"statistics of {name}: {len(self.mean)} means and {len(self.std)} standard deviations for {n} bands"
             )
-        if not all(np.isfinite(self.mean)) or not all(s > 0 and np.isfinite(s) for s in self.std):
-            raise ValueError(f"statistics of {self.sensor.name} must be finite and std positive, got std {self.std}")
+        if not all(map(_is_number, self.mean)) or not all(_is_number(s) and s > 0 for s in self.std):
+            raise ValueError(f"statistics of {name} must be finite and std positive, got std {self.std}")
+
+    def check(self, pixels: NDArray[Any], bands: tuple[str, ...] | None = None) -> None:
+        """Raise `ValueError` unless `pixels [C, H, W]`, and their `bands` where they are known, are as stated here.
+
+        The message says what was found and what is expected; whoever calls adds whose pixels they are.
+        """
+        shape, dtype = (len(self.bands), *self.shape), np.dtype(self.dtype)
+        for what, found, expected in (
+            ("bands", self.bands if bands is None else bands, self.bands),
+            ("shape", pixels.shape, shape),
+            ("dtype", pixels.dtype, dtype),
+        ):
+            if found != expected:
+                raise ValueError(f"{what} {found}, expected {expected}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
 
 
 class Source(Protocol):
@@ -134,12 +170,13 @@ class ViewPlan:
 
 @dataclass
 class TileBatch:
-    """Raw tiles of one name, stacked: `pixels [B, C, H, W]` in the stored dtype.
+    """Raw tiles of one name, stacked: `pixels [B, C, H, W]` in the stored dtype, `gsd_m [B]` float32 of their pixels.
 
     `has_no_data` is decided by the worker that read the tiles; when False, rendering skips all validity work.
     """
 
     pixels: Tensor
+    gsd_m: Tensor
     has_no_data: bool
 
 
@@ -154,7 +191,6 @@ class ViewBatch:
 
     tile: str
     size: tuple[int, int]
-    n_views: int
     row: Tensor
     box: Tensor
     flip: Tensor
@@ -210,11 +246,17 @@ class Views(Protocol):
     """How an objective looks at samples. Picklable: it travels to the loader's workers."""
 
     def plan(self, sample: Sample, rng: np.random.Generator) -> Any:
-        """All random choices for one sample: plans and masks."""
+        """All random choices for one sample: plans and masks, in tuples, lists, dicts or dataclasses.
+
+        A sample is replaced when a tile that one of its `ViewPlan`s shows holds only no-data.
+        """
         ...
 
-    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int) -> Batch:
-        """Stack samples and their plans into a batch of static shapes."""
+    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int, rng: np.random.Generator) -> Batch:
+        """Stack samples and their plans into a batch of static shapes.
+
+        `rng` is for choices that all samples of a step share; it is the same on all ranks and for all micro-batches.
+        """
         ...
 
 

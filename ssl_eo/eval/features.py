@@ -83,10 +83,10 @@ def pooled_taps(encode: Encode, names: Sequence[str], pool: Pool) -> Featurise:
 def extract(featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128) -> FeatureSet:
     """Features of all samples of `split`, on `device`, the same on every rank.
 
-    Each rank reads and forwards an equal share. Ranks past the end repeat the last sample, so that all make the same
-    number of forward passes (a sharded encoder needs that), and the repeats are dropped. An error before the results
-    are gathered, on any rank, is raised on all of them, so that no rank is left waiting for another. So is a
-    difference between the samples that ranks could read.
+    Each rank holds the whole split, since which samples it has depends on the labels read before, and forwards an equal
+    share. Ranks past the end repeat the last sample, so that all make the same number of forward passes (a sharded
+    encoder needs that), and the repeats are dropped. An error before the results are gathered, on any rank, is raised
+    on all of them, so that no rank is left waiting for another. So is a difference between the samples that ranks hold.
     """
     error: Exception | None = None
     local: dict[str, Tensor] = {}

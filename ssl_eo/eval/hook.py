@@ -11,7 +11,6 @@ is measured once a run), `seconds` (of all that was done with these features at 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +27,8 @@ from ssl_eo.eval.controls import CONTROLS
 from ssl_eo.eval.features import Encode, FeatureSet, Featurise, Pool, extract, pooled_taps, tap_name
 from ssl_eo.eval.health import health
 from ssl_eo.eval.probes import PROBES
-from ssl_eo.eval.report import read_jsonl
 from ssl_eo.eval.tasks import Task, TaskConfig
+from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.models.vit import EncoderInput
 
 __all__ = ["EvalConfig", "EvalHook", "undisturbed"]
@@ -120,7 +119,9 @@ class EvalHook:
         if is_main():
             head = {"step": step, "task": task.name, "features": features}
             seconds = round(time.perf_counter() - start, 3)
-            _append(self.path, [{**head, **record, "seconds": seconds} for record in records])
+            with JsonLines(self.path) as file:
+                for record in records:
+                    file.write({**head, **record, "seconds": seconds})
         return records
 
 
@@ -178,10 +179,3 @@ def _scalars(task: str, records: Sequence[Mapping[str, Any]]) -> dict[str, float
         elif record["kind"] == "health":
             found[f"{prefix}/effective_rank"] = record["effective_rank"]
     return found
-
-
-def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Append one line a record. A half-written last line of a killed run is ended first, so that it spoils no other."""
-    broken = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * broken + "".join(json.dumps(record) + "\n" for record in records))

@@ -10,6 +10,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ssl_eo.eval.figures import Chart, Line, draw
+from ssl_eo.eval.summary import Record, Summary, newest, read_results, summarise, title_of
+from ssl_eo.jsonl import read_jsonl
 
-__all__ = ["read_jsonl", "save_panel", "write_report"]
-
-Record = Mapping[str, Any]
+__all__ = ["save_panel", "write_report"]
 
 _MAX_PICTURES = 6
-_HEALTH = "effective_rank"
+_HEADLINE_PROBE = "ridge"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -33,14 +34,15 @@ def write_report(run_dir: Path) -> Path:
     from jinja2 import Environment, StrictUndefined
 
     run = _Run.read(run_dir)
+    summaries = summarise(run.evals)
     source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(source).render(
         title=run.name,
         subtitle=run.subtitle,
         facts=_facts(run),
-        verdicts=[v for task in run.tasks if (v := _verdict(run, task)) is not None],
-        tables=[_table(run, task) for task in run.tasks],
+        verdicts=[v for summary in summaries if (v := _verdict(summary)) is not None],
+        tables=[_table(run, summary) for summary in summaries],
         errors=[r for r in run.evals if r["kind"] == "error"],
         training=_draw_all("training", _training_charts(run)),
         speed=_draw_all("speed", _speed_charts(run)),
@@ -51,23 +53,6 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of one JSON object a line, without lines that a killed run left unfinished.
-
-    A file that does not exist has none.
-    """
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
 
 
 def save_panel(path: Path, rows: Sequence[tuple[str, ArrayLike]]) -> None:
@@ -131,15 +116,13 @@ class _Run:
             env = json.loads(_text(run_dir / "env.json") or "{}")
         except (yaml.YAMLError, json.JSONDecodeError) as error:
             raise ValueError(f"{run_dir}: config.yaml or env.json cannot be read: {error}") from None
-        identity = ("step", "kind", "task", "features", "tap", "probe")
-        evals = [r for r in read_jsonl(run_dir / "eval.jsonl") if {"step", "kind", "task", "features"} <= r.keys()]
         metrics = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "step" in r]
         return cls(
             name=run_dir.resolve().name,
             config=config if isinstance(config, dict) else {},
             config_text=text,
-            metrics=_latest(metrics, ("step",)),
-            evals=_latest(evals, identity),
+            metrics=newest(metrics, ("step",)),
+            evals=read_results(run_dir / "eval.jsonl"),
             env=env,
         )
 
@@ -156,10 +139,6 @@ class _Run:
         sources = [s.get("name") for s in self.setting("data.sources") or [] if isinstance(s, Mapping)]
         model = f"{size}/{patch}" if size and patch else None
         return " · ".join(str(p) for p in (self.setting("objective.name"), model, *sources) if p)
-
-    @property
-    def tasks(self) -> list[str]:
-        return list(dict.fromkeys(r["task"] for r in self.evals))
 
     def column(self, key: str) -> tuple[list[float], list[float]]:
         """Steps and values of a metric, where it was logged and is a number."""
@@ -186,7 +165,7 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         if batch:
             facts.append(("samples", _short(last * batch)))
         if batch and rates:
-            facts.append(("training time", _duration(_training_seconds(run, batch))))
+            facts.append(("training time", str(timedelta(seconds=round(_training_seconds(run, batch))))))
     if rates:
         facts.append(("samples/s", _short(statistics.median(rates))))
     if waits:
@@ -204,72 +183,48 @@ def _training_seconds(run: _Run, batch: int) -> float:
     return float(sum(span / rate for span, rate in zip(spans, rates, strict=True) if rate > 0))
 
 
-def _verdict(run: _Run, task: str) -> dict[str, str] | None:
-    """The encoder's final probe against the best rival that needs no training, in one line.
-
-    Tap and probe are not chosen by their accuracy, the rival is: the gain is not flattered by the choice.
-    """
-    final = _final(run, task)
-    if not final:
+def _verdict(summary: Summary) -> dict[str, str] | None:
+    """The final encoder against the best rival that needs no training, in one line; the probe is fixed beforehand."""
+    final = summary.final
+    if final is None or not final.accuracy:
         return None
-    ours = max(final, key=lambda r: (r["tap"] == "last", r["probe"] == "ridge"))
-    rivals = [r for r in run.results(task, "probe", probe=ours["probe"]) if r not in final and _is_rival(r)]
-    out = {"task": task, "probe": ours["probe"], "accuracy": _percent(ours["accuracy"]), "step": f"{ours['step']:,}"}
-    if rivals:
-        rival = max(rivals, key=lambda r: float(r["accuracy"]))
-        gain = 100 * (ours["accuracy"] - rival["accuracy"])
-        out |= {"gain": f"{gain:+.1f}", "rival": f"{_feature_title(rival)} ({_percent(rival['accuracy'])})"}
+    probe = _HEADLINE_PROBE if _HEADLINE_PROBE in final.accuracy else next(iter(final.accuracy))
+    accuracy = _percent(final.accuracy[probe])
+    out = {"task": summary.task, "probe": probe, "accuracy": accuracy, "step": f"{final.step:,}"}
+    if margins := [m for m in summary.margins if m.probe == probe]:
+        closest = min(margins, key=lambda m: m.points)
+        rival = f"{closest.rival} ({_percent(closest.rival_accuracy)})"
+        out |= {"gain": f"{closest.points:+.1f}", "rival": rival}
     return out
 
 
-def _final(run: _Run, task: str) -> list[Record]:
-    rows = run.results(task, "probe", features="encoder")
-    return [r for r in rows if r["step"] == max(r["step"] for r in rows)]
-
-
-def _is_rival(record: Record) -> bool:
-    return bool(record["features"] != "encoder" or record["step"] == 0)
-
-
-def _table(run: _Run, task: str) -> dict[str, Any]:
-    """One row for each kind of features of a task, final encoder first, and one column a measure."""
-    final = _final(run, task)
-    last = final[0]["step"] if final else None
-    rows: dict[tuple[str, str, bool], dict[str, float]] = {}
-    for r in run.results(task, "probe") + run.results(task, "health"):
-        is_final = r["features"] == "encoder" and r["step"] == last
-        if is_final or _is_rival(r):
-            cells = rows.setdefault((_feature_title(r), r["tap"], is_final), {})
-            if r["kind"] == "health":
-                cells[_HEALTH] = r[_HEALTH]
-            else:
-                cells[r["probe"]], cells[f"{r['probe']} (macro)"] = r["accuracy"], r["macro_accuracy"]
-    columns = sorted({c for cells in rows.values() for c in cells}, key=lambda c: (c == _HEALTH, "(macro)" in c, c))
-    best = {c: max(cells[c] for cells in rows.values() if c in cells) for c in columns}
-    several_taps = len({tap for (_, tap, _) in rows if tap != "pixels"}) > 1
-    body = [
-        {
-            "title": f"{title}, {tap.replace('_', ' ')}" if several_taps and tap != "pixels" else title,
-            "is_final": is_final,
-            "cells": [_cell(cells.get(c), c, best[c]) for c in columns],
-        }
-        for (title, tap, is_final), cells in sorted(rows.items(), key=lambda item: not item[0][2])
+def _table(run: _Run, summary: Summary) -> dict[str, Any]:
+    """One row for each row of `summary` and one column a measure, without the measures that no row has."""
+    probes = sorted(summary.probes)
+    columns = [
+        *((probe, [row.accuracy.get(probe) for row in summary.rows]) for probe in probes),
+        *((f"{probe} (macro)", [row.macro_accuracy.get(probe) for row in summary.rows]) for probe in probes),
     ]
-    charts = _draw_all(f"{task}-", _probe_charts(run, task))
-    return {"task": task, "columns": [c.replace("_", " ") for c in columns], "rows": body, "charts": charts}
+    measured = [(title, _percent_cells(values)) for title, values in columns if any(v is not None for v in values)]
+    if any(row.effective_rank is not None for row in summary.rows):
+        ranks = ["" if row.effective_rank is None else f"{row.effective_rank:.1f}" for row in summary.rows]
+        measured.append(("effective rank", [{"text": text, "is_best": False} for text in ranks]))
+    taps = {row.tap for row in summary.rows} - {"pixels"}
+    rows = [
+        {
+            "title": f"{row.title}, {row.tap}" if len(taps) > 1 and row.tap != "pixels" else row.title,
+            "is_final": row.is_final,
+            "cells": [cells[i] for _, cells in measured],
+        }
+        for i, row in enumerate(summary.rows)
+    ]
+    charts = _draw_all(f"{summary.task}-", _probe_charts(run, summary.task))
+    return {"task": summary.task, "columns": [title for title, _ in measured], "rows": rows, "charts": charts}
 
 
-def _cell(value: float | None, column: str, best: float) -> dict[str, Any]:
-    if value is None:
-        return {"text": "", "is_best": False}
-    text = f"{value:.1f}" if column == _HEALTH else _percent(value)
-    return {"text": text, "is_best": column != _HEALTH and value == best}
-
-
-def _feature_title(record: Record) -> str:
-    if record["features"] != "encoder":
-        return str(record["features"]).replace("_", " ")
-    return "before training" if record["step"] == 0 else f"encoder, step {record['step']:,}"
+def _percent_cells(values: Sequence[float | None]) -> list[dict[str, Any]]:
+    best = max((v for v in values if v is not None), default=None)
+    return [{"text": "" if v is None else _percent(v), "is_best": v is not None and v == best} for v in values]
 
 
 def _draw_all(name: str, charts: Sequence[Chart]) -> list[str]:
@@ -306,9 +261,9 @@ def _probe_charts(run: _Run, task: str) -> list[Chart]:
         curves = _tap_lines(run.results(task, "probe", probe=probe, features="encoder"), "accuracy")
         controls = [r for r in run.results(task, "probe", probe=probe) if r["features"] != "encoder"]
         end = max((x for line in curves for x in line.x), default=1)
-        flat = [Line([0, end], [r["accuracy"]] * 2, "reference", _feature_title(r)) for r in controls]
+        flat = [Line([0, end], [r["accuracy"]] * 2, "reference", title_of(r)) for r in controls]
         charts.append(Chart(f"{probe} accuracy", [*curves, *flat]))
-    ranks = _tap_lines(run.results(task, "health", features="encoder"), _HEALTH)
+    ranks = _tap_lines(run.results(task, "health", features="encoder"), "effective_rank")
     return [*charts, Chart("Effective rank of the features", ranks, zero=True)]
 
 
@@ -352,11 +307,6 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def _latest(records: Sequence[Record], identity: Sequence[str]) -> list[Record]:
-    newest = {tuple(r.get(k) for k in identity): r for r in records}
-    return sorted(newest.values(), key=lambda r: int(r["step"]))
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
 
@@ -370,9 +320,3 @@ def _short(value: float) -> str:
         if value >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.3g} {unit}"
     return f"{value:,.0f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s"

@@ -12,34 +12,27 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_eo.components import resolve, suggest
-from ssl_eo.data.plans import check_sample, stack_tiles, stack_views, whole
+from ssl_eo.components import suggest
+from ssl_eo.data.loader import SourceConfig, open_source
+from ssl_eo.data.plans import check_no_data, check_sample, stack_tiles, stack_views, whole
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.types import Batch, Sample, Source, TileBatch, TileSchema, ViewPlan, move_to
 from ssl_eo.eval.probes import PROBES
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["Split", "Task", "TaskConfig", "TaskSource"]
+__all__ = ["Split", "Task", "TaskConfig"]
 
 _log = logging.getLogger(__name__)
 
 # How many samples are looked at for each one wanted, in search of a balanced subset of a source that is not balanced.
 _N_READ_PER_SAMPLE = 4
-
-
-@dataclass
-class TaskSource:
-    """One split of a task: a module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
-
-    name: str
-    options: Any = field(metadata={"package": "ssl_eo.data.sources"})
 
 
 @dataclass
@@ -49,8 +42,8 @@ class TaskConfig:
     resource_folder: ClassVar[str] = "datasets_meta/benchmarks"
 
     name: str  # of the task in logs; the name of its file
-    train: TaskSource  # what probes are fitted on
-    test: TaskSource  # what they are scored on
+    train: SourceConfig  # what probes are fitted on
+    test: SourceConfig  # what they are scored on
     kind: Literal["classification"] = "classification"  # of the labels: one class a sample
     max_train: int = 2000  # samples; balanced over classes as far as the source allows
     max_test: int = 1000  # samples, likewise
@@ -77,7 +70,7 @@ class Task:
     def __init__(self, cfg: TaskConfig) -> None:
         """Open both sources; nothing is read yet. Raises `ValueError` where they do not fit the task or each other."""
         self.cfg = cfg
-        train, test = (_open(source) for source in (cfg.train, cfg.test))
+        train, test = (open_source(source) for source in (cfg.train, cfg.test))
         if not train.label_names or train.label_names != test.label_names:
             raise ValueError(
                 f"task {cfg.name}: both sources must name the same classes, found {list(train.label_names)} in train"
@@ -135,7 +128,7 @@ class Split:
                 step=0,
                 source=0,
                 keys=[keys[i] for i in part.tolist()],
-                tiles={self._task.tile: TileBatch(tiles.pixels[part], tiles.has_no_data)},
+                tiles={self._task.tile: TileBatch(tiles.pixels[part], tiles.gsd_m[part], tiles.has_no_data)},
                 views={"image": stack_views([[self._task.plan] * len(part)])},
             )
             pixels = self._renderer.render(move_to(batch, device))["image"]
@@ -185,17 +178,14 @@ class Split:
         """The sample at `index`, with the task's tile alone; raises `ValueError` where its label is not a class."""
         sample = self._source.read(index)
         tile = self._task.tile
-        check_sample(sample, {tile: self._task.schema})
+        schema = {tile: self._task.schema}
+        check_sample(sample, schema)
+        check_no_data(sample, schema)
         n_classes = self._task.n_classes
         if not isinstance(sample.label, (int, np.integer)) or not 0 <= sample.label < n_classes:
             kind = self._task.cfg.kind
             raise ValueError(f"{sample.key}: {kind} needs a label from 0 to {n_classes - 1}, got {sample.label!r}")
         return replace(sample, tiles={tile: sample.tiles[tile]})
-
-
-def _open(cfg: TaskSource) -> Source:
-    source: Source = resolve("ssl_eo.data.sources", cfg.name).Source(cfg.options)
-    return source
 
 
 def _layout(schema: TileSchema) -> tuple[tuple[str, ...], str, tuple[int, int]]:

@@ -37,12 +37,15 @@ class DecoderConfig:
     norm_eps: float = 1e-6  # of LayerNorm
 
     def __post_init__(self) -> None:
-        if self.n_heads < 1 or self.embed_dim % self.n_heads or self.embed_dim % 4:
+        if self.n_heads < 1 or self.embed_dim < 1 or self.embed_dim % self.n_heads or self.embed_dim % 4:
             raise ValueError(
-                f"decoder.embed_dim must be a multiple of 4 and of n_heads, got {self.embed_dim} and {self.n_heads}"
+                f"embed_dim must be a multiple of 4 and of n_heads, got {self.embed_dim} and {self.n_heads}"
             )
-        if self.depth < 1:
-            raise ValueError(f"decoder.depth must be positive, got {self.depth}")
+        if self.depth < 1 or not self.mlp_ratio > 0 or not self.norm_eps > 0:
+            raise ValueError(
+                "depth, mlp_ratio and norm_eps must be positive, got"
+                f" {self.depth}, {self.mlp_ratio} and {self.norm_eps}"
+            )
 
 
 class MaskedDecoder(nn.Module):
@@ -135,7 +138,7 @@ class SpectralConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or self.hidden < 1 or self.code_dim < 2 or self.code_dim % 2:
             raise ValueError(
-                "spectral.rank and hidden must be positive and code_dim even, got"
+                "rank and hidden must be positive and code_dim even, got"
                 f" {self.rank}, {self.hidden} and {self.code_dim}"
             )
 

@@ -167,15 +167,15 @@ def add_branch(
 ) -> Tensor:
     """`x + branch(x)` on packed rows `x [T, D]`, with stochastic depth per sample when `drop_prob` > 0.
 
-    In each group the branch runs on max(1, floor(B * (1 - drop_prob))) random samples only and its result is scaled by
-    B over that number, so dropped samples cost nothing (DINOv2, arXiv 2304.07193, section 5).
+    In each group the branch runs on B * (1 - drop_prob) random samples only, rounded and at least one, and its result
+    is scaled by B over that number, so dropped samples cost nothing (DINOv2, arXiv 2304.07193, section 5).
     """
     if drop_prob == 0.0:
         return x + branch(x, groups)
     rows, kept, gains = [], [], []
     offset = 0
     for group in groups:
-        n_kept = max(1, int(group.n_samples * (1.0 - drop_prob)))
+        n_kept = max(1, round(group.n_samples * (1.0 - drop_prob)))
         samples = torch.randperm(group.n_samples, device=x.device)[:n_kept]  # [S]
         token = torch.arange(group.n_tokens, device=x.device)
         rows.append((offset + samples[:, None] * group.n_tokens + token).flatten())  # [S*L]

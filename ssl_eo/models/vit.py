@@ -77,24 +77,32 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ValueError(
-                f"model.size must be one of {', '.join(SIZES)}, got {self.size!r}{suggest(self.size, list(SIZES))}"
+                f"size must be one of {', '.join(SIZES)}, got {self.size!r}{suggest(self.size, list(SIZES))}"
             )
-        if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"model.n_heads must divide model.embed_dim, got {self.heads} and {self.width}")
-        if self.patch_size < 1 or self.n_blocks < 1:
-            raise ValueError(f"model.patch_size and depth must be positive, got {self.patch_size} and {self.n_blocks}")
+        for key in ("embed_dim", "depth", "n_heads"):
+            if (value := getattr(self, key)) is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, or null for that of the size, got {value}")
+        if self.n_registers < 0 or not self.mlp_ratio > 0 or not self.norm_eps > 0:
+            raise ValueError(
+                "n_registers must not be negative, mlp_ratio and norm_eps must be positive, got"
+                f" {self.n_registers}, {self.mlp_ratio} and {self.norm_eps}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"n_heads must divide embed_dim, got {self.heads} and {self.width}")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1 pixel, got {self.patch_size}")
         if not 0.0 <= self.drop_path_prob < 1.0:
-            raise ValueError(f"model.drop_path_prob must be in [0, 1), got {self.drop_path_prob}")
+            raise ValueError(f"drop_path_prob must be in [0, 1), got {self.drop_path_prob}")
         if self.position in ("sincos", "sincos_metres") and self.width % 4:
-            raise ValueError(f"model.position {self.position} needs embed_dim divisible by 4, got {self.width}")
+            raise ValueError(f"position {self.position} needs embed_dim divisible by 4, got {self.width}")
         if self.position == "rope" and self.width // self.heads % 4:
-            raise ValueError(f"model.position rope needs a head width divisible by 4, got {self.width // self.heads}")
+            raise ValueError(f"position rope needs a head width divisible by 4, got {self.width // self.heads}")
         if self.position == "learned" and self.image_size % self.patch_size:
             raise ValueError(
-                f"model.image_size must be a multiple of model.patch_size, got {self.image_size} and {self.patch_size}"
+                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
             )
         if not self.reference_gsd_m > 0:
-            raise ValueError(f"model.reference_gsd_m must be positive metres, got {self.reference_gsd_m}")
+            raise ValueError(f"reference_gsd_m must be positive metres, got {self.reference_gsd_m}")
 
     @property
     def width(self) -> int:

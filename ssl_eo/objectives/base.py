@@ -59,6 +59,13 @@ class Objective(nn.Module):
         """The loss of this rank's `batch`; `now` holds the scheduled scalars of this step."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> Objective:
+        """Set the student's mode; the teacher stays in evaluation mode, without dropped paths."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
     def init_weights(self) -> None:
         """Fill every parameter and buffer of the student, then copy the student to the teacher."""
         for module in self.student.values():
@@ -74,12 +81,6 @@ class Objective(nn.Module):
     def after_step(self, now: Mapping[str, float], finite: Tensor) -> None:
         """Called after the optimiser. `finite` is a 0-d float, 1 when the step was taken and 0 when it was skipped."""
 
-    def shard_units(self) -> list[nn.Module]:
-        """Modules that a sharding strategy treats as units: every block of every part, then the parts."""
-        parts = [m for group in (self.student, self.teacher) if group is not None for m in group.values()]
-        blocks = [b for part in parts for b in getattr(part, "blocks", ())]
-        return [*blocks, *parts]
-
     def encode(self, inputs: EncoderInput, layers: Sequence[int] | None = None) -> list[Tokens]:
         """What evaluation sees: the published encoder's tokens, of the last layer or of each of `layers`."""
         encoder = self.published_encoder()
@@ -93,7 +94,7 @@ class Objective(nn.Module):
         return encoder
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        """Pictures of the first samples for a person to look at: title -> `[n, C, H, W]` in normalised values."""
+        """Pictures of `batch`, a few samples, for a person to look at: title -> `[n, C, H, W]`, normalised values."""
         return {}
 
 
@@ -105,11 +106,15 @@ def teacher_of(student: nn.ModuleDict, names: Sequence[str]) -> nn.ModuleDict:
 
 @torch.no_grad()
 def ema_update_(teacher: nn.ModuleDict, student: nn.ModuleDict, momentum: float, finite: Tensor) -> None:
-    """teacher <- m * teacher + (1 - m) * student, left as it is where the 0-d `finite` is 0; no host sync."""
+    """teacher <- m * teacher + (1 - m) * student, left as it is where the 0-d `finite` is 0; no host sync.
+
+    One fused kernel per operation: with a tensor as weight, `_foreach_lerp_` would launch one per parameter.
+    """
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for name, module in teacher.items():
         targets += list(module.parameters())
         sources += list(student[name].parameters())
-    weight = (1.0 - momentum) * finite
-    torch._foreach_lerp_(targets, sources, [weight.to(t.device) for t in targets])
+    steps = torch._foreach_sub(sources, targets)
+    torch._foreach_mul_(steps, (1.0 - momentum) * finite)
+    torch._foreach_add_(targets, steps)

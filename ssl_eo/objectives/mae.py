@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssl_eo.data.masking import MaskConfig, draw, predicted, stack_masks
+from ssl_eo.data.masking import MaskConfig, draw, n_masked, predicted, stack_masks
 from ssl_eo.data.plans import CropConfig, resized_crop, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
@@ -88,7 +88,9 @@ class MaskedViews:
         hidden = draw(self.cfg.mask, rng, self.grid)
         return MaskedPlan(view, hidden, predicted(self.cfg.mask, rng, hidden))
 
-    def collate(self, planned: list[tuple[Sample, MaskedPlan]], step: int, source: int) -> Batch:
+    def collate(
+        self, planned: list[tuple[Sample, MaskedPlan]], step: int, source: int, rng: np.random.Generator
+    ) -> Batch:
         samples = [sample for sample, _ in planned]
         plans = [plan for _, plan in planned]
         return Batch(
@@ -109,6 +111,8 @@ class Objective(base.Objective):
         self.cfg = cfg
         tiles = [schema[_tile_name(cfg, schema)] for schema in schemas]
         n_channels = _common_channel_count(tiles)
+        if encoder_cfg.mask_token:
+            raise ValueError("model.mask_token: hidden patches never reach the encoder of mae; leave it false")
         encoder = Encoder(encoder_cfg, n_channels)
         for tile in tiles:
             encoder.check(_channels(tile))
@@ -134,20 +138,26 @@ class Objective(base.Objective):
             raise ValueError(f"objective.gradient_cell_px {cell} does not divide model.patch_size {patch}")
         for schema in schemas:
             _tile_name(cfg, schema)
+        n_patches = (size // patch) ** 2
+        if not 0 < (n_hidden := n_masked(n_patches, cfg.mask.mask_ratio)) < n_patches:
+            raise ValueError(
+                f"objective.mask.mask_ratio {cfg.mask.mask_ratio} hides {n_hidden} of {n_patches} patches; some must be"
+                " hidden and some visible"
+            )
         return MaskedViews(cfg, (size // patch, size // patch), schemas)
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
         view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
         features = self._decode(view, mask.ids_keep, mask.ids_masked)  # [B, M, d]
         pixels, statistics = self._split(self.student["output"](features, view.channels), view.channels)
-        predicted = {"pixels": pixels}
+        answers = {"pixels": pixels}
         if "statistics" in self.cfg.extra_targets:
-            predicted["statistics"] = statistics
+            answers["statistics"] = statistics
         if "gradients" in self.cfg.extra_targets:
-            predicted["gradients"] = self.student["gradient_output"](features, view.channels)
+            answers["gradients"] = self.student["gradient_output"](features, view.channels)
         with torch.autocast(pixels.device.type, enabled=False):
             targets = self._targets(view, mask.ids_masked)
-            parts = {name: masked_mse(pred.float(), *targets[name]) for name, pred in predicted.items()}
+            parts = {name: masked_mse(pred.float(), *targets[name]) for name, pred in answers.items()}
             total = torch.stack(list(parts.values())).sum()
         return Losses(total=total, parts={name: part.detach() for name, part in parts.items()})
 
@@ -161,16 +171,14 @@ class Objective(base.Objective):
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
-        n = min(6, len(view.pixels))
-        pixels, hidden = view.pixels[:n], mask.mask[:n]
-        ids_hidden = hidden.nonzero()[:, 1].view(n, -1)  # [n, N-K]
-        shown = PixelBatch(pixels, view.channels, view.gsd_m[:n])
-        features = self._decode(shown, mask.ids_keep[:n], ids_hidden)  # [n, N-K, d]
+        pixels, hidden = view.pixels, mask.mask
+        ids_hidden = hidden.nonzero()[:, 1].view(len(hidden), -1)  # [n, N-K]
+        features = self._decode(view, mask.ids_keep, ids_hidden)  # [n, N-K, d]
         pred, statistics = self._split(self.student["output"](features, view.channels).float(), view.channels)
         patches = patchify(pixels, self.patch_size)  # [n, N, P*P*C]
         if self.cfg.norm_pix:
             mean, var = self._moments(_gather(patches, ids_hidden), statistics)
-            pred = pred * var.sqrt() + mean  # [n, N-K, P*P*C]
+            pred = pred * (var + self.cfg.norm_pix_eps).sqrt() + mean  # [n, N-K, P*P*C]
         index = ids_hidden[..., None].expand_as(pred)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         masked = patches.masked_fill(hidden[..., None], torch.nan)  # a hole in the picture
@@ -193,9 +201,10 @@ class Objective(base.Objective):
         return values[..., :n_pixels], values[..., n_pixels:]
 
     def _moments(self, truth: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of each patch, `[B, M, 1]`: as predicted where they are, else those of the true patch."""
+        """Mean and unbiased variance of each patch, `[B, M, 1]`: predicted ones if there are, else those of `truth`."""
         if "statistics" in self.cfg.extra_targets:
-            return moments_of(statistics)
+            mean, var = moments_of(statistics)
+            return mean, var * (truth.shape[-1] / (truth.shape[-1] - 1))
         var, mean = torch.var_mean(truth, -1, keepdim=True)
         return mean, var
 

@@ -29,9 +29,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from ssl_eo.distributed import barrier, broadcast_object, is_main, world_size
+from ssl_eo.distributed import barrier, broadcast_object, is_main, raise_on_all_ranks, world_size
 
-__all__ = ["CheckpointConfig", "CheckpointError", "Checkpointer", "load_weights", "newest", "verify"]
+__all__ = [
+    "CheckpointConfig",
+    "CheckpointError",
+    "Checkpointer",
+    "holds_checkpoints",
+    "load_weights",
+    "newest",
+    "verify",
+]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 _NAME = re.compile(r"step_(\d{8})")
 _SEAL = "complete.json"
+_FORMAT = 2
 _ENTRY_BYTES = 2048  # what DCP's container adds to each tensor, roughly
 _DCP_ERRORS = (Exception, CheckpointException)  # the latter derives from BaseException
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -63,10 +72,9 @@ class CheckpointConfig:
             raise ValueError(f"every_n_steps must be at least 1, got {self.every_n_steps}")
         if self.keep < 1:
             raise ValueError(f"keep must be at least 1, got {self.keep}")
-        if self.keep_every_n_steps is not None and self.keep_every_n_steps % self.every_n_steps:
-            raise ValueError(
-                f"keep_every_n_steps {self.keep_every_n_steps} is not a multiple of every_n_steps {self.every_n_steps}"
-            )
+        every = self.keep_every_n_steps
+        if every is not None and (every < 1 or every % self.every_n_steps):
+            raise ValueError(f"keep_every_n_steps {every} is not a multiple of every_n_steps {self.every_n_steps}")
 
 
 class Checkpointer:
@@ -99,7 +107,7 @@ class Checkpointer:
         if broadcast_object(final.exists()):
             return
         state = self._state()
-        self._check_space(state)
+        raise_on_all_ranks(self._lack_of_space(state) if is_main() else None)
         partial = self.root / f"{final.name}.partial"
         alone = world_size() == 1
         try:
@@ -109,27 +117,37 @@ class Checkpointer:
                 self._pending = self._finaliser.submit(self._finish, saving, partial, final, step, facts)
                 return
             save(state, checkpoint_id=partial, no_dist=alone)
-            if is_main():
-                self._seal(partial, final, step, facts)
-        except _DCP_ERRORS as error:
+            problem = self._seal(partial, final, step, facts) if is_main() else None
+        except _DCP_ERRORS as error:  # DCP raises on all ranks
             raise self._write_error(error, partial, step) from error
-        barrier()
+        raise_on_all_ranks(problem)
 
     def wait(self) -> None:
-        """Return when the save in progress, if any, is complete; raises what it raised."""
+        """Return when the save in progress, if any, is complete; raises what it raised, on all ranks."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            error = pending.exception()
+            raise_on_all_ranks(error)
 
     def close(self) -> None:
-        self.wait()
+        """Finish what is being written. Not collective: a rank may come here alone, with an error of its own."""
         self._finaliser.shutdown()
+        if self._pending is not None:
+            self._pending.result()
 
     def restore(self) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest whole checkpoint into objective and optimiser: its step and facts, or None without one."""
+        """Load the newest whole checkpoint into objective and optimiser: its step and facts, or None without one.
+
+        Damaged ones that are newer are set aside, since training will write these steps again.
+        """
         path = broadcast_object(newest(self.root) if is_main() else None)
         if path is None:
             return None
+        if is_main():
+            for damaged in (p for p in _candidates(self.root) if _step_of(p) > _step_of(path)):
+                aside = damaged.with_name(f"{damaged.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
         seal = _read_seal(path)
         state = self._state()
         _load(state, path, alone=world_size() == 1)
@@ -147,22 +165,27 @@ class Checkpointer:
         return {"objective": model_state, "optimizer": optimizer_state}
 
     def _finish(self, saving: Future[Any], partial: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
+        """In the background: what `save` does after DCP's part, without its collectives."""
         try:
             saving.result()
-            if is_main():
-                self._seal(partial, final, step, facts)
         except _DCP_ERRORS as error:
             raise self._write_error(error, partial, step) from error
+        if is_main() and (problem := self._seal(partial, final, step, facts)) is not None:
+            raise problem
 
-    def _seal(self, partial: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
-        files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
-        seal = {"format": 1, "step": step, "facts": facts, "files": files}
-        (partial / _SEAL).write_text(json.dumps(seal, indent=1))
-        for path in partial.iterdir():
-            _sync(path)
-        partial.rename(final)
-        _sync(self.root)
-        self._prune(final)
+    def _seal(self, partial: Path, final: Path, step: int, facts: dict[str, Any]) -> CheckpointError | None:
+        """Make the written files a checkpoint; returns what prevented it."""
+        try:
+            files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
+            (partial / _SEAL).write_text(_signed({"format": _FORMAT, "step": step, "facts": facts, "files": files}))
+            for path in partial.iterdir():
+                _sync(path)
+            partial.rename(final)
+            _sync(self.root)
+            self._prune(final)
+        except OSError as error:
+            return self._write_error(error, partial, step)
+        return None
 
     def _prune(self, written: Path) -> None:
         found = _candidates(self.root)
@@ -174,35 +197,55 @@ class Checkpointer:
         every = self.cfg.keep_every_n_steps
         return every is not None and _step_of(path) % every == 0
 
-    def _check_space(self, state: dict[str, Any]) -> None:
+    def _lack_of_space(self, state: dict[str, Any]) -> CheckpointError | None:
         tensors = [v for part in state.values() for v in part.values() if isinstance(v, torch.Tensor)]
         needed = sum(t.numel() * t.element_size() + _ENTRY_BYTES for t in tensors)
         free = shutil.disk_usage(self.root).free
-        if free < needed:
-            raise CheckpointError(
-                f"{self.root}: {free / 1e6:.1f} MB free, a checkpoint needs {needed / 1e6:.1f} MB;"
-                f" {self._state_of_disk()}"
-            )
+        if free >= needed:
+            return None
+        return CheckpointError(
+            f"{self.root}: {free / 1e6:.1f} MB free, a checkpoint needs {needed / 1e6:.1f} MB;"
+            f" {self._kept('Free some space and start')}"
+        )
 
     def _write_error(self, error: BaseException, partial: Path, step: int) -> CheckpointError:
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
-        return CheckpointError(f"checkpoint of step {step} not written: {_root_cause(error)}; {self._state_of_disk()}")
+        cause = _root_cause(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+        advice = "Free some space and start" if isinstance(cause, OSError) else "Start"
+        return CheckpointError(f"checkpoint of step {step} not written: {_first_line(cause)}; {self._kept(advice)}")
 
-    def _state_of_disk(self) -> str:
+    def _kept(self, advice: str) -> str:
         whole = _candidates(self.root)
         kept = f"the newest kept is {whole[0].name}" if whole else "none was written before"
-        return f"{kept}. Free some space and start the same command again: it goes on from there"
+        return f"{kept}. {advice} the same command again: it goes on from there"
 
 
 def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint below `root` (a `checkpoints` folder); damaged ones are reported and passed over."""
-    for path in _candidates(root):
+    """The newest whole checkpoint below `root` (a `checkpoints` folder), or None where nothing was saved yet.
+
+    Damaged ones are reported and passed over. Raises `CheckpointError` when all are: to start over without a word
+    would be to throw the run away.
+    """
+    candidates = _candidates(root)
+    for path in candidates:
         problem = verify(path)
         if problem is None:
             return path
         log.warning("checkpoint %s is damaged (%s) and is passed over", path, problem)
+    if candidates:
+        raise CheckpointError(
+            f"{root}: none of {len(candidates)} checkpoints is whole; bring a copy back, or move the folder away to"
+            " start over"
+        )
     return None
+
+
+def holds_checkpoints(root: Path) -> bool:
+    """Whether something was saved below `root`, whole or not."""
+    return bool(_candidates(root))
 
 
 def verify(path: Path) -> str | None:
@@ -211,6 +254,8 @@ def verify(path: Path) -> str | None:
         seal = _read_seal(path)
     except CheckpointError as error:
         return str(error)
+    if seal["step"] != _step_of(path):
+        return f"{_SEAL} is that of step {seal['step']}"
     for name, expected in seal["files"].items():
         file = path / name
         if not file.is_file():
@@ -223,10 +268,7 @@ def verify(path: Path) -> str | None:
 
 
 def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
-    """Load a checkpoint's weights into `objective`, without optimiser or process group; returns the seal."""
-    problem = verify(path)
-    if problem is not None:
-        raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
+    """Load a whole checkpoint's weights into `objective`, without optimiser or process group; returns the seal."""
     state = objective.state_dict()
     _load({"objective": state}, path, alone=True)
     objective.load_state_dict(state)
@@ -239,7 +281,7 @@ def _load(state: dict[str, Any], path: Path, *, alone: bool) -> None:
         _check_fit(state, path)
         load(state, checkpoint_id=path, no_dist=alone)
     except _DCP_ERRORS as error:
-        raise CheckpointError(f"{path} cannot be loaded: {_root_cause(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {_first_line(_root_cause(error))}") from error
 
 
 def _check_fit(state: dict[str, Any], path: Path) -> None:
@@ -273,11 +315,22 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
+def _signed(seal: dict[str, Any]) -> str:
+    """The text of a seal: its content, and the checksum of that on the last line."""
+    content = json.dumps(seal, indent=1)
+    return f"{content}\n{zlib.crc32(content.encode()):08x}\n"
+
+
 def _read_seal(path: Path) -> dict[str, Any]:
     try:
-        seal: dict[str, Any] = json.loads((path / _SEAL).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: {_SEAL} cannot be read: {_first_line(error)}") from error
+        content, _, checksum = (path / _SEAL).read_bytes().rstrip(b"\n").rpartition(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{_SEAL} cannot be read: {error.strerror}") from error
+    if b"%08x" % zlib.crc32(content) != checksum:
+        raise CheckpointError(f"{_SEAL} does not match its checksum")
+    seal: dict[str, Any] = json.loads(content)
+    if seal["format"] != _FORMAT:
+        raise CheckpointError(f"{_SEAL} has format {seal['format']}, this version of ssl_eo reads {_FORMAT}")
     return seal
 
 
@@ -297,14 +350,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost message: DCP wraps a full disk into several layers."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The innermost error: DCP wraps a full disk into several layers."""
     failures = getattr(error, "failures", None)
     if failures:
         first = next(iter(failures.values()))
         return _root_cause(first[0] if isinstance(first, tuple) else first)
     inner = error.__cause__ or (error.__context__ if isinstance(error, RuntimeError) else None)
-    return _root_cause(inner) if inner is not None else _first_line(error)
+    return error if inner is None else _root_cause(inner)
 
 
 def _first_line(error: BaseException) -> str:

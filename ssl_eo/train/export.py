@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,19 +11,27 @@ from ssl_eo.components import resolve
 from ssl_eo.config import Config, build, read_yaml
 from ssl_eo.hub import SensorInput, load_bundle, write_bundle
 from ssl_eo.models.vit import Encoder
-from ssl_eo.objectives.base import Objective
-from ssl_eo.train.checkpoint import load_weights, newest
+from ssl_eo.objectives.base import Objective, Schemas
+from ssl_eo.train.checkpoint import CheckpointError, load_weights, newest, verify
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
 
-__all__ = ["export_encoder", "load_encoder", "open_encoder"]
+__all__ = ["Trained", "export_encoder", "load_encoder", "open_encoder"]
 
 
-def load_encoder(path: Path) -> tuple[Encoder, Config, dict[str, Any]]:
+class Trained(NamedTuple):
+    """A published encoder, the step it is from, and the run that made it."""
+
+    encoder: Encoder
+    step: int
+    run: Path
+    config: Config
+
+
+def load_encoder(path: Path) -> Trained:
     """The published encoder of a run directory (its newest whole checkpoint) or of one `step_` directory of a run.
 
-    Returns it with the run's config and the checkpoint's seal (`step`, `facts`). Raises `ValueError` when `path` is
-    neither.
+    Raises `ValueError` when `path` is neither, `CheckpointError` when the checkpoint is damaged.
     """
     run, checkpoint = _locate(path)
     config = build(Config, read_yaml(run / "config.yaml"), "")
@@ -33,7 +41,7 @@ def load_encoder(path: Path) -> tuple[Encoder, Config, dict[str, Any]]:
         lambda: method(config.objective.options, config.model, schemas), config.run.seed, torch.device("cpu")
     )
     seal = load_weights(checkpoint, objective)
-    return objective.published_encoder().eval(), config, seal
+    return Trained(objective.published_encoder().eval(), seal["step"], run, config)
 
 
 def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
@@ -43,34 +51,45 @@ def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
         if not isinstance(bundle.facts.get("step"), int):
             raise ValueError(f"{path}/encoder.json: step must be a whole number, got {bundle.facts.get('step')!r}")
         return bundle.encoder, bundle.facts["step"], bundle.facts.get("features", {})
-    encoder, config, seal = load_encoder(path)
-    return encoder, seal["step"], {"pool": config.eval.pool, "taps": config.eval.taps}
+    trained = load_encoder(path)
+    return trained.encoder, trained.step, {"pool": trained.config.eval.pool, "taps": trained.config.eval.taps}
 
 
-def export_encoder(path: Path, out: Path) -> int:
-    """Write the bundle `out` from the run or checkpoint at `path`; returns the training step it is from."""
-    encoder, config, seal = load_encoder(path)
-    run, _ = _locate(path)
-    inputs = {
-        name: SensorInput(schema.sensor, schema.bands, schema.mean, schema.std, schema.gsd_m)
-        for source in read_schemas(run)
-        for name, schema in source.items()
-    }
+def export_encoder(path: Path, out: Path, overwrite: bool = False) -> int:
+    """Write the bundle `out` from the run or checkpoint at `path`; returns the training step it is from.
+
+    Raises `ValueError` when `out` holds a bundle already, unless it may `overwrite` it.
+    """
+    if (out / "encoder.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    encoder, step, run, config = load_encoder(path)
     facts = {
         "objective": config.objective.name,
-        "step": seal["step"],
+        "step": step,
         "run": config.run.name,
         "features": {"pool": config.eval.pool, "taps": config.eval.taps},
         "commit": read_environment(run).get("commit"),
     }
-    write_bundle(out, encoder, inputs, facts)
-    step: int = seal["step"]
+    write_bundle(out, encoder, _inputs(read_schemas(run)), facts)
     return step
 
 
+def _inputs(schemas: Schemas) -> dict[str, SensorInput]:
+    """What the encoder was trained on, by tile name; a later source that differs is `name@<index of the source>`."""
+    inputs: dict[str, SensorInput] = {}
+    for i, source in enumerate(schemas):
+        for name, schema in source.items():
+            known = SensorInput(schema.sensor, schema.bands, schema.mean, schema.std, schema.gsd_m)
+            if inputs.setdefault(name, known) != known:
+                inputs[f"{name}@{i}"] = known
+    return inputs
+
+
 def _locate(path: Path) -> tuple[Path, Path]:
-    """(run directory, checkpoint directory) of either."""
+    """(run directory, directory of a whole checkpoint) of either."""
     if path.name.startswith("step_") and path.parent.name == "checkpoints" and path.is_dir():
+        if (problem := verify(path)) is not None:
+            raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
         return path.parent.parent, path
     checkpoint = newest(path / "checkpoints")
     if checkpoint is None or not (path / "config.yaml").is_file():

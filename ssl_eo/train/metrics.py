@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import secrets
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 import torch
 from torch import Tensor
 
+from ssl_eo.components import import_extra
 from ssl_eo.distributed import mean_over_ranks
+from ssl_eo.jsonl import JsonLines
 
-__all__ = ["JsonLines", "LogConfig", "Meters", "ProgressLine", "Sink", "TensorBoard", "Wandb", "open_sinks"]
+__all__ = ["LogConfig", "Meters", "ProgressLine", "Sink", "TensorBoard", "Wandb", "open_sinks"]
 
 
 @dataclass
@@ -52,15 +55,18 @@ class Meters:
             clean = torch.where(finite > 0, value.detach().float(), 0.0)
             self._sums[name] = self._sums[name] + clean if name in self._sums else clean
 
-    def read(self) -> tuple[dict[str, float], list[bool]]:
-        """Means over the taken steps since the last read, averaged over ranks, and the flag of every step."""
+    def read(self) -> tuple[dict[str, float | None], list[bool]]:
+        """Means over the taken steps since the last read, averaged over ranks, and the flag of every step.
+
+        The means are None where every step was skipped.
+        """
         flags = torch.stack(self._flags).float()
         n_taken = flags.sum()
         means = torch.stack([v / n_taken.clamp(min=1) for v in self._sums.values()])
         row = torch.cat([mean_over_ranks(means), flags]).cpu().tolist()
-        names = list(self._sums)
+        names, taken = list(self._sums), [flag > 0 for flag in row[len(self._sums) :]]
         self._sums, self._flags = {}, []
-        return dict(zip(names, row, strict=False)), [f > 0 for f in row[len(names) :]]
+        return {name: mean if any(taken) else None for name, mean in zip(names, row, strict=False)}, taken
 
 
 class Sink(Protocol):
@@ -69,20 +75,6 @@ class Sink(Protocol):
     def write(self, record: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
-
-
-class JsonLines:
-    """One JSON object a line, appended and flushed, so that a killed run keeps all it wrote."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class ProgressLine:
@@ -105,15 +97,21 @@ class ProgressLine:
     def write(self, record: Mapping[str, Any]) -> None:
         if "loss" not in record:  # what was measured before training
             return
-        left = format_duration(record["eta_s"])
+        left = timedelta(seconds=round(record["eta_s"]))
+        loss = "skipped" if record["loss"] is None else f"loss {record['loss']:.4f}"
         text = (
-            f"loss {record['loss']:.4f}  {record['samples_per_s']:.0f} samples/s"
+            f"{loss}  {record['samples_per_s']:.0f} samples/s"
             f"  data wait {100 * record['data_wait_ratio']:.0f} %  {left} left"
         )
         if self._live is not None:
             self._live.update(self._task, completed=record["step"], description=text)
         else:
             self._console.print(f"step {record['step']}/{self._total}  {text}")
+
+    def say(self, text: str) -> None:
+        """What is going on besides steps, on a live line only."""
+        if self._live is not None:
+            self._live.update(self._task, description=text)
 
     def note(self, text: str) -> None:
         """A line above the progress line."""
@@ -125,14 +123,28 @@ class ProgressLine:
 
 
 class Wandb:
-    """Weights and Biases; offline unless asked, and offline too when the network does not answer."""
+    """Weights and Biases; offline unless asked, and offline too when the network does not answer.
 
-    def __init__(self, cfg: LogConfig, run_dir: Path, config: dict[str, Any]) -> None:
-        wandb = _optional("wandb", "wandb")
-        options = {"project": cfg.wandb_project, "name": run_dir.name, "dir": str(run_dir), "config": config}
+    A run that is resumed goes on with its record there, whose id is kept in `run_dir/wandb/id`.
+    """
+
+    def __init__(self, cfg: LogConfig, run_dir: Path, config: dict[str, Any], start_step: int) -> None:
+        wandb = import_extra("wandb", "wandb", "log.wandb")
+        id_path = run_dir / "wandb" / "id"
+        if start_step == 0 or not id_path.exists():
+            id_path.parent.mkdir(exist_ok=True)
+            id_path.write_text(secrets.token_hex(4), encoding="utf-8")
+        options = {
+            "project": cfg.wandb_project,
+            "name": run_dir.name,
+            "id": id_path.read_text(encoding="utf-8"),
+            "dir": str(run_dir),
+            "config": config,
+        }
         settings = wandb.Settings(init_timeout=30)
         try:
-            self._run = wandb.init(mode=cfg.wandb, settings=settings, **options)
+            resume = "allow" if cfg.wandb == "online" else None  # offline there is nothing to look up
+            self._run = wandb.init(mode=cfg.wandb, resume=resume, settings=settings, **options)
         except wandb.errors.CommError as error:
             print(f"wandb does not answer ({error}); logging offline, `wandb sync` sends it later", file=sys.stderr)  # noqa: T201
             self._run = wandb.init(mode="offline", **options)
@@ -145,13 +157,14 @@ class Wandb:
 
 
 class TensorBoard:
-    """Scalars in `run_dir/tensorboard`."""
+    """Scalars in `run_dir/tensorboard`; those of steps that a resumed run does again are hidden."""
 
-    def __init__(self, run_dir: Path) -> None:
-        _optional("tensorboard", "tensorboard")
+    def __init__(self, run_dir: Path, start_step: int) -> None:
+        import_extra("tensorboard", "tensorboard", "log.tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+        first = start_step + 1 if start_step else 0  # a run that starts anew also measures step 0
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first)
 
     def write(self, record: Mapping[str, Any]) -> None:
         for key, value in record.items():
@@ -162,49 +175,28 @@ class TensorBoard:
         self._writer.close()
 
 
-def open_sinks(cfg: LogConfig, run_dir: Path, config: dict[str, Any]) -> list[Sink]:
-    """The sinks of `cfg` beside the progress line. Rank 0 only."""
+def open_sinks(cfg: LogConfig, run_dir: Path, config: dict[str, Any], start_step: int) -> list[Sink]:
+    """The sinks of `cfg` beside the progress line, of a run that has finished `start_step` steps. Rank 0 only."""
     sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
     if cfg.wandb != "off":
-        sinks.append(Wandb(cfg, run_dir, config))
+        sinks.append(Wandb(cfg, run_dir, config, start_step))
     if cfg.tensorboard:
-        sinks.append(TensorBoard(run_dir))
+        sinks.append(TensorBoard(run_dir, start_step))
     return sinks
 
 
 class Stopwatch:
-    """Seconds since the last `lap`, and the part of them spent waiting for data."""
+    """Seconds of training since the last `lap`."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._waited = 0.0
-
-    def waited(self, seconds: float) -> None:
-        self._waited += seconds
 
     def exclude(self, seconds: float) -> None:
         """Leave the last `seconds` out: they went to something else than training."""
         self._start += seconds
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds, seconds waited) since the last lap."""
+    def lap(self) -> float:
         now = time.perf_counter()
-        out = (now - self._start, self._waited)
-        self._start, self._waited = now, 0.0
-        return out
-
-
-def format_duration(seconds: float) -> str:
-    """`95 -> 1:35`, `4000 -> 1:06:40`."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-
-def _optional(module: str, extra: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ValueError(f"log.{module} needs the package {module}: pip install 'ssl_eo[{extra}]'") from None
+        seconds = now - self._start
+        self._start = now
+        return seconds

@@ -22,9 +22,6 @@ __all__ = [
     "weight_decay_schedule",
 ]
 
-# Tables and tokens that are indexed or added, never multiplied into activations: decay would only pull them to zero.
-_NO_DECAY_NAMES = ("cls_token", "register_tokens", "mask_token", "pos_embed", "query", "embed_", "bias_token")
-
 
 @dataclass
 class OptimConfig:
@@ -45,6 +42,13 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.end_lr < 0:
             raise ValueError(f"lr must be positive and end_lr not negative, got {self.lr} and {self.end_lr}")
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0:
+            raise ValueError(f"betas must be in [0, 1) and eps positive, got {list(self.betas)} and {self.eps}")
+        if self.weight_decay < 0 or (self.end_weight_decay or 0) < 0:
+            raise ValueError(
+                f"weight_decay and end_weight_decay must not be negative, got {self.weight_decay} and"
+                f" {self.end_weight_decay}"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
         if self.warmup_steps < 0 or self.cooldown_steps < 0:
@@ -60,7 +64,7 @@ def lr_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
     if cfg.warmup_steps + cfg.cooldown_steps > total_steps:
         raise ValueError(
             f"optim.warmup_steps {cfg.warmup_steps} + optim.cooldown_steps {cfg.cooldown_steps} exceed"
-            f" train.total_steps {total_steps}"
+            f" train.total_steps {total_steps}: a shorter run needs a shorter warm-up"
         )
     if cfg.schedule == "cosine":
         return WarmupCosine(cfg.lr, cfg.end_lr, total_steps, cfg.warmup_steps)
@@ -83,13 +87,10 @@ def param_groups(named: Iterable[tuple[str, nn.Parameter]], depth: int, layer_de
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not any(part in name.split(".")[-1] for part in _NO_DECAY_NAMES)
         multiplier = layer_decay ** (depth + 1 - _layer_id(name, depth))
-        group = groups.setdefault(
-            (multiplier, decays), {"params": [], "names": [], "lr_multiplier": multiplier, "decays": decays}
-        )
+        decays = _decays(name, parameter)
+        group = groups.setdefault((multiplier, decays), {"params": [], "lr_multiplier": multiplier, "decays": decays})
         group["params"].append(parameter)
-        group["names"].append(name)
     return list(groups.values())
 
 
@@ -117,6 +118,14 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     optimizer.found_inf = 1.0 - finite  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it multiplies activations: the `weight` of a linear layer or a convolution.
+
+    Biases, gains, tokens and tables are added or looked up; decay would only pull them to zero.
+    """
+    return parameter.ndim > 1 and name.endswith("weight")
 
 
 def _layer_id(name: str, depth: int) -> int:

@@ -1,14 +1,15 @@
 """How an objective is spread over processes, applied from outside in one fixed order.
 
-Build on the meta device -> wrap -> materialise -> fill with NaN -> `init_weights` -> assert finite: a tensor that
+Build on the meta device -> materialise -> fill with NaN -> `init_weights` -> assert finite -> wrap: a tensor that
 `init_weights` forgets cannot hide.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -60,10 +61,13 @@ def wrap(objective: Objective, strategy: str, cfg: ParallelConfig, world: World)
     """The module to call in the loop: the objective itself, or DDP around it."""
     if strategy == "single":
         return objective
+    # Buffers are equal on all ranks by construction; torch 2.13 renamed the switch.
+    is_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    no_sync: dict[str, Any] = {"forward_sync_buffers" if is_renamed else "broadcast_buffers": False}
     return DistributedDataParallel(
         objective,
         device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,  # equal on all ranks by construction
         gradient_as_bucket_view=True,
         bucket_cap_mb=cfg.bucket_cap_mb,
+        **no_sync,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -17,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_eo.config import Config, difference, read_yaml, to_dict
+from ssl_eo.components import one_line
+from ssl_eo.config import Config, build, difference, read_yaml, to_yaml
 from ssl_eo.data.manifest import schema_from_dict, schema_to_dict
 from ssl_eo.data.types import TileSchema
 from ssl_eo.distributed import World, barrier, is_main
-from ssl_eo.eval.report import read_jsonl, save_panel
-from ssl_eo.train.checkpoint import newest
+from ssl_eo.eval.report import save_panel
+from ssl_eo.files import atomic_write, lock_folder
+from ssl_eo.jsonl import JsonLines, read_jsonl
+from ssl_eo.train.checkpoint import holds_checkpoints
 
 __all__ = ["claim", "describe", "read_environment", "read_schemas", "record_skipped", "save_pictures"]
 
@@ -30,7 +32,7 @@ __all__ = ["claim", "describe", "read_environment", "read_schemas", "record_skip
 @contextlib.contextmanager
 def claim(path: Path, config: Config) -> Iterator[None]:
     """Hold the run directory `path` for this process group; refuses a directory in use or of another config."""
-    handle = _lock(path) if is_main() else None
+    handle = lock_folder(path, "set another run.name or run.out_dir") if is_main() else None
     try:
         if is_main():
             _check_config(path, config)
@@ -43,23 +45,25 @@ def claim(path: Path, config: Config) -> Iterator[None]:
 
 def describe(config: Config, schemas: Sequence[Mapping[str, TileSchema]], world: World, step: int) -> None:
     """Write `config.yaml`, `schemas.json` and `env.json`, and drop log records of steps that will be done again."""
-    import yaml
-
     path = config.run_dir
-    _write(path / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    atomic_write(path / "config.yaml", to_yaml(config))
     table = [{name: schema_to_dict(schema) for name, schema in source.items()} for source in schemas]
-    _write(path / "schemas.json", json.dumps(table, indent=1))
-    _write(path / "env.json", json.dumps(_environment(world), indent=1))
+    atomic_write(path / "schemas.json", json.dumps(table, indent=1))
+    atomic_write(path / "env.json", json.dumps(_environment(world), indent=1))
     for name in ("metrics.jsonl", "eval.jsonl", "keys.jsonl"):  # by the number of finished steps
-        _keep_until(path / name, step)
+        _keep_until(path / name, step if step else -1)  # a run that starts anew also measures step 0 anew
     for name in ("quarantine.jsonl", "skipped.jsonl"):  # by the step itself, counted from 0
         _keep_until(path / name, step - 1)
 
 
 def read_schemas(path: Path) -> list[dict[str, TileSchema]]:
     """The schemas that `describe` wrote, one mapping of tile names a source."""
-    sources = json.loads((path / "schemas.json").read_text(encoding="utf-8"))
-    return [{name: schema_from_dict(name, raw) for name, raw in source.items()} for source in sources]
+    file = path / "schemas.json"
+    try:
+        sources = json.loads(file.read_text(encoding="utf-8"))
+        return [{name: schema_from_dict(name, raw) for name, raw in source.items()} for source in sources]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {one_line(error)}; bring it back from a copy of the run") from error
 
 
 def read_environment(path: Path) -> dict[str, Any]:
@@ -70,8 +74,8 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 def record_skipped(path: Path, step: int, rank: int, keys: Sequence[str]) -> None:
     """Append the sample keys of a skipped step to `skipped.jsonl`."""
-    with (path / "skipped.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "rank": rank, "keys": list(keys)}) + "\n")
+    with JsonLines(path / "skipped.jsonl") as file:
+        file.write({"step": step, "rank": rank, "keys": list(keys)})
 
 
 def save_pictures(path: Path, step: int, pictures: Mapping[str, Tensor], schema: TileSchema) -> None:
@@ -87,34 +91,20 @@ def save_pictures(path: Path, step: int, pictures: Mapping[str, Tensor], schema:
     save_panel(folder / f"step_{step:08d}.png", rows)
 
 
-def _lock(path: Path) -> int:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"run directory {path} cannot be used: {error.strerror}; set run.out_dir to a folder you may write to"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ValueError(
-            f"run directory {path} is in use by another process; wait for it, stop it, or set another run.name"
-        ) from None
-    return handle
-
-
 def _check_config(path: Path, config: Config) -> None:
-    saved = path / "config.yaml"
-    if not saved.exists() or newest(path / "checkpoints") is None:
+    if not holds_checkpoints(path / "checkpoints"):
         return
-    lines = difference(read_yaml(saved), to_dict(config))
-    if lines:
-        listed = "\n  ".join(lines)
+    saved = path / "config.yaml"
+    if not saved.exists():
+        raise ValueError(f"{saved} is missing, and says what the checkpoints beside it are; bring it back")
+    try:
+        before = build(Config, read_yaml(saved), "")
+    except ValueError as error:
+        raise ValueError(f"{saved} does not fit this version of ssl_eo ({error}); set another run.name") from None
+    if lines := difference(before, config):
         raise ValueError(
-            f"{path} holds a run of another config; these keys differ (saved -> now):\n  {listed}\n"
-            "put them back to go on with it, or set another run.name"
+            f"{path} holds a run of another config (saved -> now): {'; '.join(lines)}. Put the keys back to go on with"
+            " it, or set another run.name"
         )
 
 
@@ -122,14 +112,7 @@ def _keep_until(path: Path, step: int) -> None:
     """Keep the records of steps up to `step`: later ones are written again, and a killed run may end in half a line."""
     if path.exists():
         kept = [record for record in read_jsonl(path) if record.get("step", 0) <= step]
-        _write(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace `path` in one go, so that a kill leaves the old or the new file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _environment(world: World) -> dict[str, Any]:

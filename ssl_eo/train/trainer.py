@@ -7,7 +7,6 @@ randomness of step `s` are functions of `s`, so resuming is loading tensors and 
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import sys
 import time
@@ -16,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ssl_eo.components import resolve
-from ssl_eo.config import Config, to_dict
+from ssl_eo.config import Config, to_dict, with_key
 from ssl_eo.data.loader import Loader, open_source
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.types import Batch, move_to
@@ -27,19 +27,23 @@ from ssl_eo.eval.features import tap_layers
 from ssl_eo.eval.hook import EvalHook, undisturbed
 from ssl_eo.eval.offline import print_summary
 from ssl_eo.eval.report import write_report
+from ssl_eo.jsonl import JsonLines
 from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
 from ssl_eo.train import run_dir
 from ssl_eo.train.checkpoint import Checkpointer
-from ssl_eo.train.metrics import JsonLines, Meters, ProgressLine, Sink, Stopwatch, open_sinks
+from ssl_eo.train.metrics import Meters, ProgressLine, Sink, Stopwatch, open_sinks
 from ssl_eo.train.optim import build_optimizer, lr_schedule, set_hyper_parameters, step_if_finite, weight_decay_schedule
 from ssl_eo.train.parallel import build_objective, resolve_strategy, wrap
+from ssl_eo.train.prefetch import DeviceBatches
 
 __all__ = ["EXIT_DONE", "EXIT_RESUMABLE", "TrainingError", "train"]
 
 EXIT_DONE = 0
 EXIT_RESUMABLE = 75  # stopped on request; the same command goes on
+
+_N_PICTURES = 6  # samples in a picture of how training goes on
 
 
 class TrainingError(RuntimeError):
@@ -50,22 +54,29 @@ def train(config: Config) -> int:
     """Run (or go on with) the run that `config` describes; returns the exit status."""
     if config.train.n_threads is not None:
         torch.set_num_threads(config.train.n_threads)
+    stop = AgreedFlag()
     world = init_world()
-    try:
-        with run_dir.claim(config.run_dir, config), contextlib.closing(Trainer(config, world)) as trainer:
-            return trainer.run()
-    finally:
-        shutdown()
+    with (
+        _signals_raise(stop),
+        run_dir.claim(config.run_dir, config),
+        contextlib.closing(Trainer(config, world, stop)) as trainer,
+    ):
+        status = trainer.run()
+    shutdown()  # not after an error: other ranks may never come to meet this one
+    return status
 
 
 class Trainer:
-    """One run. `step` counts finished steps."""
+    """One run. `step` counts finished steps; `stop` asks for a checkpoint and the end at the next one."""
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: Config, world: World, stop: AgreedFlag) -> None:
+        self.config, self.world, self.stop = config, world, stop
         seed = config.run.seed
 
-        self.sources = [open_source(source) for source in config.data.sources]
+        self.sources = [
+            with_key(f"data.sources[{i}] ({source.name})", open_source, source)
+            for i, source in enumerate(config.data.sources)
+        ]
         schemas = [source.schema for source in self.sources]
 
         method = resolve("ssl_eo.objectives", config.objective.name).Objective
@@ -103,20 +114,24 @@ class Trainer:
             quarantine_path=config.run_dir / "quarantine.jsonl",
             device=world.device,
         )
-        self.evaluation = EvalHook(config.eval, config.run_dir, world.device)
         self.meters, self.stopwatch = Meters(), Stopwatch()
+        self.recent_keys: list[tuple[int, list[str]]] = []  # of the steps whose finite flags are still unread
+        self.n_skipped, self.n_skipped_in_a_row = 0, 0
+        if is_main():
+            run_dir.describe(config, schemas, world, self.step)
+        barrier()  # the log files are trimmed before any rank reads them or appends to them
+        self.evaluation = EvalHook(config.eval, config.run_dir, world.device)
+        self._open_logs()
+
+    def _open_logs(self) -> None:
+        config = self.config
         self.sinks: list[Sink] = []
         self.progress: ProgressLine | None = None
         if is_main():
-            run_dir.describe(config, schemas, world, self.step)
-            self.sinks = open_sinks(config.log, config.run_dir, to_dict(config))
+            self.sinks = open_sinks(config.log, config.run_dir, to_dict(config), self.step)
             self.progress = ProgressLine(config.train.total_steps)
             self.sinks.append(self.progress)
-        barrier()  # the log files are trimmed before any rank appends to them
-        self.keys_log = JsonLines(config.run_dir / "keys.jsonl") if config.log.keys else None
-        self.stop = AgreedFlag()
-        self.recent_keys: list[tuple[int, list[str]]] = []  # of the steps whose finite flags are still unread
-        self.n_skipped, self.n_skipped_in_a_row = 0, 0
+        self.keys_log: Sink | None = JsonLines(config.run_dir / "keys.jsonl") if config.log.keys else None
 
     def run(self) -> int:
         """Train to the end, to a request to stop, or to an error."""
@@ -124,60 +139,63 @@ class Trainer:
         if self.step >= config.train.total_steps:
             self._note(f"{config.run_dir} has finished its {self.step} steps; nothing to do")
             return EXIT_DONE
+        self._note(self._headline())
         started = time.monotonic()
         if self.step == 0 and (probes := self._evaluate()):
             self._write({"step": 0, **probes})
         self.model.train()
         self.stopwatch.lap()
-        with _signals_raise(self.stop):
-            batches = iter(self.loader)
-            while self.step < config.train.total_steps:
-                micro_batches = [self._next(batches) for _ in range(config.train.accumulate)]
-                self._train_step(micro_batches)
-                self.step += 1
-                probes = self._evaluate()
-                if probes or self.step % config.log.every_n_steps == 0 or self.step == config.train.total_steps:
-                    self._log(probes)
-                if self._picture_due():
-                    self._draw(micro_batches[-1])
-                if config.train.time_limit_s is not None and time.monotonic() - started > config.train.time_limit_s:
-                    self.stop.raised = True
-                stop = self.stop.poll()
-                if stop or self.checkpointer.due(self.step) or self.step == config.train.total_steps:
-                    self.checkpointer.save(self.step, self.facts)
-                if stop and self.step < config.train.total_steps:
-                    self.checkpointer.wait()
-                    self._note(f"stopped on request after step {self.step}; the same command goes on from there")
-                    return EXIT_RESUMABLE
+        batches = DeviceBatches(iter(self.loader), self.world.device)
+        while self.step < config.train.total_steps:
+            self._train_step(batches)
+            self.step += 1
+            probes = self._evaluate()
+            if config.train.time_limit_s is not None and time.monotonic() - started > config.train.time_limit_s:
+                self.stop.raised = True
+            last = self.step == config.train.total_steps
+            stop = self.stop.poll() and not last
+            save = stop or last or self.checkpointer.due(self.step)
+            if save or probes or self.step % config.log.every_n_steps == 0:
+                self._log(probes, batches)  # before a save, so that what is logged of finished steps outlives a kill
+            if last or self._picture_due():
+                self._draw()
+            if save:
+                self.checkpointer.save(self.step, self.facts)
+            if stop:
+                self.checkpointer.wait()
+                self._note(f"stopped on request after step {self.step}; the same command goes on from there")
+                return EXIT_RESUMABLE
         self.checkpointer.wait()
         return EXIT_DONE
 
-    def _train_step(self, micro_batches: list[Batch]) -> None:
+    def _train_step(self, batches: DeviceBatches) -> None:
         now = {name: schedule(self.step) for name, schedule in self.schedules.items()}
         set_hyper_parameters(self.optimizer, self.lr(self.step), self.weight_decay(self.step))
         torch.manual_seed(derive_seed(self.config.run.seed, "device", self.step, self.world.rank))  # drop path
 
-        parts: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self.world.device)
-        for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self._no_sync():
+        n = self.config.train.accumulate
+        values: dict[str, Tensor] = {"loss": torch.zeros((), device=self.world.device)}
+        keys: list[str] = []
+        for i in range(n):
+            batch = batches.take()
+            with contextlib.nullcontext() if i == n - 1 else self._no_sync():
                 losses = self._forward(batch, now)
-                (losses.total / len(micro_batches)).backward()
-            total += losses.total.detach() / len(micro_batches)
-            for name, value in losses.parts.items():
-                parts[name] = parts.get(name, 0.0) + value / len(micro_batches)
+                (losses.total / n).backward()
+            batches.prefetch()
+            for name, value in {"loss": losses.total, **{f"loss/{k}": v for k, v in losses.parts.items()}}.items():
+                values[name] = values.get(name, 0.0) + value.detach() / n
+            keys += batch.keys
 
-        max_norm = self.config.optim.clip_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.objective.student.parameters(), max_norm)
-        finite = all_agree(total.isfinite() & grad_norm.isfinite()).float()
+        parameters = list(self.objective.student.parameters())
+        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if (max_norm := self.config.optim.clip_grad_norm) is not None:
+            clip_grads_with_norm_(parameters, max_norm, grad_norm)
+        finite = all_agree(values["loss"].isfinite() & grad_norm.isfinite()).float()
         step_if_finite(self.optimizer, finite)
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.after_step(now, finite)
 
-        values = {"loss": total, "grad_norm": grad_norm, **{f"loss/{k}": v for k, v in parts.items()}}
-        self.meters.add(values, finite)
-        keys = [key for batch in micro_batches for key in batch.keys]
+        self.meters.add({**values, "grad_norm": grad_norm}, finite)
         self.recent_keys.append((self.step, keys))
         if self.keys_log is not None:
             self.keys_log.write({"step": self.step + 1, "rank": self.world.rank, "keys": keys})
@@ -186,12 +204,6 @@ class Trainer:
         batch.pixels = self.renderer.render(batch)
         with self._autocast():
             return self.model(batch, now)
-
-    def _next(self, batches: Iterator[Batch]) -> Batch:
-        start = time.perf_counter()
-        batch = next(batches)
-        self.stopwatch.waited(time.perf_counter() - start)
-        return move_to(batch, self.world.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.train.precision == "bfloat16"
@@ -213,9 +225,10 @@ class Trainer:
             )
         return step
 
-    def _log(self, probes: dict[str, float]) -> None:
+    def _log(self, probes: dict[str, float], batches: DeviceBatches) -> None:
         values, flags = self.meters.read()
-        seconds, waited = self.stopwatch.lap()
+        seconds = self.stopwatch.lap()
+        waited, batches.waited_s = batches.waited_s, 0.0
         self._account_for_skipped(flags)
         n_samples = self.config.train.global_batch_size * len(flags)
         record: dict[str, Any] = {
@@ -260,37 +273,56 @@ class Trainer:
         if not self.evaluation.due(self.step, self.config.train.total_steps):
             return {}
         start = time.perf_counter()
-        with self._autocast():
-            found = self.evaluation.run(self._encode_taps, self.step, self.objective)
+        if self.progress is not None:
+            self.progress.say(f"step {self.step}: probing")
+        found = self.evaluation.run(self._encode_taps, self.step, self.objective)
         self.stopwatch.exclude(time.perf_counter() - start)
         return found
 
     def _encode_taps(self, inputs: EncoderInput) -> Sequence[Tokens]:
         depth = len(self.objective.published_encoder().blocks)
-        return self.objective.encode(inputs, tap_layers(self.config.eval.taps, depth))
+        with self._autocast():
+            return self.objective.encode(inputs, tap_layers(self.config.eval.taps, depth))
 
     def _picture_due(self) -> bool:
         every = self.config.log.pictures_every_n_steps
-        return self.step == self.config.train.total_steps or (every > 0 and self.step % every == 0)
+        return every > 0 and self.step % every == 0
 
-    def _draw(self, batch: Batch) -> None:
+    def _draw(self) -> None:
         if not is_main():
             return
+        batch = move_to(self.loader.example(_N_PICTURES), self.world.device)
+        batch.pixels = self.renderer.render(batch)
         with undisturbed(self.objective, self.world.device), self._autocast():
             pictures = self.objective.preview(batch)
         if pictures:
             schema = self.sources[batch.source].schema[next(iter(batch.views.values())).tile]
             run_dir.save_pictures(self.config.run_dir, self.step, pictures, schema)
 
+    def _headline(self) -> str:
+        """What runs, on what, and from where on."""
+        config, device = self.config, self.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        n_parameters = sum(p.numel() for p in self.objective.published_encoder().parameters())
+        begins = f"going on after step {self.step:,}" if self.step else "new run"
+        return (
+            f"{config.run_dir}: {begins}; {config.objective.name}, encoder of {n_parameters / 1e6:.1f} M parameters,"
+            f" {sum(map(len, self.sources)):,} samples, {self.world.size} x {name}, {config.train.precision}"
+        )
+
     def _note(self, text: str) -> None:
         if self.progress is not None:
             self.progress.note(text)
 
     def close(self) -> None:
-        self.checkpointer.close()
-        self.loader.close()
-        for sink in (*self.sinks, *filter(None, [self.keys_log])):
-            sink.close()
+        with contextlib.ExitStack() as stack:  # the last first, and all of them whatever one raises
+            stack.callback(self._report)
+            for sink in (*self.sinks, *filter(None, [self.keys_log])):
+                stack.callback(sink.close)
+            stack.callback(self.loader.close)
+            stack.callback(self.checkpointer.close)
+
+    def _report(self) -> None:
         if is_main() and self.config.log.report:
             if self.config.eval.every_n_steps:
                 print_summary(self.config.run_dir / "eval.jsonl", sys.stderr)
@@ -299,12 +331,15 @@ class Trainer:
 
 @contextlib.contextmanager
 def _signals_raise(flag: AgreedFlag) -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGUSR2 raise `flag`; the loop looks at it between steps."""
+    """SIGTERM, SIGUSR1, SIGUSR2 and a first SIGINT raise `flag`; the loop looks at it between steps."""
 
     def handler(signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT and flag.raised:
+            raise KeyboardInterrupt
         flag.raised = True
 
-    old = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    old = {s: signal.signal(s, handler) for s in caught}
     try:
         yield
     finally:

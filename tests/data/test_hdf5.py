@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from ssl_eo.data.plans import check_sample
+from ssl_eo.data.plans import check_no_data, check_sample
 from ssl_eo.data.sources.hdf5 import Config, Source
 from ssl_eo.sensors import load_sensor
 
@@ -163,9 +163,32 @@ def test_nan_pixels_are_kept_and_left_out_of_statistics(path: Path) -> None:
     source = Source(config(path, dataset="float"))
     np.testing.assert_allclose(source.schema["sentinel2_l2a"].mean, np.nanmean(pixels, axis=(0, 2, 3)), rtol=1e-6)
     assert np.isnan(pixels_of(source, 1)).sum() == C * 8
-    check_sample(source.read(1), source.schema)
+    check_no_data(source.read(1), source.schema)
     with pytest.raises(ValueError, match="all no-data"):
-        check_sample(source.read(0), source.schema)
+        check_no_data(source.read(0), source.schema)
+
+
+@pytest.mark.parametrize("values", [np.arange(N) + 0.5, np.arange(N) * 1.0, np.array([b"a"] * N)])
+def test_labels_that_are_no_integers_are_refused(path: Path, values: Any) -> None:
+    with h5py.File(path, "a") as file:
+        file["wrong"] = values
+    with pytest.raises(ValueError, match=r"label_dataset: wrong in .* must hold integers or booleans .* dtype is"):
+        Source(config(path, label_dataset="wrong"))
+
+
+@pytest.mark.parametrize("dtype", ["complex64", ">u2", "S4"])
+def test_pixels_that_no_image_has_are_refused(path: Path, dtype: str) -> None:
+    with h5py.File(path, "a") as file:
+        file["odd"] = file["sentinel2"][:].astype(dtype)
+    with pytest.raises(ValueError, match=r"dataset: odd in .*tiles\.h5: dtype of sentinel2_l2a must be one of bool, "):
+        Source(config(path, dataset="odd"))
+
+
+def test_bands_named_twice_are_refused(path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"dataset: sentinel2 in .*: bands of sentinel2_l2a are .* named twice: B02, B02"
+    ):
+        Source(config(path, bands=["B02", "B02", *L2A[2:]]))
 
 
 def test_bands_without_data_are_named(path: Path) -> None:
@@ -212,8 +235,9 @@ def test_fingerprint_follows_the_content_not_the_place(path: Path) -> None:
 
 
 def test_wrong_values_are_refused() -> None:
-    with pytest.raises(ValueError, match="gsd_m must be positive metres"):
-        Config("x", "y", gsd_m=0.0)
+    for gsd_m in (0.0, -10.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="gsd_m must be positive metres"):
+            Config("x", "y", gsd_m=gsd_m)
     with pytest.raises(ValueError, match="n_statistics_samples"):
         Config("x", "y", n_statistics_samples=0)
 

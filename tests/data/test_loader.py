@@ -23,6 +23,7 @@ from ssl_eo.data.loader import (
     Loader,
     SourceConfig,
     StepDataset,
+    WeightedSourceConfig,
     WorkerTraceback,
     open_source,
 )
@@ -53,6 +54,8 @@ class ToySource:
         match (self.broken or {}).get(index):
             case "os":
                 raise OSError("disk on fire")
+            case "lines":
+                raise OSError("two\n  lines")
             case "bands":
                 pixels = pixels[:1]
             case "empty":
@@ -78,13 +81,15 @@ class ToyViews:
             raise ValueError("no view of 7")
         return resized_crop("toy", (8, 8), CropConfig(size_px=4), rng)
 
-    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int) -> Batch:
+    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int, rng: np.random.Generator) -> Batch:
         samples = [s for s, _ in planned]
         tiles = stack_tiles(samples, ["toy"], {"toy": SCHEMA})
         return Batch(step, source, [s.key for s in samples], tiles, {"image": stack_views([[p for _, p in planned]])})
 
 
-CFG = DataConfig([SourceConfig("toy", None, 2.0), SourceConfig("toy_too", None, 1.0)], n_lanes=4, n_workers=0)
+CFG = DataConfig(
+    [WeightedSourceConfig("toy", None, 2.0), WeightedSourceConfig("toy_too", None, 1.0)], n_lanes=4, n_workers=0
+)
 SOURCES = [ToySource(), ToySource(31)]
 
 
@@ -203,6 +208,34 @@ def test_bad_samples_are_replaced_recorded_and_counted(tmp_path: Path, caplog: p
     assert quarantined(path) == [r for r in records if r["step"] >= 7]
 
 
+@dataclass
+class TwoTiles(ToySource):
+    """A second tile, of which no view is taken and which is empty."""
+
+    schema: ClassVar = {"toy": SCHEMA, "toy@coarse": SCHEMA}
+
+    def read(self, index: int) -> Sample:
+        sample = super().read(index)
+        sample.tiles["toy@coarse"] = Tile(np.zeros((2, 8, 8), np.uint16), SENSOR.band_names, 10.0)
+        return sample
+
+
+def test_only_tiles_that_are_shown_must_hold_something(tmp_path: Path) -> None:
+    cfg, path = replace(CFG, sources=CFG.sources[:1]), tmp_path / "quarantine.jsonl"
+    with load(cfg=cfg, sources=[TwoTiles(53, {9: "empty"})], quarantine_path=path) as loader:
+        used = {key for batch in loader for key in batch.keys}
+    assert used == {f"toy_{i}" for i in range(53)} - {"toy_7", "toy_9"}
+    empty = "ValueError: tile 'toy' of sample 'toy_9' is all no-data"
+    assert {r["reason"] for r in quarantined(path)} == {"ValueError: no view of 7", empty}
+
+
+def test_the_reason_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    with load(sources=[ToySource(53, {3: "lines"}), ToySource(31)], quarantine_path=path) as loader:
+        list(loader)
+    assert "OSError: two lines" in {r["reason"] for r in quarantined(path)}
+
+
 def test_a_run_stops_above_the_bad_ratio(tmp_path: Path) -> None:
     broken = dict.fromkeys(range(0, 53, 3), "os")
     path = tmp_path / "quarantine.jsonl"
@@ -253,7 +286,7 @@ def test_a_dead_worker_is_an_error() -> None:
 
 def test_workers_leave_signals_to_the_training_process(expected: list[tuple[Any, ...]]) -> None:
     loader = load(2)
-    got = [contents(next(loader))]
+    got = [contents(next(loader)) for _ in range(2)]  # one from each, so that both have started
     for child in multiprocessing.active_children():
         for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             os.kill(child.pid or 0, name)
@@ -327,7 +360,7 @@ def test_wrong_sizes_are_refused_before_workers_start() -> None:
     with pytest.raises(ValueError, match=r"train\.accumulate = 4 does not divide the 6 samples of a rank"):
         load(2, world_size=2, n_micro_batches=4)
     with pytest.raises(ValueError, match=r"weight must be positive and finite, got -1\.0"):
-        SourceConfig("toy", None, -1.0)
+        WeightedSourceConfig("toy", None, -1.0)
     assert not multiprocessing.active_children()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,16 +15,17 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.components import Component
 from ssl_eo.data import pack as packing
-from ssl_eo.data.manifest import Manifest
+from ssl_eo.data import pack_plan
+from ssl_eo.data.manifest import Manifest, content_hash, schema_from_dict, schema_to_dict
+from ssl_eo.data.pack_check import Problem, check
 from ssl_eo.data.shards import ShardError, ShardIndex, index_path
 from ssl_eo.data.sources.shards import Config
 from ssl_eo.data.sources.shards import Source as PackedSource
@@ -151,13 +153,12 @@ def test_tiles_and_statistics_can_be_chosen(tmp_path):
         PackedSource(Config(str(tmp_path), split="train", tiles=["radra"]))
 
 
-def test_a_component_is_packed_by_its_name(tmp_path):
+def test_the_manifest_names_the_source_as_a_config_would(tmp_path):
     packing.pack(TinySource(), tmp_path / "a", samples_per_shard=20)
-    again = Component("shards", Config(str(tmp_path / "a")))
-    packing.pack(again, tmp_path / "b", samples_per_shard=20)
+    packing.pack(PackedSource(Config(str(tmp_path / "a"))), tmp_path / "b", samples_per_shard=20)
     first, second = Manifest.load(tmp_path / "a"), Manifest.load(tmp_path / "b")
     assert first.shards == second.shards
-    assert second.source_name == "shards"
+    assert (first.source_name, second.source_name) == (__name__, "shards")
 
 
 def test_shard_size_in_megabytes(tmp_path):
@@ -224,6 +225,19 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
         packing.pack(TinySource(), tmp_path, samples_per_shard=6)
 
 
+def test_a_second_process_is_refused_and_spoils_nothing(tmp_path):
+    packing.pack(TinySource(), tmp_path / "alone", samples_per_shard=4)
+    out = tmp_path / "shared"
+    first = fork(pack_slowly, out)
+    wait_for(out / "shard-000000.stats.json", first)
+    with pytest.raises(ValueError, match=r"shared is in use by another process; .* choose another folder$"):
+        packing.pack(TinySource(), out, samples_per_shard=4)
+    first.join()
+    assert first.exitcode == 0
+    assert content(out) == content(tmp_path / "alone")
+    assert packing.pack(TinySource(), out, samples_per_shard=4).n_shards_kept == 5
+
+
 # --- bad samples, full disks ------------------------------------------------------------------------------------------
 
 
@@ -238,13 +252,17 @@ def test_bad_samples_are_listed_and_left_out(tmp_path):
 
 @pytest.mark.parametrize(("bad", "samples_per_shard"), [((1, 8, 15), 5), ((1, 2, 3), 20)])
 def test_too_many_bad_samples_stop_it(tmp_path, bad, samples_per_shard):
-    with pytest.raises(ValueError, match=r"3 bad samples so far, allowed are 2 of 20(.|\n)*sample 1: OSError: cannot"):
+    with pytest.raises(ValueError, match=r"3 bad samples so far, allowed are 2 of 20: .*--max-bad-ratio") as caught:
         packing.pack(TinySource(bad=bad), tmp_path, samples_per_shard=samples_per_shard, max_bad_ratio=0.1)
+    assert f"sample {bad[1]}: OSError: cannot read {bad[1]}" in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "manifest.json").exists()
+    report = packing.pack(TinySource(bad=bad), tmp_path, samples_per_shard=samples_per_shard, max_bad_ratio=0.15)
+    assert report.n_bad == 3  # the same command with another limit goes on
 
 
 class WrongSource(TinySource):
-    """Sample 2 lacks a tile, 3 has another dtype, 4 another shape, 5 repeats the key of 0."""
+    """Sample 2 lacks a tile, 3 has another dtype, 4 another shape, 5 repeats the key of 0, 6 has other bands."""
 
     def read(self, index: int) -> Sample:
         sample = super().read(index)
@@ -257,14 +275,17 @@ class WrongSource(TinySource):
             tile.pixels = tile.pixels[:, :4]
         elif index == 5:
             sample.key = super().read(0).key
+        elif index == 6:
+            tile.bands = ("b1", "b0")
         return sample
 
 
 def test_samples_that_do_not_fit_the_schema_are_bad(tmp_path):
     report = packing.pack(WrongSource(), tmp_path, max_bad_ratio=0.5)
-    assert report.n_bad == 4
+    assert report.n_bad == 5
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    for reason, part in zip(reasons, ["its tiles are", "float64", "(2, 4, 8)", "comes twice"], strict=True):
+    parts = ["its tiles are", "dtype float64, expected float32", "shape (2, 4, 8), expected (2, 8, 8)", "comes twice"]
+    for reason, part in zip(reasons, [*parts, "bands ('b1', 'b0'), expected"], strict=True):
         assert part in reason
 
 
@@ -300,7 +321,7 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path):
     ("arguments", "message"),
     [
         ({"codec": "blocs"}, "no codec 'blocs'; did you mean 'blosc'"),
-        ({"codec": {"radra": "raw"}}, r"tiles that the source has not: \['radra'\]"),
+        ({"codec": {"radra": "raw"}}, "codec: the source has no tiles radra \\(it has optical@10m"),
         ({"samples_per_shard": 0}, "at least 1"),
         ({"max_bad_ratio": 1.5}, "0 to 1"),
         ({"split": "../x"}, "plain name"),
@@ -335,21 +356,129 @@ def test_missing_and_cut_files_say_what_to_run(tmp_path):
     assert_same_samples(PackedSource(Config(str(tmp_path))), TinySource(), list(range(20)))
 
 
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool) -> None:
+    """Apply `change` to the manifest; with `seal` its checksum fits again, as only a program would make it."""
+    path = folder / "manifest.json"
+    page = json.loads(path.read_text())
+    del page["checksum"]
+    before = hashlib.sha256(json.dumps(page, separators=(",", ":")).encode()).hexdigest()
+    assert before == json.loads(path.read_text())["checksum"]  # as docs/data.md has it
+    change(page)
+    after = hashlib.sha256(json.dumps(page, separators=(",", ":")).encode()).hexdigest()
+    path.write_text(json.dumps({**page, "checksum": after if seal else before}))
+
+
+def radar(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda page: page["tiles"]["radar"].update(values)
+
+
+def shard(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda page: page["shards"][0].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shards": []}, "lists no samples"),
-        ({"format": 99}, "format 99, this version reads format 1"),
-        ({"tiles": {"radar": {}}}, "KeyError"),
-        ({"shards": [{"name": "../x.tar", "n_samples": 1, "size": 1, "sha256": ""}]}, "not a plain file name"),
+        (lambda page: page.update(shards=[]), "lists no samples"),
+        (lambda page: page.update(format=99), "format 99, this version reads format 1"),
+        (lambda page: page.pop("shards"), "key 'shards' is missing"),
+        (lambda page: page.update(tiles={"radar": {}}), "key 'codec' is missing"),
+        (lambda page: page.update(tiles={}), "tiles is empty"),
+        (lambda page: page["shards"].append(page["shards"][0]), r"lists shard-000000\.tar twice"),
+        (shard(name="../x.tar"), "not a plain file name"),
+        (shard(name=7), "not a plain file name"),
+        (shard(n_samples="5"), "n_samples of shard shard-000000.tar must be a whole number from 0, got '5'"),
+        (shard(size=-1), "size of shard shard-000000.tar must be a whole number from 0, got -1"),
+        (shard(other=1), "other"),
+        (radar(dtype="nope"), r"tiles\.radar: dtype of radar must be one of bool, .*, got 'nope'"),
+        (radar(dtype="complex64"), "dtype of radar must be one of .*, got 'complex64'"),
+        (radar(gsd_m=-1), "gsd_m of radar must be positive metres, got -1"),
+        (radar(gsd_m="10"), "gsd_m of radar must be positive metres, got '10'"),
+        (radar(bands=["b0", "b0"]), "named twice: b0, b0"),
+        (radar(bands=["b0", "b7"]), "no band 'b7'"),
+        (radar(shape=[8, -8]), r"shape of radar must be \(height, width\) in pixels, got \(8, -8\)"),
+        (radar(shape=8), r"tiles\.radar: "),
+        (radar(mean=["1", "2"]), "must be finite"),
+        (radar(codec="zip"), "codec: 'zip' is none of"),
     ],
 )
 def test_manifests_that_cannot_be_right(tmp_path, change, message):
     packing.pack(TinySource(), tmp_path)
-    path = tmp_path / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=message):
+    change_manifest(tmp_path, change, seal=True)
+    with pytest.raises(ValueError, match=message) as caught:
         PackedSource(Config(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda page: page["tiles"]["radar"].update(mean=[10 * m for m in page["tiles"]["radar"]["mean"]]),
+        lambda page: page["tiles"]["radar"]["bands"].reverse(),
+        lambda page: page["tiles"]["radar"]["sensor"]["bands"][0].update(wavelength_um=0.9),
+        lambda page: page.update(tiles=dict(reversed(page["tiles"].items()))),
+        lambda page: page["label_names"].reverse(),
+        lambda page: page["shards"].reverse(),
+    ],
+)
+def test_a_changed_manifest_is_refused_and_written_anew(tmp_path, change):
+    packing.pack(TinySource(), tmp_path, samples_per_shard=10)
+    whole = content(tmp_path)
+    change_manifest(tmp_path, change, seal=False)
+    for use in (check, packing.index, lambda folder: PackedSource(Config(str(folder)))):
+        with pytest.raises(ValueError, match=r"manifest\.json was changed or damaged after it was written"):
+            use(tmp_path)
+    assert packing.pack(TinySource(), tmp_path, samples_per_shard=10).n_shards_kept == 2
+    assert content(tmp_path) == whole
+
+
+json_values = st.one_of(
+    *(st.none(), st.booleans(), st.integers(-4, 40), st.just(10**400), st.floats(), st.text(max_size=4)),
+    *(st.lists(st.integers(-4, 40), max_size=3), st.just({}), st.just({"a": 1}), st.lists(st.just({}), min_size=1)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_description_is_a_schema_or_a_value_error(data):
+    tree = raw = json.loads(json.dumps(schema_to_dict(TinySource.schema["optical@10m"])))
+    while True:
+        key = data.draw(st.sampled_from(list(tree) if isinstance(tree, dict) else range(len(tree))))
+        if not isinstance(tree[key], (dict, list)) or not tree[key] or data.draw(st.booleans()):
+            break
+        tree = tree[key]
+    if isinstance(tree, dict) and data.draw(st.booleans()):
+        del tree[key]
+    else:
+        tree[key] = data.draw(json_values)
+    for value in (raw, tree[key] if key in tree else None):
+        try:
+            made = schema_from_dict("tile", value)
+        except ValueError as error:
+            assert str(error).startswith("tiles.tile: ")  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            assert content_hash(schema_to_dict(made))
+
+
+@pytest.mark.parametrize("gsd_m", [[], None, 3, {"radar": "10"}, {"radar": None}, {"radar": -1}, {"radar": True}])
+def test_a_ground_sampling_that_is_none_spoils_its_sample_alone(tmp_path, monkeypatch, gsd_m):
+    encode = pack_plan.encode_meta
+
+    def encode_wrongly(label: Any, meta: dict[str, Any], gsd: dict[str, float]) -> bytes:
+        known = json.loads(encode(label, meta, gsd))
+        return json.dumps({**known, "gsd_m": gsd_m} if meta["latitude"] == 3 / 7 else known).encode()
+
+    monkeypatch.setattr(pack_plan, "encode_meta", encode_wrongly)  # what a writer of another's may do
+    packing.pack(TinySource(), tmp_path)
+    packed = PackedSource(Config(str(tmp_path)))
+    with pytest.raises(ValueError, match="gsd_m in a sample's JSON is an object of metres above 0 by tile name"):
+        packed.read(3)
+    assert packed.read(4).tiles["radar"].gsd_m == 10.0
+    (problem,) = check(tmp_path).problems
+    assert (problem.member, problem.size > 0) == ("scene%2E3%2F%C3%A9.json", True)
+    assert "metres above 0" in problem.reason
+    assert packing.stats(tmp_path).n_bad == 1
 
 
 @pytest.mark.parametrize("bad", [{"root": ""}, {"tiles": []}, {"chunk_size": 0}, {"access": "read"}])
@@ -364,7 +493,7 @@ def test_config_names_the_key(bad):
 @pytest.mark.parametrize("codec", ["raw", "blosc"])
 def test_check_finds_a_flipped_byte(tmp_path, codec):
     packing.pack(TinySource(), tmp_path, samples_per_shard=10, codec=codec)
-    report = packing.check(tmp_path)
+    report = check(tmp_path)
     assert report.ok
     assert (report.n_shards, report.n_samples) == (2, 20)
     shard = tmp_path / "shard-000001.tar"
@@ -374,7 +503,7 @@ def test_check_finds_a_flipped_byte(tmp_path, codec):
     offset, size = int(index.offset[row, column]), int(index.size[row, column])
     data[offset + size - 3] ^= 1
     shard.write_bytes(data)
-    (problem,) = packing.check(tmp_path).problems
+    (problem,) = check(tmp_path).problems
     assert (problem.shard, problem.member) == ("shard-000001.tar", index.member_name(row, column))
     assert (problem.offset, problem.size) == (offset, size)
     assert "CRC-32" in problem.reason
@@ -391,9 +520,9 @@ def test_check_finds_other_damage(tmp_path):
     whole = shard.read_bytes()
     header = int(index.offset[6, 1]) - 512
 
-    def problems_with(data: bytes) -> list[packing.Problem]:
+    def problems_with(data: bytes) -> list[Problem]:
         shard.write_bytes(data)
-        return list(packing.check(tmp_path).problems)
+        return list(check(tmp_path).problems)
 
     (problem,) = problems_with(whole[: header + 3] + b"?" + whole[header + 4 :])
     assert (problem.member, problem.offset) == (index.member_name(6, 1), header)
@@ -405,7 +534,15 @@ def test_check_finds_other_damage(tmp_path):
     (problem,) = problems_with(whole[:padding] + b"?" + whole[padding + 1 :])
     assert "every member is as indexed" in problem.reason
     shard.unlink()
-    assert [p.reason for p in packing.check(tmp_path).problems] == ["the file is missing"]
+    assert [p.reason for p in check(tmp_path).problems] == ["the file is missing"]
+
+
+def test_check_compares_members_with_the_schema(tmp_path):
+    packing.pack(TinySource(), tmp_path, samples_per_shard=20)
+    change_manifest(tmp_path, radar(shape=[8, 9]), seal=True)
+    problems = check(tmp_path).problems
+    assert {p.reason for p in problems} == {"shape (2, 8, 8), expected (2, 8, 9)"}
+    assert all(p.member.endswith("radar.npy") for p in problems)
 
 
 def test_check_compares_the_index_with_the_tar(tmp_path):
@@ -415,11 +552,11 @@ def test_check_compares_the_index_with_the_tar(tmp_path):
     offset = index.offset.copy()
     offset[[2, 3]] = offset[[3, 2]]
     ShardIndex(index.tar_size, index.keys, index.suffixes, offset, index.size, index.crc32).save(path)
-    problems = packing.check(tmp_path).problems
+    problems = check(tmp_path).problems
     assert {p.member.split(".")[0] for p in problems} == {"scene%2E2%2F%C3%A9", "scene%2E3%2F%C3%A9"}
     assert all("the index has it at byte" in p.reason for p in problems)
     packing.index(tmp_path)
-    assert packing.check(tmp_path).ok
+    assert check(tmp_path).ok
 
 
 def test_index_of_foreign_tars(tmp_path):
@@ -429,6 +566,9 @@ def test_index_of_foreign_tars(tmp_path):
     report = packing.index(tmp_path)
     assert (report.n_shards, report.n_samples, report.n_members) == (1, 1, 1)
     assert index_path(tmp_path / "x.tar").is_file()
+    for use in (check, lambda folder: PackedSource(Config(str(folder)))):
+        with pytest.raises(ValueError, match=r"did not write these tars: .* packed datasets, 'data index' serves"):
+            use(tmp_path)
 
 
 def test_stats_are_those_of_all_pixels_at_once(tmp_path):

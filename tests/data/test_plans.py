@@ -1,18 +1,20 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ssl_eo.data.plans import (
     CropConfig,
     aligned,
     band_subset,
+    check_no_data,
     check_sample,
     multi_crop,
     resized_crop,
+    shown_tiles,
     stack_tiles,
     stack_views,
     whole,
@@ -29,11 +31,12 @@ def make_schema(dtype="uint16", shape=(8, 8), gsd_m=10.0, no_data=()):
     return TileSchema(sensor, sensor.band_names, dtype, shape, gsd_m, (0.0, 0.0), (1.0, 1.0))
 
 
-def make_sample(pixels, key="k7", bands=("red", "green")):
-    return Sample(key, {"demo": Tile(pixels, bands, 10.0)})
+def make_sample(pixels, key="k7", bands=("red", "green"), gsd_m=10.0):
+    return Sample(key, {"demo": Tile(pixels, bands, gsd_m)})
 
 
 @many
+@example((1, 2), (1.0, 1.0), (1.0, 1.0), 0)
 @given(
     st.tuples(st.integers(1, 300), st.integers(1, 300)),
     st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)),
@@ -50,6 +53,9 @@ def test_crops_lie_inside_with_the_area_and_aspect_asked_for(shape, scale, aspec
     assert width > 0
     assert top + height <= shape[0] * (1 + 1e-9)
     assert left + width <= shape[1] * (1 + 1e-9)
+    if cfg.scale[0] == 1:  # one box has that area, whatever its aspect
+        assert plan.box == (0.0, 0.0, *shape)
+        return
     assert cfg.aspect[0] * (1 - 1e-9) <= width / height <= cfg.aspect[1] * (1 + 1e-9)
     share = height * width / (shape[0] * shape[1])
     touches = height == pytest.approx(shape[0]) or width == pytest.approx(shape[1])
@@ -149,6 +155,9 @@ def test_band_subset_ranges():
         (make_sample(np.zeros((2, 8, 9), np.uint16)), r"shape \(2, 8, 9\), expected \(2, 8, 8\)"),
         (make_sample(np.zeros((2, 8, 8), np.int16)), "dtype int16, expected uint16"),
         (make_sample(np.zeros((2, 8, 8), np.uint16), bands=("green", "red")), r"bands \('green', 'red'\), expected"),
+        (make_sample(np.zeros((2, 8, 8), np.uint16), bands=()), r"bands \(\), expected"),
+        (make_sample(np.zeros((2, 8, 8), np.uint16), gsd_m=0.0), r"gsd_m 0\.0, expected metres above 0"),
+        (make_sample(np.zeros((2, 8, 8), np.uint16), gsd_m=np.nan), "gsd_m nan, expected metres above 0"),
     ],
 )
 def test_mismatched_samples_are_refused_by_name(sample, message):
@@ -173,12 +182,47 @@ def test_no_data_is_found(dtype, no_data, empty):
     clean, holed, blank = (make_sample(np.ones((2, 8, 8), dtype)) for _ in range(3))
     holed.tiles["demo"].pixels[1, 3, 3] = empty
     blank.tiles["demo"].pixels[:] = empty
-    check_sample(clean, schema)
-    check_sample(holed, schema)
+    for _ in range(2):  # before anybody has looked, and after
+        assert not stack_tiles([clean, clean], ["demo"], schema)["demo"].has_no_data
+        assert stack_tiles([clean, holed], ["demo"], schema)["demo"].has_no_data
+        check_no_data(clean, schema)
+        check_no_data(holed, schema)
     with pytest.raises(ValueError, match="tile 'demo' of sample 'k7' is all no-data"):
-        check_sample(blank, schema)
-    assert not stack_tiles([clean, clean], ["demo"], schema)["demo"].has_no_data
-    assert stack_tiles([clean, holed], ["demo"], schema)["demo"].has_no_data
+        check_no_data(blank, schema)
+
+
+def test_pixels_are_compared_with_no_data_once():
+    schema = {"demo": make_schema(no_data=(0.0,))}
+    sample = make_sample(np.ones((2, 8, 8), np.uint16))
+    assert sample.tiles["demo"].has_no_data is None
+    check_no_data(sample, schema)
+    assert sample.tiles["demo"].has_no_data is False
+    sample.tiles["demo"].pixels[:] = 0  # would be seen by a second look
+    assert not stack_tiles([sample], ["demo"], schema)["demo"].has_no_data
+
+
+def test_shown_tiles_are_those_of_all_plans_inside():
+    @dataclass
+    class Planned:
+        views: dict[str, list[ViewPlan]]
+        mask: object
+
+    one, other = whole("one", (8, 8), 8), whole("other", (8, 8), 8)
+    assert shown_tiles(one) == {"one"}
+    assert shown_tiles((one, np.ones(3, bool), "third")) == {"one"}
+    assert shown_tiles(Planned({"global": [one, one], "local": [other]}, None)) == {"one", "other"}
+    assert shown_tiles([np.zeros(3), 4]) == set()
+
+
+def test_a_schema_names_the_first_difference():
+    schema = make_schema()
+    schema.check(np.zeros((2, 8, 8), np.uint16))
+    with pytest.raises(ValueError, match=r"^shape \(1, 8, 8\), expected \(2, 8, 8\)$"):
+        schema.check(np.zeros((1, 8, 8), np.uint16))
+    with pytest.raises(ValueError, match=r"^dtype int16, expected uint16$"):
+        schema.check(np.zeros((2, 8, 8), np.int16), schema.bands)
+    with pytest.raises(ValueError, match=r"^bands \('red',\), expected"):
+        schema.check(np.zeros((2, 8, 8), np.uint16), ("red",))
 
 
 def test_a_number_that_the_dtype_cannot_hold_is_never_found():
@@ -199,7 +243,7 @@ def test_views_stack_outermost():
         [ViewPlan("demo", (v, s, 4.0, 5.0), (8, 6), s == 1, v, (s, 2), 1 + v, s) for s in range(3)] for v in range(2)
     ]
     batch = stack_views(plans)
-    assert (batch.tile, batch.size, batch.n_views, batch.resample) == ("demo", (8, 6), 2, True)
+    assert (batch.tile, batch.size, batch.resample) == ("demo", (8, 6), True)
     assert batch.row.tolist() == [0, 1, 2, 0, 1, 2]
     assert batch.box[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
     assert batch.box[:, 1].tolist() == [0, 1, 2, 0, 1, 2]

@@ -36,6 +36,10 @@ def random_pixels(rng, n, schema):
     return rng.integers(info.min, info.max, shape, dtype=schema.dtype, endpoint=True)
 
 
+def tile_batch(pixels, gsd_m=10.0, has_no_data=False):
+    return TileBatch(torch.from_numpy(pixels), torch.full((len(pixels),), gsd_m), has_no_data)
+
+
 def render(pixels, schema, plans, interpolation="bicubic") -> PixelBatch:
     """Through samples, stacking and the renderer, as in training; one view of each of the samples."""
     samples = [Sample(str(i), {"demo": Tile(p, schema.bands, schema.gsd_m)}) for i, p in enumerate(pixels)]
@@ -171,10 +175,22 @@ def test_ground_size_of_a_view_pixel():
     torch.testing.assert_close(render(pixels, schema, plans).gsd_m, torch.tensor([20.0, 10.0]))
 
 
+def test_ground_size_is_that_of_each_sample():
+    """Samples of one source may differ in ground sampling; views of a sample share its own."""
+    schema = make_schema(gsd_m=10.0)
+    pixels = random_pixels(np.random.default_rng(0), 2, schema)
+    gsds_m = (0.3, 10.0)
+    samples = [Sample(str(g), {"demo": Tile(p, schema.bands, g)}) for p, g in zip(pixels, gsds_m, strict=True)]
+    plans = [[whole("demo", (16, 16), 8)] * 2, [ViewPlan("demo", (0.0, 0.0, 4.0, 4.0), (8, 8))] * 2]
+    tiles = stack_tiles(samples, ["demo"], {"demo": schema})
+    out = Renderer([{"demo": schema}]).render(Batch(0, 0, ["0", "1"], tiles, {"image": stack_views(plans)}))["image"]
+    torch.testing.assert_close(out.gsd_m, torch.tensor([0.6, 20.0, 0.15, 5.0]))
+
+
 def test_several_views_of_several_sources_on_one_renderer():
     schemas = [{"a": make_schema(std=(2.0,) * 3)}, {"a": make_schema(std=(4.0,) * 3), "b@1.5m": make_schema(1)}]
     rng = np.random.default_rng(0)
-    tiles = {name: TileBatch(torch.from_numpy(random_pixels(rng, 2, s)), False) for name, s in schemas[1].items()}
+    tiles = {name: tile_batch(random_pixels(rng, 2, s)) for name, s in schemas[1].items()}
     plans = [[resized_crop("a", (16, 16), CropConfig(8), rng) for _ in range(2)] for _ in range(3)]
     views = {"crop": stack_views(plans), "other": stack_views([[whole("b@1.5m", (16, 16), 4)] * 2])}
     renderer = Renderer(schemas, "bilinear")
@@ -188,7 +204,7 @@ def test_several_views_of_several_sources_on_one_renderer():
     torch.testing.assert_close(halved.pixels, 2 * out["crop"].pixels)
     # The third view of the second sample is its last row.
     alone = renderer.render(
-        Batch(0, 1, ["1"], {"a": TileBatch(tiles["a"].pixels[1:], False)}, {"crop": stack_views([[plans[2][1]]])})
+        Batch(0, 1, ["1"], {"a": tile_batch(tiles["a"].pixels[1:].numpy())}, {"crop": stack_views([[plans[2][1]]])})
     )
     torch.testing.assert_close(alone["crop"].pixels[0], out["crop"].pixels[5])
 
@@ -338,7 +354,7 @@ def test_aligned_sensors_agree_in_metres(gsds_m, seed):
         n = int(960 / gsd_m)
         schemas[name] = make_schema(2, "float32", (n, n), gsd_m, name=name)
         y, x = (np.mgrid[0:n, 0:n].astype(np.float32) + 0.5) * gsd_m
-        tiles[name] = TileBatch(torch.from_numpy(np.stack([y, x])[None]), False)
+        tiles[name] = tile_batch(np.stack([y, x])[None], gsd_m)
     plan = resized_crop("one", schemas["one"].shape, CropConfig(96, scale=(0.3, 1.0)), rng)
     views = {p.tile: stack_views([[p]]) for p in (plan, aligned(plan, schemas["one"], "other", schemas["other"]))}
     out = Renderer([schemas], "bilinear").render(Batch(0, 0, ["0"], tiles, views))
@@ -364,7 +380,7 @@ def test_device_equals_cpu(dtype):
     rng = np.random.default_rng(0)
     pixels = random_pixels(rng, 8, schema)
     pixels[0, :, 3:7, 2:9] = 0
-    tiles = {"demo": TileBatch(torch.from_numpy(pixels), True)}
+    tiles = {"demo": tile_batch(pixels, has_no_data=True)}
     plans = [resized_crop("demo", (16, 16), CropConfig(12), rng, bands=(2, 0)) for _ in pixels]
     batch, renderer = Batch(0, 0, [], tiles, {"image": stack_views([plans])}), Renderer([{"demo": schema}])
     expected = renderer.render(batch)["image"]

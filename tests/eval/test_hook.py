@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from toy import scenes
 
+from ssl_eo.data.loader import SourceConfig
 from ssl_eo.distributed import rank
 from ssl_eo.eval.features import Encode, extract, pool_tokens, pooled_taps, tap_layers, tap_name
 from ssl_eo.eval.hook import EvalConfig, EvalHook
-from ssl_eo.eval.report import read_jsonl
-from ssl_eo.eval.tasks import Task, TaskConfig, TaskSource
+from ssl_eo.eval.tasks import Task, TaskConfig
+from ssl_eo.jsonl import read_jsonl
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
 
 CPU = torch.device("cpu")
@@ -25,8 +26,8 @@ TAPS = [0.5, 1.0]
 
 
 def _task(n_test: int = 15) -> TaskConfig:
-    train = TaskSource("toy.scenes", scenes.Config(n=90))
-    test = TaskSource("toy.scenes", scenes.Config(n=60, seed=1))
+    train = SourceConfig("toy.scenes", scenes.Config(n=90))
+    test = SourceConfig("toy.scenes", scenes.Config(n=60, seed=1))
     return TaskConfig("toy", train, test, max_train=45, max_test=n_test)
 
 
@@ -177,7 +178,7 @@ def test_a_rank_that_fails_leaves_no_other_waiting(tmp_path: Path, on_ranks: Cal
 
 def _run_where_one_rank_reads_less(run_dir: str) -> dict[str, float]:
     encoder, encode = _encoder()
-    train = TaskSource("toy.scenes", scenes.Config(n=40, broken=[5] if rank() == 1 else []))
+    train = SourceConfig("toy.scenes", scenes.Config(n=40, broken=[5] if rank() == 1 else []))
     return _hook(Path(run_dir), controls=False, tasks=[replace(_task(), train=train)]).run(encode, 10, encoder)
 
 

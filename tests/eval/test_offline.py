@@ -11,18 +11,19 @@ import pytest
 import torch
 from toy import scenes
 
+from ssl_eo.data.loader import SourceConfig
 from ssl_eo.eval.controls import CONTROLS
 from ssl_eo.eval.hook import EvalConfig
 from ssl_eo.eval.offline import evaluate, print_summary
-from ssl_eo.eval.report import read_jsonl
-from ssl_eo.eval.tasks import TaskConfig, TaskSource
+from ssl_eo.eval.tasks import TaskConfig
+from ssl_eo.jsonl import read_jsonl
 from ssl_eo.models.vit import Encoder, EncoderConfig
 
 STEP = 1500
 
 
 def _task(name: str = "toy", **changes: Any) -> TaskConfig:
-    train, test = (TaskSource("toy.scenes", scenes.Config(n=60, seed=seed, **changes)) for seed in (0, 1))
+    train, test = (SourceConfig("toy.scenes", scenes.Config(n=60, seed=seed, **changes)) for seed in (0, 1))
     return TaskConfig(name, train, test, max_train=45, max_test=30)
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 from toy import scenes
 
-from ssl_eo.eval.tasks import Task, TaskConfig, TaskSource
+from ssl_eo.data.loader import SourceConfig
+from ssl_eo.eval.tasks import Task, TaskConfig
 
 CPU = torch.device("cpu")
 
 
 def _config(**changes: Any) -> TaskConfig:
-    train = TaskSource("toy.scenes", scenes.Config(n=90))
-    test = TaskSource("toy.scenes", scenes.Config(n=60, seed=1))
+    train = SourceConfig("toy.scenes", scenes.Config(n=90))
+    test = SourceConfig("toy.scenes", scenes.Config(n=60, seed=1))
     return replace(TaskConfig("toy", train, test, max_train=30, max_test=12), **changes)
 
 
@@ -30,7 +31,7 @@ def test_subsets_are_balanced_fixed_and_chosen_by_the_seed() -> None:
 
 
 def test_rare_classes_are_kept_and_the_rest_is_filled_up() -> None:
-    skewed = TaskSource("toy.scenes", scenes.Config(n=60, share=[0.85, 0.1, 0.05]))
+    skewed = SourceConfig("toy.scenes", scenes.Config(n=60, share=[0.85, 0.1, 0.05]))
     labels = [int(skewed_label) for skewed_label in Task(_config(train=skewed, max_train=60)).train.labels]
     kept = Task(_config(train=skewed)).train.labels.tolist()
     assert len(kept) == 30
@@ -49,6 +50,14 @@ def test_batches_show_whole_normalised_tiles_in_the_asked_order() -> None:
     assert float(torch.as_tensor(second.gsd_m)) == 10.0
 
 
+def test_ground_size_is_that_of_each_sample() -> None:
+    task = Task(_config(train=SourceConfig("toy.scenes", scenes.Config(n=90, fine=[1, 4]))))
+    (inputs,) = task.train.batches(torch.arange(30), 30, CPU)
+    expected = [0.3 if key in ("toy-001", "toy-004") else 10.0 for key in task.train.keys]
+    assert 0.3 in expected
+    torch.testing.assert_close(inputs.gsd_m, torch.tensor(expected))
+
+
 def test_size_and_bands_of_the_view() -> None:
     task = Task(_config(size_px=16, bands=["B", "R"]))
     (inputs,) = task.test.batches(torch.arange(3), 8, CPU)
@@ -61,7 +70,7 @@ def test_size_and_bands_of_the_view() -> None:
 
 def test_unreadable_samples_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     broken = scenes.Config(n=20, broken=[3, 7])
-    task = Task(_config(train=TaskSource("toy.scenes", broken)))
+    task = Task(_config(train=SourceConfig("toy.scenes", broken)))
     assert len(task.train) == 18
     assert {"toy-003", "toy-007"}.isdisjoint(task.train.keys)
     assert "sample 3 is broken" in caplog.text
@@ -70,7 +79,7 @@ def test_unreadable_samples_are_left_out_and_named(caplog: pytest.LogCaptureFixt
 def test_a_split_without_readable_samples_is_an_error() -> None:
     nothing = scenes.Config(n=4, broken=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="train has 0 readable samples of 4"):
-        len(Task(_config(train=TaskSource("toy.scenes", nothing))).train)
+        len(Task(_config(train=SourceConfig("toy.scenes", nothing))).train)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +87,7 @@ def test_a_split_without_readable_samples_is_an_error() -> None:
     [
         ({"tile": "rgbb"}, "no tile 'rgbb'; did you mean 'rgb'"),
         ({"bands": ["G", "NIR"]}, "no band 'NIR'"),
-        ({"train": TaskSource("toy.nowhere", None)}, "toy.nowhere"),
+        ({"train": SourceConfig("toy.nowhere", None)}, "toy.nowhere"),
     ],
 )
 def test_a_task_that_cannot_be_is_refused_at_once(changes: dict[str, Any], message: str) -> None:

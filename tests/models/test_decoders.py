@@ -156,7 +156,7 @@ def test_every_spectral_parameter_gets_a_gradient():
     [
         (lambda: DecoderConfig(embed_dim=30, n_heads=3), "multiple of 4 and of n_heads, got 30 and 3"),
         (lambda: DecoderConfig(embed_dim=32, n_heads=5), "got 32 and 5"),
-        (lambda: DecoderConfig(depth=0), "depth must be positive"),
+        (lambda: DecoderConfig(depth=0), "depth, mlp_ratio and norm_eps must be positive"),
         (lambda: SpectralConfig(code_dim=7), "code_dim even"),
     ],
 )

@@ -146,6 +146,21 @@ def test_leftovers_of_a_killed_save_are_removed_at_the_start(tmp_path: Path) -> 
     assert _kept(tmp_path) == [1]
 
 
+def test_any_flipped_bit_of_the_seal_is_damage(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(1)
+    run.save(2)
+    seal = tmp_path / "checkpoints" / "step_00000002" / "complete.json"
+    content = seal.read_bytes()
+    for i in range(len(content) - 1):  # the last is the end of the line
+        seal.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1 :])
+        assert verify(seal.parent) is not None, i
+    other = Run(tmp_path, seed=1)
+    seal.write_bytes((tmp_path / "checkpoints" / "step_00000001" / "complete.json").read_bytes())
+    assert verify(seal.parent) == "complete.json is that of step 1"
+    assert other.checkpointer.restore() == (1, FACTS)
+
+
 def test_saving_an_existing_step_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, read_checkpoint, records, train
+from launching import ROOT, command, finish, read_checkpoint, records, start, train
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (
@@ -68,6 +68,16 @@ def test_from_two_ranks_to_one(single: Path, tmp_path: Path) -> None:
     status, output = train(DEBUG, tmp_path, *SHORT)
     assert status == 0, output
     _assert_close(single, tmp_path)
+
+
+def test_an_error_on_one_rank_ends_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    fall = ("objective.name=toys.stumbling", "objective.falls_at=4", "checkpoint.every_n_steps=3")
+    process = start(command(DEBUG, tmp_path, *SHORT, *fall), n_ranks=2)
+    status, output = finish(process, timeout_s=120)
+    assert status == 1, output
+    assert "ssl-eo: rank 1 fell" in output
+    assert [p.name for p in (tmp_path / "debug_mae" / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 def test_accumulated_micro_batches_equal_one_batch(single: Path, tmp_path: Path) -> None:

@@ -60,13 +60,36 @@ def test_data_changed_under_an_existing_run(
     assert "the data is not what this run was trained on" in capsys.readouterr().err
 
 
+def test_checkpoints_without_their_config_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(tmp_path) == 0
+    (tmp_path / "debug_mae" / "config.yaml").unlink()
+    assert _train(tmp_path, "optim.lr=0.5") == 2
+    assert "config.yaml is missing" in capsys.readouterr().err
+
+
+def test_a_name_that_looks_like_a_number_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert _train(tmp_path, "run.name='1e5'") == 0
+    assert "has finished its 8 steps" in capsys.readouterr().err
+
+
+def test_run_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(tmp_path) == 0
+    saved = tmp_path / "debug_mae" / "config.yaml"
+    saved.write_text(saved.read_text().replace("layer_decay: 1.0", ""))  # before this key existed
+    assert _train(tmp_path) == 0
+    saved.write_text(saved.read_text() + "gone: 1\n")  # a key that exists no more
+    assert _train(tmp_path) == 2
+    assert "config.yaml does not fit this version of ssl_eo (gone: unknown key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["a file", "below a file"])
 def test_run_directory_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str) -> None:
     (tmp_path / "file").write_text("in the way")
     out_dir = tmp_path / "file" if place == "a file" else tmp_path / "file" / "below"
     assert _train(out_dir) == 2
     assert "cannot be used" in (message := capsys.readouterr().err)
-    assert "set run.out_dir to a folder you may write to" in message
+    assert "set another run.name or run.out_dir" in message
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -85,7 +108,9 @@ def test_two_runs_in_one_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "truncated", "no seal"])
-def test_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+def test_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     assert _train(tmp_path) == 0
     expected = read_checkpoint(tmp_path / "debug_mae" / "checkpoints" / "step_00000008")
     last = tmp_path / "debug_mae" / "checkpoints" / "step_00000008"
@@ -103,10 +128,15 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCap
     assert found is not None
     assert found.name == "step_00000004"
     assert "is damaged" in caplog.text
-    shutil.rmtree(last)  # what a person does on reading that
-    assert _train(tmp_path) == 0
+    assert _train(tmp_path) == 0  # the damaged one is set aside and its steps are done again
     again = read_checkpoint(last)
     assert all(torch.equal(expected[k], again[k]) for k in expected)
+    assert _checkpoints(tmp_path) == ["step_00000004", "step_00000008", "step_00000008.damaged"]
+    shutil.rmtree(tmp_path / "debug_mae" / "checkpoints" / "step_00000004")
+    (last / "complete.json").write_text("{")
+    capsys.readouterr()
+    assert _train(tmp_path) == 1
+    assert "none of 1 checkpoints is whole; bring a copy back" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -196,3 +226,14 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path: Path, capsys: pytest
     message = capsys.readouterr().err
     assert "3 steps in a row had a non-finite loss or gradient (train.max_skipped_steps)" in message
     assert "weights are those of step 3" in message
+
+
+@pytest.mark.usefixtures("toys")
+def test_what_happened_before_a_checkpoint_is_written_before_it(tmp_path: Path) -> None:
+    """Else a run that is killed after its checkpoint would forget it."""
+    bad = ("objective.name=toys.stumbling", "objective.bad_steps=[2]", "log.every_n_steps=100")
+    assert _train(tmp_path, *bad) == 0
+    assert [(r["step"], r["n_skipped_steps"]) for r in records(tmp_path / "debug_mae" / "metrics.jsonl")] == [
+        (4, 1),
+        (8, 1),
+    ]

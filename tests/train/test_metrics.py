@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import sys
@@ -15,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from ssl_eo.components import MissingExtraError
 from ssl_eo.distributed import rank
+from ssl_eo.jsonl import JsonLines
 from ssl_eo.train.metrics import (
-    JsonLines,
     LogConfig,
     Meters,
     ProgressLine,
     TensorBoard,
     Wandb,
-    format_duration,
     open_sinks,
 )
 
@@ -58,7 +57,7 @@ def test_meters_average_the_steps_that_were_taken() -> None:
 def test_meters_of_skipped_steps_alone_are_zero() -> None:
     meters = Meters()
     _add(meters, [(math.nan, False), (math.nan, False)])
-    assert meters.read() == ({"loss": 0.0, "double": 0.0}, [False, False])
+    assert meters.read() == ({"loss": None, "double": None}, [False, False])
 
 
 def test_meters_leave_the_graph_alone() -> None:
@@ -80,18 +79,6 @@ def test_meters_average_over_ranks(on_ranks: Callable[..., list[Any]]) -> None:
         assert flags == [taken for _, taken in STEPS]
 
 
-def test_json_lines_are_whole_at_once_and_appended(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    first = JsonLines(path)
-    first.write(RECORD)
-    assert path.read_text() == json.dumps(RECORD) + "\n"  # before it is closed
-    first.close()
-    second = JsonLines(path)
-    second.write({"step": 40})
-    second.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [RECORD, {"step": 40}]
-
-
 # --- the progress line ------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +89,7 @@ def test_progress_is_plain_lines_without_a_terminal() -> None:
     progress.note("report: runs/[demo]/report.html")
     progress.close()
     assert stream.getvalue() == (
-        "step 20/200  loss 0.5123  1235 samples/s  data wait 12 %  1:35 left\nreport: runs/[demo]/report.html\n"
+        "step 20/200  loss 0.5123  1235 samples/s  data wait 12 %  0:01:35 left\nreport: runs/[demo]/report.html\n"
     )
 
 
@@ -132,27 +119,16 @@ def test_progress_is_one_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch
     shown = stream.getvalue()
     assert "checkpoint [/a] written" in shown
     assert "200/200" in shown
-    assert "loss 0.5123  1235 samples/s  data wait 12 %  0:00 left" in shown
+    assert "loss 0.5123  1235 samples/s  data wait 12 %  0:00:00 left" in shown
     assert "\x1b[2K" in shown  # the line is erased and drawn again
     assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is shown again
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0:00"), (0.4, "0:00"), (59.6, "1:00"), (95, "1:35"), (3599.4, "59:59"), (3599.7, "1:00:00"),
-        (4000, "1:06:40"), (360_000, "100:00:00"),
-    ],
-)  # fmt: skip
-def test_durations(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 # --- other sinks ------------------------------------------------------------------------------------------------------
 
 
 def test_sinks_follow_the_config(tmp_path: Path) -> None:
-    sinks = open_sinks(LogConfig(), tmp_path, {})
+    sinks = open_sinks(LogConfig(), tmp_path, {}, 0)
     assert [type(sink) for sink in sinks] == [JsonLines]
     for sink in sinks:
         sink.close()
@@ -163,7 +139,7 @@ def test_sinks_follow_the_config(tmp_path: Path) -> None:
 def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    _, sink = open_sinks(LogConfig(wandb="offline", wandb_project="tests"), tmp_path, {"optim": {"lr": 0.125}})
+    _, sink = open_sinks(LogConfig(wandb="offline", wandb_project="tests"), tmp_path, {"optim": {"lr": 0.125}}, 0)
     assert isinstance(sink, Wandb)
     sink.write(RECORD)
     sink.close()
@@ -175,9 +151,22 @@ def test_wandb_offline_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert name in content
 
 
+def test_a_resumed_run_goes_on_with_its_wandb_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for start_step in (0, 20, 40, 0):  # the last starts anew
+        _, sink = open_sinks(LogConfig(wandb="offline"), tmp_path, {}, start_step)
+        sink.write({"step": start_step + 20, "loss": 0.5})
+        sink.close()
+        time.sleep(1.1)  # its folders are named by the second
+    ids = [path.name.rpartition("-")[2] for path in sorted(tmp_path.glob("wandb/offline-run-*"))]
+    assert len(ids) == 4
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
 def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    sink = TensorBoard(tmp_path)
+    sink = TensorBoard(tmp_path, 0)
     sink.write(RECORD)
     sink.write({**RECORD, "step": 40, "loss": 0.25, "note": "not a number"})
     sink.close()
@@ -185,6 +174,19 @@ def test_tensorboard_scalars_can_be_read_back(tmp_path: Path) -> None:
     events.Reload()
     assert set(events.Tags()["scalars"]) == RECORD.keys() - {"step"}
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(20, pytest.approx(0.51234)), (40, 0.25)]
+
+
+def test_tensorboard_shows_a_step_that_is_done_again_once(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start_step, steps in ((0, (0, 10, 20, 30)), (10, (20, 30, 40))):
+        sink = TensorBoard(tmp_path, start_step)
+        for step in steps:
+            sink.write({"step": step, "loss": 1.0 + start_step})
+        sink.close()
+        time.sleep(1.1)  # files are read in the order of their names, which hold the second
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 1), (10, 1), (20, 11), (30, 11), (40, 11)]
 
 
 @pytest.mark.parametrize(
@@ -195,5 +197,5 @@ def test_missing_package_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     message = f"log.{package} needs the package {package}: pip install 'ssl_eo[{package}]'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        open_sinks(cfg, tmp_path, {})
+    with pytest.raises(MissingExtraError, match=re.escape(message)):
+        open_sinks(cfg, tmp_path, {}, 0)

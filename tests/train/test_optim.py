@@ -19,6 +19,7 @@ NAMES = {
     "encoder.blocks.1.mlp.fc1.weight": (16, 4),
     "encoder.norm.weight": (4,),
     "decoder.embed.weight": (4, 4),
+    "output.kind_rows": (5, 4),
 }
 
 
@@ -39,6 +40,7 @@ def test_groups_have_layer_multipliers_and_true_no_decay() -> None:
         "encoder.blocks.1.mlp.fc1.weight": (0.5, True),
         "encoder.norm.weight": (1.0, False),
         "decoder.embed.weight": (1.0, True),
+        "output.kind_rows": (1.0, False),
     }
     assert id(frozen) not in found
 

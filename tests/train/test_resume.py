@@ -75,14 +75,33 @@ def test_kill_9_on_real_data_with_two_workers(samples_dir: Path, tmp_path: Path)
     assert len({key for _, keys in _keys(tmp_path / "whole") for key in keys}) == 20 * 16
 
 
-def test_sigterm_checkpoints_and_exits_75(uninterrupted: Path, tmp_path: Path) -> None:
-    status, output = _train_killed_after_step(4, tmp_path, how=signal.SIGTERM)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_checkpoints_and_exits_75(uninterrupted: Path, tmp_path: Path, how: signal.Signals) -> None:
+    status, output = _train_killed_after_step(4, tmp_path, how=how)
     assert status == 75, output
     assert "stopped on request after step" in output
     assert not (tmp_path / "debug_mae" / "checkpoints" / "step_00000010").exists()
     status, output = train(DEBUG, tmp_path, *SHORT)
     assert status == 0, output
+    assert "going on after step" in output
     assert_same_bits(_final(uninterrupted), _final(tmp_path))
+
+
+def test_killed_before_the_first_checkpoint_leaves_no_trace(tmp_path: Path) -> None:
+    """What was measured before training is measured again, and stands in the log once."""
+    split = "{name: synthetic, sensors: [sentinel2_l2a], extent_m: 320.0, n_samples: 40, split: %s}"
+    task = f"{{name: tiny, train: {split % 'train'}, test: {split % 'test'}, max_train: 40, max_test: 20}}"
+    evaluation = ("eval.every_n_steps=100", f"eval.tasks=[{task}]")
+    status, _ = _train_killed_after_step(2, tmp_path, *evaluation)
+    assert status == -signal.SIGKILL
+    status, output = train(DEBUG, tmp_path, *SHORT, *evaluation)
+    assert status == 0, output
+    lines = [
+        (r["step"], r["features"], r["kind"], r.get("probe")) for r in records(tmp_path / "debug_mae" / "eval.jsonl")
+    ]
+    assert len(lines) == len(set(lines))
+    steps = [r["step"] for r in records(tmp_path / "debug_mae" / "metrics.jsonl")]
+    assert steps == list(range(21))
 
 
 def test_workers_evaluation_and_asynchronous_saves_leave_the_bits_alone(uninterrupted: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ each sample's meta.
 
 Neighbouring scenes look alike, so a random split flatters every method. `split_by: geography` puts whole cells of a
 grid of latitude and longitude into train, validation or test, 70 : 10 : 20 on average.
+
+C bands, H W pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,6 +27,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_eo.components import FREE, import_extra
 from ssl_eo.data.shards import ShardIndex, ShardReader, index_path
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.resources import find_resource
@@ -41,7 +44,7 @@ _NOT_META = ("key", "split", "shard", "cls", "class_name")  # columns that a sam
 class Config:
     """Which files and which part of them."""
 
-    root: str  # folder of the shards, or of the class folders
+    root: str = field(metadata=FREE)  # folder of the shards, or of the class folders
     layout: Literal["auto", "webdataset", "geotiff"] = "auto"  # auto: webdataset if there is a .tar
     split: Literal["train", "val", "test", "all"] = "train"  # of those of split_by; all: every image
     split_by: Literal["file", "geography"] = "geography"  # file: names of shards, or column `split` for GeoTIFFs
@@ -269,8 +272,4 @@ def _tile_schema(array: Mapping[str, Any]) -> TileSchema:
 
 
 def _rasterio() -> Any:
-    try:
-        import rasterio
-    except ImportError:
-        raise ImportError("EuroSAT GeoTIFFs need rasterio: pip install 'ssl_eo[geo]'") from None
-    return rasterio
+    return import_extra("geo", "rasterio", "EuroSAT as GeoTIFFs")

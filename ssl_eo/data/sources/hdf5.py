@@ -8,10 +8,11 @@ N samples in the file, C bands, H W pixels.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import suggest
+from ssl_eo.components import FREE, suggest
 from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import Sensor, load_sensor
@@ -34,7 +35,7 @@ _CACHE_BYTES = 64 << 20  # of HDF5's chunk cache, for files whose chunks hold se
 class Config:
     """Where the arrays are. Names of datasets may hold slashes, for groups."""
 
-    root: str  # path of the HDF5 file
+    root: str = field(metadata=FREE)  # path of the HDF5 file
     sensor: str  # a sensor's name, or the path of its YAML file
     dataset: str = "sentinel2"  # tiles, [N, C, H, W]
     bands: list[str] | None = None  # names of the C bands in file order; None: as the file says, else the sensor's
@@ -48,7 +49,7 @@ class Config:
     n_statistics_samples: int = 256  # evenly spaced samples to measure on
 
     def __post_init__(self) -> None:
-        if self.gsd_m is not None and not self.gsd_m > 0:
+        if self.gsd_m is not None and not 0 < self.gsd_m < math.inf:
             raise ValueError(f"gsd_m must be positive metres, got {self.gsd_m}")
         if self.n_statistics_samples < 1:
             raise ValueError(f"n_statistics_samples must be at least 1, got {self.n_statistics_samples}")
@@ -145,11 +146,21 @@ class Source:
         self._label_names: tuple[str, ...] = ()
         if cfg.label_dataset is not None:
             labels = self._dataset("label_dataset", cfg.label_dataset, n_rows=len(array))
+            if labels.dtype.kind not in "biu":
+                raise ValueError(
+                    f"label_dataset: {self._where(cfg.label_dataset)} must hold integers or booleans (classes, class"
+                    f" maps, multi-hot vectors), its dtype is {labels.dtype}"
+                )
             self._label_names = tuple(_plain(name) for name in labels.attrs.get("classes", ()))
-        mean, std = self._measure(sensor, bands) if cfg.statistics is None else _read_statistics(cfg.statistics, bands)
         finest = min(sensor.bands[i].gsd_m for i in sensor.index(bands))
         gsd_m = finest if cfg.gsd_m is None else cfg.gsd_m
-        self._schema = TileSchema(sensor, bands, str(array.dtype), array.shape[2:], gsd_m, mean, std)
+        plain = (0.0,) * len(bands), (1.0,) * len(bands)  # until measured: only what can be used is measured
+        try:
+            schema = TileSchema(sensor, bands, str(array.dtype), array.shape[2:], gsd_m, *plain)
+        except ValueError as error:
+            raise ValueError(f"dataset: {self._where(cfg.dataset)}: {error}") from None
+        mean, std = self._measure(sensor, bands) if cfg.statistics is None else _read_statistics(cfg.statistics, bands)
+        self._schema = replace(schema, mean=mean, std=std)
 
     def _dataset(self, key: str, name: str, n_rows: int | None = None) -> Any:
         """The dataset `name`, which the config's `key` asks for."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
-from ssl_eo.components import suggest
+from ssl_eo.components import FREE, free, suggest
 from ssl_eo.data.manifest import Manifest, content_hash, schema_to_dict
 from ssl_eo.data.members import LABEL_MEMBER, META_MEMBER, decode_meta, tile_member, unescape_key
 from ssl_eo.data.shards import ShardReader, index_path
@@ -28,14 +28,14 @@ __all__ = ["Config", "Source"]
 class Config:
     """How a packed dataset is read."""
 
-    root: str  # folder that 'ssl-eo data pack' wrote
+    root: str = field(metadata=FREE)  # folder that 'ssl-eo data pack' wrote
     split: str | None = None  # the folder under root; None: root itself
     tiles: list[str] | None = None  # tile names to read; None: all
     statistics: Literal["source", "measured"] = "source"  # mean and std: as the source gave them | measured in packing
     chunk_size: int = 32  # samples that are read in one run
-    access: Literal["mmap", "pread"] = "mmap"  # pread: for file systems that map files badly (Lustre, NFS)
-    verify: bool = False  # check the CRC-32 of each member that is read
-    max_open_shards: int = 128  # per process; each takes a file descriptor and its index
+    access: Literal["mmap", "pread"] = free("mmap")  # pread: for file systems that map files badly (Lustre, NFS)
+    verify: bool = free(False)  # check the CRC-32 of each member that is read
+    max_open_shards: int = free(128)  # per process; each takes a file descriptor and its index
 
     def __post_init__(self) -> None:
         if not self.root:
@@ -53,7 +53,7 @@ class Config:
 class Source:
     """The samples of a packed dataset, in the order in which they were packed.
 
-    Raises `ValueError` when the manifest or a shard is missing, or a shard has not the size the manifest states.
+    Raises `ValueError` when the manifest or a shard is missing, or a shard does not have the size the manifest states.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -62,7 +62,7 @@ class Source:
         self.manifest = Manifest.load(self.folder)
         if not self.manifest.n_samples:
             raise ValueError(
-                f"{self.folder}: the manifest lists no samples; run 'ssl-eo data pack' on a source that has"
+                f"{self.folder}: the manifest lists no samples; run 'ssl-eo data pack' on a source that has some"
             )
         self._check_files()
         names = self._tile_names(cfg.tiles)

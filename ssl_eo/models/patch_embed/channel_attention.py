@@ -30,10 +30,8 @@ class ChannelAttentionConfig:
     elevation: bool = False  # a learned row for elevation channels, which the released model does not have
 
     def __post_init__(self) -> None:
-        if self.n_heads < 1 or self.attn_dim % (2 * self.n_heads):
-            raise ValueError(
-                f"channel_attention.attn_dim must be a multiple of 2 * n_heads, got {self.attn_dim} and {self.n_heads}"
-            )
+        if self.n_heads < 1 or self.attn_dim < 1 or self.attn_dim % (2 * self.n_heads):
+            raise ValueError(f"attn_dim must be a multiple of 2 * n_heads, got {self.attn_dim} and {self.n_heads}")
 
 
 class ChannelCode(nn.Module):

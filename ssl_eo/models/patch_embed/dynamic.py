@@ -47,16 +47,19 @@ class DynamicConfig:
     elevation: bool = False  # a learned code for elevation channels
 
     def __post_init__(self) -> None:
-        if self.n_heads < 1 or self.generator_dim % self.n_heads or self.generator_dim % 2:
+        if min(self.n_heads, self.generator_dim) < 1 or self.generator_dim % self.n_heads or self.generator_dim % 2:
             raise ValueError(
-                f"dynamic.generator_dim must be even and a multiple of n_heads, got {self.generator_dim}"
-                f" and {self.n_heads}"
+                f"generator_dim must be even and a multiple of n_heads, got {self.generator_dim} and {self.n_heads}"
             )
-        if self.padding not in (0, 1):
-            raise ValueError(f"dynamic.padding must be 0 or 1, got {self.padding}")
         if self.n_weight_tokens < 1 or self.ffn_dim < 1:
             raise ValueError(
-                f"dynamic.n_weight_tokens and ffn_dim must be positive, got {self.n_weight_tokens} and {self.ffn_dim}"
+                f"n_weight_tokens and ffn_dim must be at least 1, got {self.n_weight_tokens} and {self.ffn_dim}"
+            )
+        if self.padding not in (0, 1):
+            raise ValueError(f"padding must be 0 or 1, got {self.padding}")
+        if self.n_weight_tokens < 1 or self.ffn_dim < 1:
+            raise ValueError(
+                f"n_weight_tokens and ffn_dim must be positive, got {self.n_weight_tokens} and {self.ffn_dim}"
             )
 
 

@@ -13,12 +13,13 @@ from ssl_eo.sensors import load_sensor
 
 @dataclass
 class Config:
-    """`share` is the part of each class, `broken` the samples that cannot be read."""
+    """`share` is the part of each class, `broken` the samples that cannot be read, `fine` those of 0.3 m a pixel."""
 
     n: int = 60
     seed: int = 0
     share: list[float] = field(default_factory=lambda: [1 / 3, 1 / 3, 1 / 3])
     broken: list[int] = field(default_factory=list)
+    fine: list[int] = field(default_factory=list)
 
 
 class Source:
@@ -44,7 +45,8 @@ class Source:
         label = int(rng.choice(3, p=self.cfg.share))
         colour = 80 + 40 * np.eye(3)[label]
         pixels = (colour[:, None, None] + rng.normal(0, 25, (3, 8, 8))).clip(0, 255).astype(np.uint8)
-        return Sample(f"toy-{index:03d}", {"rgb": Tile(pixels, self.schema["rgb"].bands, 10.0)}, label=label)
+        tile = Tile(pixels, self.schema["rgb"].bands, 0.3 if index in self.cfg.fine else 10.0)
+        return Sample(f"toy-{index:03d}", {"rgb": tile}, label=label)
 
     def fingerprint(self) -> str:
         return repr(self.cfg)

@@ -7,21 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ssl_eo.data.types import Batch
+from ssl_eo.distributed import rank
 from ssl_eo.objectives import mae
 from ssl_eo.objectives.base import Losses
 
 
 @dataclass
 class Config(mae.Config):
-    """`bad_steps` are the steps whose loss is NaN."""
+    """`bad_steps` are the steps whose loss is NaN; at `falls_at` rank 1 alone raises an error."""
 
     bad_steps: list[int] = field(default_factory=list)
+    falls_at: int | None = None
 
 
 class Objective(mae.Objective):
     cfg: Config
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
+        if batch.step == self.cfg.falls_at and rank() == 1:
+            raise RuntimeError("rank 1 fell")
         losses = super().forward(batch, now)
         factor = math.nan if batch.step in self.cfg.bad_steps else 1.0
         return Losses(losses.total * factor, losses.parts)

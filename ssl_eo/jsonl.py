@@ -1,0 +1,54 @@
+"""Files of one JSON object a line: what a run writes down while it may be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["JsonLines", "read_jsonl"]
+
+
+class JsonLines:
+    """Appends objects to the file `path`, on the disk at once, so that a killed run keeps all it wrote.
+
+    A last line that a killed run left unfinished is ended first, so that it spoils no other.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab+", buffering=0)
+        if self._file.tell() > 0:
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append `record` in one write, so that the lines of several ranks do not mix."""
+        data = (json.dumps(record) + "\n").encode()
+        while data:  # a disk that is nearly full takes a part, and refuses the rest with an error
+            data = data[self._file.write(data) :]
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of the file `path`, without lines that a killed run left unfinished; none without a file."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records

@@ -1,0 +1,46 @@
+"""Files of one JSON object a line: whole lines at once, and nothing lost by a kill at any byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssl_eo.jsonl import JsonLines, read_jsonl
+
+RECORDS = [{"step": i, "text": "é" * i} for i in range(5)]
+
+
+def test_lines_are_in_the_file_at_once_and_appended(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path)
+    first.write(RECORDS[0])
+    assert path.read_text() == json.dumps(RECORDS[0]) + "\n"  # before it is closed
+    first.close()
+    with JsonLines(path) as second:
+        second.write(RECORDS[1])
+    assert path.read_text() == "".join(json.dumps(r) + "\n" for r in RECORDS[:2])
+
+
+@given(cut=st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_a_file_cut_anywhere_keeps_its_whole_lines_and_takes_new_ones(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
+    data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()[:cut]
+    path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
+    path.write_bytes(data)
+    n_whole = data.count(b"\n")
+    found = read_jsonl(path)
+    assert found[:n_whole] == RECORDS[:n_whole]
+    assert len(found) <= n_whole + 1
+    with JsonLines(path) as file:
+        file.write({"step": 9})
+    assert read_jsonl(path) == [*found, {"step": 9}]
+
+
+def test_a_file_that_is_not_there_has_no_records(tmp_path: Path) -> None:
+    assert read_jsonl(tmp_path / "none.jsonl") == []

@@ -1,0 +1,50 @@
+"""A bundle says what each source of a run gave its encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT
+
+from ssl_eo.cli import main
+from ssl_eo.hub import load_bundle
+from ssl_eo.train.export import open_encoder
+
+DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
+SHORT = (
+    *("data.n_workers=0", "train.global_batch_size=8", "train.total_steps=2", "optim.warmup_steps=1"),
+    *("log.report=false", "eval.pool=mean_std", "eval.taps=[0.5,1.0]"),
+)
+SOURCES = (
+    "data.sources=["
+    "{name: synthetic, sensors: [sentinel2_l2a]},"
+    "{name: synthetic, sensors: ['sentinel2_l2a:rgb']},"
+    "{name: synthetic, sensors: [sentinel2_l2a], seed: 3}]"
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out_dir = tmp_path_factory.mktemp("runs")
+    assert main(["train", "--config", DEBUG, f"run.out_dir={out_dir}", *SHORT, SOURCES]) == 0
+    assert main(["export", "--checkpoint", str(out_dir / "debug_mae"), "--out", str(out_dir / "bundle")]) == 0
+    return out_dir / "bundle"
+
+
+def test_sources_with_other_bands_of_one_sensor_are_all_known(bundle: Path) -> None:
+    encoder = load_bundle(bundle)
+    assert {name: len(known.bands) for name, known in encoder.inputs.items()} == {
+        "sentinel2_l2a": 12,
+        "sentinel2_l2a@1": 3,  # the third source is what the first is, and adds nothing
+    }
+    images = torch.randint(0, 3000, (1, 12, 32, 32), generator=torch.Generator().manual_seed(0))
+    rgb = [encoder.inputs["sentinel2_l2a"].bands.index(band) for band in encoder.inputs["sentinel2_l2a@1"].bands]
+    whole, part = encoder(images, "sentinel2_l2a"), encoder(images[:, rgb], "sentinel2_l2a@1")
+    assert not torch.allclose(whole, part)
+
+
+def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
+    run = bundle.parent / "debug_mae"
+    assert open_encoder(bundle)[1:] == open_encoder(run)[1:] == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
