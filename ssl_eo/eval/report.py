@@ -19,12 +19,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from ssl_eo.eval.figures import Chart, Line, draw
 from ssl_eo.eval.summary import Record, Summary, newest, read_results, summarise, title_of
+from ssl_eo.files import atomic_write
 from ssl_eo.jsonl import read_jsonl
 
 __all__ = ["save_panel", "write_report"]
 
 _MAX_PICTURES = 6
 _HEADLINE_PROBE = "ridge"
+_SHAPE = {"embed_dim": "wide", "depth": "blocks", "n_heads": "heads"}  # what a config may change of a size
 
 
 def write_report(run_dir: Path) -> Path:
@@ -48,40 +50,38 @@ def write_report(run_dir: Path) -> Path:
         speed=_draw_all("speed", _speed_charts(run)),
         pictures=_pictures(run_dir),
         config=run.config_text,
-        env=run.env,
+        env={k: " ".join(v) if isinstance(v, list) else v for k, v in run.env.items()},
     )
     path = run_dir / "report.html"
-    path.write_text(html, encoding="utf-8")
+    atomic_write(path, html)
     return path
 
 
 def save_panel(path: Path, rows: Sequence[tuple[str, ArrayLike]]) -> None:
     """Save pictures as a PNG: each row a title and its pictures, `[n, H, W, 3]` or one `[H, W, 3]`, in any unit.
 
-    The 2nd and 98th percentile of the first row are shown as black and white in all rows, so that rows compare. Values
-    that are not finite are transparent: hidden patches, for instance.
+    A column shows the 2nd and 98th percentile of its picture in the first row as black and white, so that rows compare.
+    Values that are not finite are grey: hidden patches, for instance.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     strips = [(title, _as_strip(pictures)) for title, pictures in rows]
-    finite = strips[0][1][np.isfinite(strips[0][1])]
-    low, high = np.percentile(finite, [2, 98]) if finite.size else (0.0, 1.0)
+    low, width = _display_ranges(strips[0][1])  # [n, 1, 1, 1]
     gap, header = 4, 24
     zoom = max(1, round(128 / strips[0][1].shape[1]))
     images = []
     for title, strip in strips:
         visible = np.isfinite(strip).all(-1, keepdims=True)
-        scaled = np.clip((np.nan_to_num(strip) - low) / max(high - low, 1e-12), 0.0, 1.0)
-        rgba = (np.concatenate([scaled, visible], -1) * 255).round().astype(np.uint8)
-        images.append((title, rgba.repeat(zoom, 1).repeat(zoom, 2)))  # [n, H, W, 4]
-    width = max(len(p) * (p.shape[2] + gap) - gap for _, p in images)
-    canvas = Image.new("RGBA", (width, sum(p.shape[1] + header for _, p in images)), (0, 0, 0, 0))
+        scaled = np.where(visible, np.clip((np.nan_to_num(strip) - low) / width, 0.0, 1.0), 0.5)
+        images.append((title, (scaled * 255).round().astype(np.uint8).repeat(zoom, 1).repeat(zoom, 2)))  # [n, H, W, 3]
+    total_width = max(len(p) * (p.shape[2] + gap) - gap for _, p in images)
+    canvas = Image.new("RGBA", (total_width, sum(p.shape[1] + header for _, p in images)), (0, 0, 0, 0))
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     top = 0
     for title, pictures in images:
         pen.text((0, top + 5), title, fill=(128, 128, 128, 255), font=font)  # grey reads on light and on dark
         for i, picture in enumerate(pictures):
-            canvas.paste(Image.fromarray(picture, "RGBA"), (i * (picture.shape[1] + gap), top + header))
+            canvas.paste(Image.fromarray(picture), (i * (picture.shape[1] + gap), top + header))
         top += header + pictures.shape[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
@@ -93,6 +93,21 @@ def _as_strip(pictures: ArrayLike) -> NDArray[np.float64]:
     if strip.ndim != 4 or strip.shape[-1] != 3:
         raise ValueError(f"a row of a panel holds pictures [n, H, W, 3], got shape {strip.shape}")
     return strip
+
+
+def _display_ranges(strip: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What is shown as black in each picture, and how far above it white is, `[n, 1, 1, 1]` each.
+
+    A picture of next to nothing (water) is stretched only so far, else its noise would look like a landscape.
+    """
+    finite = np.isfinite(strip)
+    lows, highs = np.zeros(len(strip)), np.ones(len(strip))
+    for i, picture in enumerate(strip):
+        if finite[i].any():
+            lows[i], highs[i] = np.percentile(picture[finite[i]], [2, 98])
+    least = 0.2 * np.median(highs - lows)
+    widths = np.maximum(highs - lows, max(least, 1e-12))
+    return lows[:, None, None, None], widths[:, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,9 @@ class _Run:
     def subtitle(self) -> str:
         size, patch = self.setting("model.size"), self.setting("model.patch_size")
         sources = [s.get("name") for s in self.setting("data.sources") or [] if isinstance(s, Mapping)]
-        model = f"{size}/{patch}" if size and patch else None
+        model = f"ViT-{size}/{patch}" if size and patch else None
+        changed = [f"{v} {what}" for key, what in _SHAPE.items() if (v := self.setting(f"model.{key}")) is not None]
+        model = f"{model} with {', '.join(changed)}" if model and changed else model
         return " · ".join(str(p) for p in (self.setting("objective.name"), model, *sources) if p)
 
     def column(self, key: str) -> tuple[list[float], list[float]]:
@@ -165,7 +182,7 @@ def _facts(run: _Run) -> list[tuple[str, str]]:
         if batch:
             facts.append(("samples", _short(last * batch)))
         if batch and rates:
-            facts.append(("training time", str(timedelta(seconds=round(_training_seconds(run, batch))))))
+            facts.append(("training, without probes", str(timedelta(seconds=round(_training_seconds(run, batch))))))
     if rates:
         facts.append(("samples/s", _short(statistics.median(rates))))
     if waits:
@@ -183,19 +200,18 @@ def _training_seconds(run: _Run, batch: int) -> float:
     return float(sum(span / rate for span, rate in zip(spans, rates, strict=True) if rate > 0))
 
 
-def _verdict(summary: Summary) -> dict[str, str] | None:
-    """The final encoder against the best rival that needs no training, in one line; the probe is fixed beforehand."""
+def _verdict(summary: Summary) -> dict[str, Any] | None:
+    """The final encoder against the random one and the best control, in one line; the probe is fixed beforehand."""
     final = summary.final
     if final is None or not final.accuracy:
         return None
     probe = _HEADLINE_PROBE if _HEADLINE_PROBE in final.accuracy else next(iter(final.accuracy))
     accuracy = _percent(final.accuracy[probe])
     out = {"task": summary.task, "probe": probe, "accuracy": accuracy, "step": f"{final.step:,}"}
-    if margins := [m for m in summary.margins if m.probe == probe]:
-        closest = min(margins, key=lambda m: m.points)
-        rival = f"{closest.rival} ({_percent(closest.rival_accuracy)})"
-        out |= {"gain": f"{closest.points:+.1f}", "rival": rival}
-    return out
+    margins = sorted((m for m in summary.margins if m.probe == probe), key=lambda m: m.points)
+    shown = [*(m for m in margins if m.rival == "random encoder"), *(m for m in margins[:1])]
+    gains = [f"{m.points:+.1f} points over {m.rival} ({_percent(m.rival_accuracy)})" for m in dict.fromkeys(shown)]
+    return {**out, "gains": ", ".join(gains), "leads": bool(margins) and margins[0].points > 0}
 
 
 def _table(run: _Run, summary: Summary) -> dict[str, Any]:
@@ -271,7 +287,7 @@ def _tap_lines(records: Sequence[Record], key: str) -> list[Line]:
     lines = []
     for tap in dict.fromkeys(r["tap"] for r in records):
         rows = sorted((r for r in records if r["tap"] == tap), key=lambda r: int(r["step"]))
-        label = "encoder" if tap == "last" else str(tap).replace("_", " ")
+        label = {"last": "last block", "all": "all taps"}.get(tap, str(tap).replace("_", " "))
         style = "main" if tap == "last" else "other"
         lines.append(Line([r["step"] for r in rows], [r[key] for r in rows], style, label))
     return lines

@@ -62,9 +62,9 @@ class Summary:
 
     @cached_property
     def final(self) -> Row | None:
-        """The row that stands for the trained encoder: its last layer, or the first tap where that was not read."""
+        """The row that stands for the trained encoder: all taps together, else the last layer, else the first tap."""
         rows = [row for row in self.rows if row.is_final]
-        return max(rows, key=lambda row: row.tap == "last", default=None)
+        return max(rows, key=lambda row: (row.tap == "all", row.tap == "last"), default=None)
 
     @cached_property
     def margins(self) -> list[Margin]:

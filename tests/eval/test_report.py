@@ -98,11 +98,11 @@ def test_the_page_is_well_formed_and_loads_nothing(run_dir: Path) -> None:
 def test_the_page_tells_what_happened(run_dir: Path) -> None:
     html = write_report(run_dir).read_text()
     text = " ".join(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", html, flags=re.DOTALL).split())
-    assert "my-run mae · tiny/8 · synthetic" in text
+    assert "my-run mae · ViT-tiny/8 · synthetic" in text
     assert "samples 12.8 k" in text
-    assert "training time 0:06:40" in text  # 200 steps of 64 samples at 32 samples/s
+    assert "training, without probes 0:06:40" in text  # 200 steps of 64 samples at 32 samples/s
     assert "72.5 % on scenes (ridge on frozen features, step 200)" in text  # the later of two records of one step
-    assert "+17.5 points against texture statistics (55.0)" in text
+    assert "+17.5 points over texture statistics (55.0)" in text
     assert "loss at step 200" in text
     assert "99" not in text  # a step repeated after a resume counts once
     for section in ("Probes", "Training", "Speed", "Pictures", "Configuration", "Environment"):
@@ -136,7 +136,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_a_panel_shows_rows_on_one_scale_and_hides_what_is_not_finite(tmp_path: Path) -> None:
+def test_a_panel_shows_rows_on_one_scale_and_what_is_not_finite_as_grey(tmp_path: Path) -> None:
     from PIL import Image
 
     ramp = np.linspace(-2.0, 2.0, 32 * 32 * 3).reshape(1, 32, 32, 3)
@@ -150,9 +150,23 @@ def test_a_panel_shows_rows_on_one_scale_and_hides_what_is_not_finite(tmp_path: 
     rows = image.reshape(3, 32 * zoom + header, 32 * zoom, 4)[:, header:]
     assert rows[0, 0, 0, :3].tolist() == [0, 0, 0]
     assert rows[0, -1, -1, :3].tolist() == [255, 255, 255]
-    assert (rows[1, : 16 * zoom, :, 3] == 0).all()
+    assert (rows[1, : 16 * zoom, :, :3] == 128).all()
     assert (rows[1, 16 * zoom :] == rows[0, 16 * zoom :]).all()
     assert abs(int(rows[2, 0, 0, 0]) - 0.25 * 255) < 8  # half the range on the scale of the first row
+
+
+def test_a_panel_stretches_each_sample_but_not_noise(tmp_path: Path) -> None:
+    from PIL import Image
+
+    ramp = np.linspace(0.0, 1.0, 16 * 16 * 3).reshape(16, 16, 3)
+    path = tmp_path / "step_00000001.png"
+    save_panel(path, [("input", np.stack([ramp, 50 + 3 * ramp, 0.01 * ramp]))])
+    picture = np.asarray(Image.open(path))[24:, :, :3]
+    bright, brighter, flat = (picture[:, i * (128 + 4) :][:, :128] for i in range(3))
+    assert bright.min() == 0
+    assert bright.max() == 255
+    assert np.array_equal(bright, brighter)
+    assert flat.max() < 32
 
 
 def test_a_panel_refuses_other_shapes(tmp_path: Path) -> None:

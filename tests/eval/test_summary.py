@@ -49,11 +49,14 @@ def test_rows_and_margins(tmp_path: Path) -> None:
         ("random encoder", "depth 0.50"),
         ("band statistics", "pixels"),
     ]
-    # Our tap is the last layer though another one is better; the rival's is its best. No rival has a kNN result.
+    # Our tap is the last layer though another one is better; a rival's is its best. No rival has a kNN result.
     assert summary.margins == [
         Margin("ridge", 0.60, "random encoder", 0.45),
         Margin("ridge", 0.60, "band statistics", 0.55),
     ]
+    together = _summary(tmp_path, *RESULTS, _probe("encoder", 20, 0.58, tap="all"))
+    assert together.final is not None
+    assert together.final.tap == "all"
 
 
 def test_table_and_page_say_the_same(tmp_path: Path) -> None:
@@ -68,8 +71,9 @@ def test_table_and_page_say_the_same(tmp_path: Path) -> None:
         assert "before training" not in text
     closest = min(summary.margins, key=lambda m: m.points)
     assert f"margin over {closest.rival}: ridge {closest.points:+.1f} points" in stream.getvalue()
-    (verdict,) = re.findall(r'class="verdict">(.*?)</p>', html, re.DOTALL)
-    assert f"{closest.points:+.1f} points against {closest.rival}" in verdict
+    (verdict,) = re.findall(r'class="verdict(?: leads)?">(.*?)</p>', html, re.DOTALL)
+    for margin in (closest, *(m for m in summary.margins if m.rival == "random encoder" and m.probe == "ridge")):
+        assert f"{margin.points:+.1f} points over {margin.rival}" in verdict
 
 
 def test_a_run_that_has_only_begun_is_compared_with_nothing(tmp_path: Path) -> None:
