@@ -79,13 +79,20 @@ def record_skipped(path: Path, step: int, rank: int, keys: Sequence[str]) -> Non
 
 
 def save_pictures(path: Path, step: int, pictures: Mapping[str, Tensor], schema: TileSchema) -> None:
-    """Write a panel of normalised `[n, C, H, W]` pictures in true colour, a row a title."""
+    """Write a panel of normalised `[n, C, H, W]` pictures, a row a title.
+
+    In true colour where the sensor has it: bands in stored values, since each was normalised by itself. Else the first
+    bands as they are.
+    """
     names = schema.sensor.true_color
+    mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     if names is not None and set(names) <= set(schema.bands):
         shown = [schema.bands.index(name) for name in names]
+        mean, std = (torch.tensor([values[i] for i in shown])[:, None, None] for values in (schema.mean, schema.std))
     else:
         shown = [0, 0, 0] if len(schema.bands) < 3 else [0, 1, 2]
-    rows = [(title, v[:, shown].float().cpu().permute(0, 2, 3, 1).numpy()) for title, v in pictures.items()]
+    stored = {title: v[:, shown].float().cpu() * std + mean for title, v in pictures.items()}  # [n, 3, H, W]
+    rows = [(title, v.permute(0, 2, 3, 1).numpy()) for title, v in stored.items()]
     folder = path / "pictures"
     folder.mkdir(exist_ok=True)
     save_panel(folder / f"step_{step:08d}.png", rows)

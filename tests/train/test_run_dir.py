@@ -203,14 +203,19 @@ def _picture(path: Path, schema: TileSchema, band_values: Callable[[str], float]
     ids=["1 band", "2 bands", "3 bands", "12 bands", "3 of 12 bands"],
 )
 def test_pictures_of_any_number_of_bands(tmp_path: Path, schema: TileSchema, red_green_blue: list[int]) -> None:
+    n = len(schema.bands)
+    schema = replace(schema, mean=tuple(0.1 * i for i in range(n)), std=tuple(1 + 0.2 * i for i in range(n)))
     panel = _picture(tmp_path, schema, lambda name: 1 + schema.bands.index(name))
     zoom, header, gap = 4, 24, 4
     side = 32 * zoom
     assert panel.shape == (2 * (side + header), 2 * side + gap, 4)
     first, second = panel[header : header + side, :side], panel[2 * header + side :, :side]
     brightest = first[0, -1, :3].astype(float)  # where each ramp ends
-    heights = np.array([1 + band for band in red_green_blue])
-    black, white = np.percentile(np.repeat(np.outer(heights, np.linspace(0, 1, 32)), 2 * 32), [2, 98])
-    np.testing.assert_allclose(brightest / 255, np.minimum((heights - black) / (white - black), 1), atol=0.002)
+    ramps = np.outer([1.0 + band for band in red_green_blue], np.linspace(0, 1, 32))  # [3, W]
+    if schema.sensor.true_color is not None and set(schema.sensor.true_color) <= set(schema.bands):
+        mean, std = (np.array([values[i] for i in red_green_blue])[:, None] for values in (schema.mean, schema.std))
+        ramps = ramps * std + mean  # true colour is that of stored values
+    black, white = np.percentile(np.repeat(ramps, 32), [2, 98])
+    np.testing.assert_allclose(brightest / 255, np.clip((ramps[:, -1] - black) / (white - black), 0, 1), atol=0.002)
     assert (second[:, : side // 2, :3] == 128).all()  # hidden is grey
     np.testing.assert_array_equal(second[:, side // 2 :], first[:, side // 2 :])
