@@ -252,7 +252,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 def _open_source(arguments: argparse.Namespace) -> Any:
     from ssl_eo.config import build, read_overrides
-    from ssl_eo.data.loader import SourceConfig, open_source
+    from ssl_eo.data.opening import SourceConfig, open_source
 
     options = read_overrides(arguments.options)
     root = {} if arguments.root is None else {"root": arguments.root}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ssl_eo.components import FREE, free, one_line, resolve, suggest
-from ssl_eo.data.loader import DataConfig
+from ssl_eo.data.opening import DataConfig
 from ssl_eo.eval.hook import EvalConfig
 from ssl_eo.models.vit import EncoderConfig
 from ssl_eo.objectives.base import ObjectiveConfig
@@ -37,7 +37,6 @@ __all__ = [
     "read_yaml",
     "to_dict",
     "to_yaml",
-    "with_key",
 ]
 
 T = TypeVar("T")
@@ -139,7 +138,7 @@ def build(cls: type[T], raw: Any, where: str) -> T:
     """
     folder = getattr(cls, "resource_folder", None)
     if folder is not None and isinstance(raw, str):
-        path = with_key(where, find_resource, folder, raw)
+        path = _with_key(where, find_resource, folder, raw)
         raw = {"name": path.stem, **read_yaml(path)}
     if not isinstance(raw, Mapping):
         raise ValueError(f"{where or 'config'}: expected a mapping of keys, got {raw!r}")
@@ -159,7 +158,7 @@ def build(cls: type[T], raw: Any, where: str) -> T:
     for name, f in own.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{_join(where, name)}: missing; this key has no default")
-    built: T = with_key(where, cls, **values)
+    built: T = _with_key(where, cls, **values)
     return built
 
 
@@ -277,7 +276,7 @@ def _build_options(package: str, raw: Mapping[str, Any], own: set[str], where: s
     name = raw.get("name")
     if not isinstance(name, str):
         raise ValueError(f"{_join(where, 'name')}: missing; it names a module of {package}")
-    module = with_key(_join(where, "name"), resolve, package, name)
+    module = _with_key(_join(where, "name"), resolve, package, name)
     return build(module.Config, {k: v for k, v in raw.items() if k not in own}, where)
 
 
@@ -336,7 +335,7 @@ def _convert_sequence(origin: type, args: tuple[Any, ...], value: Any, where: st
     return origin(items)
 
 
-def with_key(where: str, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+def _with_key(where: str, call: Callable[..., R], *args: Any, **kwargs: Any) -> R:
     """`call(...)`, with `where` before the message of a `ValueError`."""
     try:
         return call(*args, **kwargs)

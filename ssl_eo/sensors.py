@@ -9,7 +9,7 @@ C channels, B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -51,11 +51,31 @@ class ChannelMeta:
         return int(self.wavelength_um.shape[-1])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ChannelMeta:
-        moved: dict[str, Any] = {}
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def expand(self, n_samples: int) -> ChannelMeta:
+        """`[C]` -> `[B, C]`, the same for all samples; what differs between samples already stays."""
+        return self._each(lambda value: value.expand(n_samples, -1) if value.ndim == 1 else value)
+
+    def rows(self, index: Tensor) -> ChannelMeta:
+        """The samples `index [b]` of `[B, C]`."""
+        return self._each(lambda value: value[index])
+
+    @staticmethod
+    def cat(parts: Sequence[ChannelMeta]) -> ChannelMeta:
+        """`[B, C]` of all `parts`, one after the other. A part without `valid` is taken to be all real."""
+        has_valid = any(part.valid is not None for part in parts)
+        valid = [torch.ones_like(p.kind, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
+        columns = (f.name for f in fields(ChannelMeta) if f.name != "valid")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in columns}
+        return ChannelMeta(**joined, valid=torch.cat(valid) if has_valid else None)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> ChannelMeta:
+        changed: dict[str, Any] = {}
         for f in fields(self):
             value: Tensor | None = getattr(self, f.name)
-            moved[f.name] = None if value is None else value.to(device, non_blocking=non_blocking)
-        return ChannelMeta(**moved)
+            changed[f.name] = None if value is None else change(value)
+        return ChannelMeta(**changed)
 
     def select(self, index: Sequence[int] | Tensor) -> ChannelMeta:
         """The channels `index`: `[K]` the same for all samples, or `[B, K]` one row a sample."""

@@ -26,7 +26,7 @@ from doc_tables import PAGES, ROOT, keys_of, write_tables
 from ssl_eo import components
 from ssl_eo.cli import _parser, main
 from ssl_eo.config import Config, build, load, read_overrides
-from ssl_eo.data.loader import SourceConfig
+from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.tasks import TaskConfig
 from ssl_eo.resources import find_resource
 from ssl_eo.sensors import Sensor

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.plans import stack_tiles, stack_views
 from ssl_eo.data.render import Renderer
+from ssl_eo.data.stacking import stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, ViewPlan
 from ssl_eo.hub import BundleEncoder, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import multiprocessing
 import os
 import resource
@@ -22,31 +21,23 @@ import threading
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_eo.components import free, one_line, resolve
-from ssl_eo.data.order import Mixture, Order, check_lanes
-from ssl_eo.data.plans import check_no_data, check_sample, shown_tiles
-from ssl_eo.data.render import Interpolation
+from ssl_eo.components import one_line
+from ssl_eo.data.mixture import MixedSource, scaled_weights
+from ssl_eo.data.opening import DataConfig
+from ssl_eo.data.order import MixedOrder, Mixture, Order, check_lanes
+from ssl_eo.data.stacking import check_sample, cut_to_views, shown_plans
 from ssl_eo.data.types import Batch, Sample, Source, Views, map_tensors
 from ssl_eo.seeding import numpy_generator
 
-__all__ = [
-    "BadSample",
-    "DataConfig",
-    "Loader",
-    "Locates",
-    "SourceConfig",
-    "StepDataset",
-    "WeightedSourceConfig",
-    "open_source",
-]
+__all__ = ["BadSample", "Loader", "Locates", "StepDataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,54 +45,11 @@ MAX_ATTEMPTS = 100  # unreadable samples in a row, in one place of a batch, befo
 MIN_BAD_SAMPLES = 10  # a run never stops for fewer, whatever their share
 
 
-@dataclass
-class SourceConfig:
-    """A module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
-
-    name: str
-    options: Any = field(metadata={"package": "ssl_eo.data.sources"})
-
-
-@dataclass
-class WeightedSourceConfig(SourceConfig):
-    """One entry of `data.sources`."""
-
-    weight: float = 1.0  # share of the steps this source feeds, relative to the other sources' weights
-
-    def __post_init__(self) -> None:
-        if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise ValueError(f"weight must be positive and finite, got {self.weight}")
-
-
-@dataclass
-class DataConfig:
-    """What is read, in which order, and how. From `n_workers` on, nothing changes a batch."""
-
-    sources: list[WeightedSourceConfig]  # a batch comes from one of them
-    n_lanes: int = 8  # parallel streams of samples; a multiple of the world size, divides train.global_batch_size
-    window_chunks: int = 8  # chunks of a lane that are shuffled together
-    interpolation: Interpolation = "bicubic"  # of views that are resized
-    n_workers: int = free(2)  # reading processes per rank; 0 reads in the training process
-    prefetch_batches: int = free(2)  # batches that each worker prepares ahead
-    max_bad_ratio: float = free(0.01)  # share of unreadable samples at which the run stops
-    pin_memory: bool = free(True)  # page-locked batches, for copies that overlap with compute; CUDA only
-    start_method: Literal["auto", "fork", "forkserver"] = free("auto")  # of workers; auto forks unless CUDA is in use
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise ValueError("sources is empty: name at least one source")
-        for key, least in (("n_lanes", 1), ("window_chunks", 1), ("n_workers", 0), ("prefetch_batches", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
-        if not 0 <= self.max_bad_ratio <= 1:
-            raise ValueError(f"max_bad_ratio must be between 0 and 1, got {self.max_bad_ratio}")
-
-
 @runtime_checkable
 class Locates(Protocol):
     """A source that knows (key, file) of a sample without reading it. Optional; it completes the quarantine lines."""
 
-    def locate(self, index: int) -> tuple[str | None, str]: ...
+    def locate(self, index: int) -> tuple[str | None, str | None]: ...
 
 
 @dataclass(frozen=True)
@@ -137,12 +85,6 @@ class WorkerTraceback(Exception):
         return "\n" + str(self.args[0])
 
 
-def open_source(cfg: SourceConfig) -> Source:
-    """The source that `cfg` names, opened with its options."""
-    source: Source = resolve("ssl_eo.data.sources", cfg.name).Source(cfg.options)
-    return source
-
-
 class StepDataset(Dataset[Outcome]):
     """This rank's parts of the global batches, a pure function of its arguments.
 
@@ -161,24 +103,28 @@ class StepDataset(Dataset[Outcome]):
         world_size: int = 1,
         n_micro_batches: int = 1,
     ) -> None:
-        assert len(sources) == len(cfg.sources)
         check_lanes(global_batch_size, cfg.n_lanes, world_size)
         if (global_batch_size // world_size) % n_micro_batches:
             raise ValueError(
                 f"train.accumulate = {n_micro_batches} does not divide the {global_batch_size // world_size} samples of"
                 f" a rank (train.global_batch_size = {global_batch_size}, world size {world_size})"
             )
-        self.names = [s.name for s in cfg.sources]
+        parts = [part for source in sources for part in (source.parts if isinstance(source, MixedSource) else [source])]
+        assert len(parts) == len(cfg.sources)
         self.sources = list(sources)
         self.views = views
         self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.n_micro_batches = n_micro_batches
-        self.mixture = Mixture(tuple(s.weight for s in cfg.sources), seed)
-        self.orders = [
-            Order(len(s), s.chunk_size, cfg.n_lanes, global_batch_size, seed, cfg.window_chunks, source=i)
-            for i, s in enumerate(sources)
+        weights = scaled_weights([s.weight for s in cfg.sources], [len(part) for part in parts], cfg.temperature)
+        orders = [
+            Order(len(p), p.chunk_size, cfg.n_lanes, global_batch_size, seed, cfg.window_chunks, source=i)
+            for i, p in enumerate(parts)
         ]
+        is_mixed = cfg.mixing == "sample"
+        self.names = ["+".join(s.name for s in cfg.sources)] if is_mixed else [s.name for s in cfg.sources]
+        self.orders: list[Order] | list[MixedOrder] = [MixedOrder(tuple(orders), weights)] if is_mixed else orders
+        self.mixture = Mixture((1.0,) if is_mixed else weights, seed)
 
     def example(self, n: int) -> Batch:
         """The first `n` samples of this rank's part of step 0."""
@@ -223,8 +169,7 @@ class StepDataset(Dataset[Outcome]):
             sample = reader.read(index)
             check_sample(sample, reader.schema)
             planned = self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
-            check_no_data(sample, {name: reader.schema[name] for name in shown_tiles(planned)})
-            return sample, planned
+            return cut_to_views(sample, shown_plans(planned), reader.schema), planned
         except (ValueError, OSError, EOFError) as error:
             key, shard = reader.locate(index) if isinstance(reader, Locates) else (None, None)
             bad.append(BadSample(step, self.names[source], index, key, shard, _describe(error)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,8 @@ class PackedTile:
     def measured_schema(self) -> TileSchema:
         """The schema with measured mean and standard deviation; a band that is constant or empty gets std 1."""
         std = tuple(float(s) if s > 0 else 1.0 for s in self.statistics.std)
-        old = self.schema
         mean = tuple(self.statistics.mean.tolist())
-        return TileSchema(old.sensor, old.bands, old.dtype, old.shape, old.gsd_m, mean=mean, std=std)
+        return replace(self.schema, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
@@ -155,25 +154,30 @@ def schema_to_dict(schema: TileSchema) -> dict[str, Any]:
         "sensor": schema.sensor.to_dict(),
         "bands": list(schema.bands),
         "dtype": schema.dtype,
-        "shape": list(schema.shape),
+        "shape": None if schema.shape is None else list(schema.shape),
         "gsd_m": schema.gsd_m,
         "mean": list(schema.mean),
         "std": list(schema.std),
+        "optional": schema.optional,
     }
 
 
 def schema_from_dict(name: str, raw: Mapping[str, Any]) -> TileSchema:
     """The schema of the tile `name` that `schema_to_dict` gave. Raises `ValueError` for anything else."""
     try:
-        height, width = raw["shape"]
+        shape = None
+        if raw["shape"] is not None:
+            height, width = raw["shape"]
+            shape = (height, width)
         return TileSchema(
             sensor=Sensor.from_dict(raw["sensor"]),
             bands=tuple(raw["bands"]),
             dtype=raw["dtype"],
-            shape=(height, width),
+            shape=shape,
             gsd_m=raw["gsd_m"],
             mean=tuple(raw["mean"]),
             std=tuple(raw["std"]),
+            optional=raw["optional"],
         )
     except KeyError as error:
         raise ValueError(f"tiles.{name}: key {error} is missing") from None

@@ -168,8 +168,10 @@ def view_npy(
 # --- label and meta ---------------------------------------------------------------------------------------------------
 
 
-def encode_meta(label: Any, meta: Mapping[str, Any], gsd_m: Mapping[str, float]) -> bytes:
-    """The `.json` member. `gsd_m` holds the tiles whose ground sampling differs from the schema's.
+def encode_meta(
+    label: Any, meta: Mapping[str, Any], gsd_m: Mapping[str, float], date: Mapping[str, str] | None = None
+) -> bytes:
+    """The `.json` member. `gsd_m` holds the tiles whose ground sampling differs from the schema's, `date` dated tiles.
 
     Tuples and arrays in `meta` become lists, NumPy scalars plain numbers; non-finite numbers are written as `NaN`,
     `Infinity` and `-Infinity`. Raises `ValueError` for what JSON cannot hold.
@@ -177,6 +179,8 @@ def encode_meta(label: Any, meta: Mapping[str, Any], gsd_m: Mapping[str, float])
     content: dict[str, Any] = {"label": label, "meta": dict(meta)}
     if gsd_m:
         content["gsd_m"] = dict(gsd_m)
+    if date:
+        content["date"] = dict(date)
     try:
         return json.dumps(content, default=_plain, ensure_ascii=False, separators=(",", ":")).encode()
     except TypeError as error:
@@ -184,7 +188,7 @@ def encode_meta(label: Any, meta: Mapping[str, Any], gsd_m: Mapping[str, float])
 
 
 def decode_meta(data: bytes | memoryview) -> dict[str, Any]:
-    """What `encode_meta` wrote: keys `label`, `meta`, and perhaps `gsd_m`. Raises `ValueError` when damaged."""
+    """What `encode_meta` wrote: `label`, `meta`, and perhaps `gsd_m` and `date`. Raises `ValueError` when damaged."""
     try:
         content = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
@@ -194,6 +198,9 @@ def decode_meta(data: bytes | memoryview) -> dict[str, Any]:
     gsd_m = content.get("gsd_m", {})
     if not isinstance(gsd_m, dict) or not all(type(v) in (int, float) and 0 < v < math.inf for v in gsd_m.values()):
         raise ValueError(f"gsd_m in a sample's JSON is an object of metres above 0 by tile name, found {gsd_m!r:.80}")
+    date = content.get("date", {})
+    if not isinstance(date, dict) or not all(isinstance(v, str) for v in date.values()):
+        raise ValueError(f"date in a sample's JSON is an object of dates by tile name, found {date!r:.80}")
     return content
 
 

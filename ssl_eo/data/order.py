@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["Mixture", "Order", "check_lanes"]
+__all__ = ["MixedOrder", "Mixture", "Order", "check_lanes"]
 
 Ids = NDArray[np.int64]
 
@@ -127,12 +127,13 @@ class Mixture:
     """Which source feeds a step: the same on every rank, in exact proportion to `weights` in each block of steps.
 
     The counts in a block are the shares of `block` rounded by largest remainder; their order is a permutation keyed by
-    (seed, block).
+    (seed, block), and by `lane` where each lane of a batch has a mixture of its own (then a step is a sample of it).
     """
 
     weights: tuple[float, ...]
     seed: int
     block: int = 256
+    lane: int | None = None
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -170,11 +171,49 @@ class Mixture:
         return block * self.counts()[int(sources[offset])] + int(earlier)
 
 
+@dataclass(frozen=True)
+class MixedOrder:
+    """The order of batches whose samples come from several sources, which are numbered one after the other.
+
+    Every lane draws the source of each of its samples from a `Mixture` of its own, and takes them from each source in
+    that source's order. So proportions hold exactly in each block of a lane, and what is said of `Order` holds here.
+    """
+
+    orders: tuple[Order, ...]
+    weights: tuple[float, ...]
+
+    def slots(self, rank: int = 0, world_size: int = 1) -> range:
+        """The slots of `rank`, as in `Order`."""
+        return self.orders[0].slots(rank, world_size)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Ids:
+        """Sample ids of this rank's part of global batch `step`, int64 `[global_batch_size / world_size]`."""
+        return np.array([self._id(step, slot) for slot in self.slots(rank, world_size)], dtype=np.int64)
+
+    def replacement(self, step: int, slot: int, attempt: int) -> int:
+        """The id that takes the place of an unreadable sample: what its lane holds `attempt` >= 1 batches later."""
+        assert attempt >= 1
+        return self._id(step + attempt, slot)
+
+    def _id(self, step: int, slot: int) -> int:
+        lane, i = divmod(slot, self.orders[0]._per_lane)
+        mixture = _lane_mixture(self.weights, self.orders[0].seed, lane)
+        position = step * self.orders[0]._per_lane + i  # in the lane
+        source = mixture.source(position)
+        first = sum(order.n_samples for order in self.orders[:source])
+        return first + int(self.orders[source]._lane_run(lane, mixture.source_step(position), 1)[0])
+
+
 def _permutation(n: int, *address: int | str) -> Ids:
     # Raw bits and a stable sort: NumPy keeps those fixed between versions, which it does not promise for
     # `Generator.permutation`, and a run must find its place again after an upgrade.
     bits = numpy_generator(*address).bit_generator.random_raw(n)
     return np.argsort(bits, kind="stable")
+
+
+@lru_cache(maxsize=4096)
+def _lane_mixture(weights: tuple[float, ...], seed: int, lane: int) -> Mixture:
+    return Mixture(weights, seed, lane=lane)
 
 
 @lru_cache(maxsize=8)
@@ -201,12 +240,13 @@ def _window_ids(order: Order, epoch: int, lane: int, window: int) -> Ids:
     return np.asarray(ids[shuffle], dtype=np.int64)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _block_sources(mixture: Mixture, block: int) -> Ids:
     """The sources of the steps of one block."""
     counts = mixture.counts()
     sources = np.repeat(np.arange(len(counts)), counts)
-    return sources[_permutation(mixture.block, mixture.seed, "mixture", block)]
+    lane = () if mixture.lane is None else (mixture.lane,)
+    return sources[_permutation(mixture.block, mixture.seed, "mixture", *lane, block)]
 
 
 def _multiples_near(value: int, divisor: int) -> str:

@@ -132,7 +132,8 @@ def _decode_all(path: Path, manifest: Manifest, index: ShardIndex) -> Iterator[P
     schemas = {tile_member(name, tile.codec): tile.schema for name, tile in manifest.tiles.items()}
     for row in range(len(index)):
         labels = (LABEL_MEMBER,) if reader.has(row, LABEL_MEMBER) else ()
-        for suffix in (*schemas, *labels, META_MEMBER):
+        absent = {s for s, schema in schemas.items() if schema.optional and not reader.has(row, s)}
+        for suffix in (*(s for s in schemas if s not in absent), *labels, META_MEMBER):
             try:
                 _decode(reader, row, suffix, schemas.get(suffix))
             except ValueError as error:

@@ -7,6 +7,7 @@ when its tar, its index and, last, `shard-000000.stats.json` are there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -26,14 +27,15 @@ from ssl_eo.data.members import (
     escape_key,
     tile_member,
 )
-from ssl_eo.data.plans import check_sample
 from ssl_eo.data.shards import ShardWriter, atomic_file, index_path
+from ssl_eo.data.stacking import check_sample, loaded
 from ssl_eo.data.statistics import BandStatistics, Statistics, merge_statistics, tile_statistics
 from ssl_eo.data.types import Sample, Source, TileSchema
 
 __all__ = ["Finished", "Plan", "check_budget", "claim", "make_plan", "pack_shard", "read_checked"]
 
 _SIDE_BYTES = 2048  # per sample: its JSON member, padding
+_GUESSED_SHAPE = (256, 256)  # of tiles that differ in size
 _MEMBER_BYTES = 896  # per tile: tar header, NPY header, padding on average
 
 
@@ -116,7 +118,8 @@ def _codecs(schema: Mapping[str, TileSchema], codec: str | Mapping[str, str]) ->
 
 def _sample_size(schema: Mapping[str, TileSchema]) -> int:
     """Uncompressed bytes of one sample in a shard, roughly."""
-    pixels = sum(len(s.bands) * s.shape[0] * s.shape[1] * np.dtype(s.dtype).itemsize for s in schema.values())
+    sizes = ((len(s.bands) * math.prod(s.shape or _GUESSED_SHAPE), np.dtype(s.dtype).itemsize) for s in schema.values())
+    pixels = sum(n_values * n_bytes for n_values, n_bytes in sizes)
     return pixels + len(schema) * _MEMBER_BYTES + _SIDE_BYTES
 
 
@@ -201,7 +204,7 @@ def pack_shard(source: Source, plan: Plan, shard: int) -> Finished:
                 quarantine.append({"shard": path.name, "index": index, "reason": one_line(error)})
                 check_budget(quarantine, plan)
                 continue
-            statistics = {name: total.merge(part[name]) for name, total in statistics.items()}
+            statistics |= {name: statistics[name].merge(found) for name, found in part.items()}
     n_samples = len(writer.index)
     finished = Finished(ShardEntry(path.name, n_samples, writer.index.tar_size, writer.sha256), statistics, quarantine)
     finished.save(plan, shard)
@@ -209,28 +212,29 @@ def pack_shard(source: Source, plan: Plan, shard: int) -> Finished:
 
 
 def _members(sample: Sample, schema: Mapping[str, TileSchema], codecs: Mapping[str, str]) -> dict[str, bytes]:
-    members, gsd_m = {}, {}
-    for name, tile_schema in schema.items():
-        tile = sample.tiles[name]
-        members[tile_member(name, codecs[name])] = encode_array(tile.pixels, codecs[name])
-        if tile.gsd_m != tile_schema.gsd_m:
+    members, gsd_m, date = {}, {}, {}
+    for name, tile in sample.tiles.items():
+        members[tile_member(name, codecs[name])] = encode_array(tile.array, codecs[name])
+        if tile.gsd_m != schema[name].gsd_m:
             gsd_m[name] = tile.gsd_m
+        if tile.date is not None:
+            date[name] = tile.date
     label = sample.label
     if isinstance(label, np.ndarray):
         members[LABEL_MEMBER] = encode_array(label)
         label = None
-    members[META_MEMBER] = encode_meta(label, sample.meta, gsd_m)
+    members[META_MEMBER] = encode_meta(label, sample.meta, gsd_m, date)
     return members
 
 
 def read_checked(source: Source, index: int) -> Sample:
     """Sample `index`, with `ValueError` for one that cannot be read or does not fit the source's schema."""
     try:
-        sample = source.read(index)
+        sample = loaded(source.read(index))
     except OSError as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if sample.tiles.keys() != source.schema.keys():
-        raise ValueError(f"its tiles are {sorted(sample.tiles)}, the schema's {sorted(source.schema)}")
+    if unknown := sample.tiles.keys() - source.schema.keys():
+        raise ValueError(f"it has tiles {sorted(unknown)} that are not in the schema ({', '.join(source.schema)})")
     check_sample(sample, source.schema)
     return sample
 

@@ -1,36 +1,19 @@
-"""Draw view plans from a sample's own generator, and stack samples and plans into tensors of static shape.
+"""Draw view plans from a sample's own generator: host work on a few numbers per view, no pixel is touched.
 
-Everything here is host work on a few numbers per view: no pixel is touched before `render`, except to see whether a
-tile holds no-data. Boxes are (top, left, height, width) in pixels of their tile and lie inside it.
+Boxes are (top, left, height, width) in pixels of their tile and lie inside it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from ssl_eo.data.types import Sample, Tile, TileBatch, TileSchema, ViewBatch, ViewPlan
-from ssl_eo.sensors import Sensor
+from ssl_eo.data.types import TileSchema, ViewPlan
 
-__all__ = [
-    "CropConfig",
-    "aligned",
-    "band_subset",
-    "check_no_data",
-    "check_sample",
-    "multi_crop",
-    "resized_crop",
-    "shown_tiles",
-    "stack_tiles",
-    "stack_views",
-    "whole",
-]
+__all__ = ["CropConfig", "aligned", "band_subset", "multi_crop", "resized_crop", "whole"]
 
 _N_TRIES = 10
 
@@ -138,6 +121,10 @@ def aligned(
     carried over. Footprints are rarely a whole number of pixels of every sensor: up to one pixel of overhang is cut
     off; a `ValueError` says when the other tile does not cover the box.
     """
+    if other_schema.shape is None:
+        raise ValueError(
+            f"tile {other!r} differs in size between samples: give its own shape with replace(schema, ...)"
+        )
     ratio = schema.gsd_m / other_schema.gsd_m
     top, left, height, width = (ratio * edge for edge in plan.box)
     (tile_height, tile_width), slack = other_schema.shape, 1.0 + 1e-6
@@ -162,114 +149,3 @@ def band_subset(rng: np.random.Generator, n_bands: int, low: int, high: int) -> 
         return tuple(range(n_bands))
     n_kept = int(rng.integers(low, min(high, n_bands) + 1))
     return tuple(np.sort(rng.permutation(n_bands)[:n_kept]).tolist())
-
-
-def check_sample(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
-    """Raises `ValueError` when a tile of `schema` is missing from the sample, has another shape, dtype or band list, or
-    a ground sampling that is no length. The message names sample, tile, what was found and what is expected.
-    """
-    for name, expected in schema.items():
-        _checked_tile(sample, name, expected)
-
-
-def check_no_data(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
-    """Raises `ValueError` when a tile of `schema` holds nothing but no-data; notes in each whether it holds any."""
-    for name, expected in schema.items():
-        tile = sample.tiles[name]
-        valid = _valid(tile.pixels, expected.sensor)
-        tile.has_no_data = valid is not None and not valid.all()
-        if valid is not None and tile.has_no_data and not valid.any():
-            raise ValueError(f"tile {name!r} of sample {sample.key!r} is all no-data")
-
-
-def shown_tiles(planned: Any) -> set[str]:
-    """Names of the tiles that the view plans in `planned` show; they may lie in tuples, lists, dicts, dataclasses."""
-    if isinstance(planned, ViewPlan):
-        return {planned.tile}
-    inner: Iterable[Any] = ()
-    if isinstance(planned, (tuple, list)):
-        inner = planned
-    elif isinstance(planned, Mapping):
-        inner = planned.values()
-    elif is_dataclass(planned):
-        inner = (getattr(planned, f.name) for f in fields(planned))
-    return {name for item in inner for name in shown_tiles(item)}
-
-
-def stack_tiles(
-    samples: Sequence[Sample], names: Iterable[str], schema: Mapping[str, TileSchema]
-) -> dict[str, TileBatch]:
-    """The tiles `names` of all samples, `[B, C, H, W]` in the stored dtype.
-
-    Raises `ValueError` as `check_sample` does for a tile that does not match the schema.
-    """
-    stacked = {}
-    for name in names:
-        tiles = [_checked_tile(sample, name, schema[name]) for sample in samples]
-        stacked[name] = TileBatch(
-            pixels=torch.from_numpy(np.stack([tile.pixels for tile in tiles])),  # [B, C, H, W]
-            gsd_m=torch.tensor([tile.gsd_m for tile in tiles], dtype=torch.float32),  # [B]
-            has_no_data=any(_has_no_data(tile, schema[name].sensor) for tile in tiles),
-        )
-    return stacked
-
-
-def _checked_tile(sample: Sample, name: str, expected: TileSchema) -> Tile:
-    if name not in sample.tiles:
-        raise ValueError(f"sample {sample.key!r} has no tile {name!r} (tiles: {', '.join(sample.tiles) or 'none'})")
-    tile = sample.tiles[name]
-    try:
-        expected.check(tile.pixels, tile.bands)
-        if not 0 < tile.gsd_m < math.inf:
-            raise ValueError(f"gsd_m {tile.gsd_m}, expected metres above 0")
-    except ValueError as error:
-        raise ValueError(f"tile {name!r} of sample {sample.key!r} has {error}") from None
-    return tile
-
-
-def _has_no_data(tile: Tile, sensor: Sensor) -> bool:
-    if tile.has_no_data is not None:
-        return tile.has_no_data
-    valid = _valid(tile.pixels, sensor)
-    return valid is not None and not valid.all()
-
-
-def _valid(pixels: NDArray[np.generic], sensor: Sensor) -> NDArray[np.bool_] | None:
-    """True where a pixel was measured; None when the dtype and the sensor leave no way to say that it was not."""
-    is_integer = np.issubdtype(pixels.dtype, np.integer)
-    if is_integer and not sensor.no_data:
-        return None
-    valid: NDArray[np.bool_] = np.ones(pixels.shape, dtype=bool) if is_integer else np.isfinite(pixels)
-    for value in sensor.no_data:
-        # An integer compares without widening the array; a fraction is never stored in one.
-        valid &= pixels != (int(value) if is_integer and float(value).is_integer() else value)
-    return valid
-
-
-def stack_views(plans_by_view: Sequence[Sequence[ViewPlan]]) -> ViewBatch:
-    """One role's plans as tensors: views outermost, then samples in the order of `stack_tiles`.
-
-    Raises `ValueError` unless all plans share tile, size and number of bands, and all views have as many samples.
-    """
-    n_views, n_samples = len(plans_by_view), len(plans_by_view[0])
-    plans = [plan for view in plans_by_view for plan in view]
-    if any(len(view) != n_samples for view in plans_by_view):
-        raise ValueError(f"views of one role need as many plans each, got {[len(view) for view in plans_by_view]}")
-    kinds = {(p.tile, p.size, None if p.bands is None else len(p.bands)) for p in plans}
-    if len(kinds) != 1:
-        raise ValueError(f"plans of one role must share tile, size and number of bands, got {sorted(kinds, key=str)}")
-    (h, w) = size = plans[0].size
-    has_bands = plans[0].bands is not None
-    as_stored = (0.0, 0.0, float(h), float(w))
-    return ViewBatch(
-        tile=plans[0].tile,
-        size=size,
-        row=torch.arange(n_samples).repeat(n_views),  # [R]
-        box=torch.tensor([p.box for p in plans], dtype=torch.float32),  # [R, 4]
-        flip=torch.tensor([p.flip for p in plans]),
-        rot90=torch.tensor([p.rot90 for p in plans]),
-        gain=torch.tensor([p.gain for p in plans], dtype=torch.float32),
-        bias=torch.tensor([p.bias for p in plans], dtype=torch.float32),
-        bands=torch.tensor([p.bands for p in plans]) if has_bands else None,  # [R, c]
-        resample=any(p.box != as_stored or p.flip or p.rot90 % 4 != 0 for p in plans),
-    )

@@ -14,15 +14,15 @@ magnitude `|Ky| x |Kx|` (not its signed weights: with the negative lobes of bicu
 extrapolated to anything), and the output counts as valid when these hold at least half of the total weight. The rule
 looks at one row at a time, so how a view looks does not depend on what else is in the batch.
 
-B samples, R rows (views x samples), C bands of a tile, c bands of a view, H W tile pixels, h w view pixels,
-m = max(h, w), T taps of the kernel.
+B samples, R rows (views x samples) of a role, r of them show one tile, C bands of a tile, c bands of a view, H W tile
+pixels, h w view pixels, m = max(h, w), T taps of the kernel. What is said of R holds for any part r of the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -63,27 +63,38 @@ class Renderer(nn.Module):
         Boxes must lie inside their tiles. `pixels` are float32 `[R, c, h, w]`; class maps keep their class numbers.
         """
         rendered = {}
-        for role, view in batch.views.items():
-            constants = self._constants[self._position[batch.source, view.tile]]
-            assert isinstance(constants, _TileConstants)
-            with _full_precision(view.box.device):
-                rendered[role] = self._render_role(constants, batch.tiles[view.tile], view)
+        for role, views in batch.views.items():
+            with _full_precision(views[0].box.device):
+                parts = [self._render_view(self._of(batch.source, v.tile), batch.tiles[v.tile], v) for v in views]
+                rendered[role] = parts[0] if len(parts) == 1 else _merged(views, parts)
         return rendered
 
-    def _render_role(self, constants: _TileConstants, tiles: TileBatch, view: ViewBatch) -> PixelBatch:
+    def _of(self, source: int, tile: str) -> _TileConstants:
+        constants = self._constants[self._position[source, tile]]
+        assert isinstance(constants, _TileConstants)
+        return constants
+
+    def _render_view(self, constants: _TileConstants, tiles: TileBatch, view: ViewBatch) -> PixelBatch:
         (h, w), device = view.size, view.box.device
         n_rows, n_bands = view.row.shape[0], tiles.pixels.shape[1] if view.bands is None else view.bands.shape[1]
-        pixels = torch.empty(n_rows, n_bands, h, w, device=device)  # [R, c, h, w]
+        real, view = _real_bands(tiles, view)  # [r, c] or None
+        pixels = torch.empty(n_rows, n_bands, h, w, device=device)  # [r, c, h, w]
         valid = torch.empty_like(pixels, dtype=torch.bool) if tiles.has_no_data else None
         budget = _GROUP_VALUES_CPU if device.type == "cpu" else _GROUP_VALUES_DEVICE
         step = max(1, budget // (n_bands * tiles.pixels.shape[2] * tiles.pixels.shape[3]))
         for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
             valid_rows = None if valid is None else valid[rows]
             self._render_rows(constants, tiles, _rows_of(view, rows), pixels[rows], valid_rows)
-        area = view.box[:, 2] * view.box[:, 3]  # [R] in tile pixels
+        area = view.box[:, 2] * view.box[:, 3]  # [r] in tile pixels
+        channels = constants.channels if view.bands is None else constants.channels.select(view.bands)
+        if real is not None:
+            channels = replace(channels.expand(n_rows), valid=real)
+            valid = real[:, :, None, None] if valid is None else valid & real[:, :, None, None]
+            valid = valid.expand_as(pixels)
+            pixels.masked_fill_(~valid, 0.0)
         return PixelBatch(
             pixels=pixels,
-            channels=constants.channels if view.bands is None else constants.channels.select(view.bands),
+            channels=channels,
             gsd_m=tiles.gsd_m[view.row] * (area / (h * w)).sqrt(),  # [R] geometric mean of the two axes
             valid=valid,
         )
@@ -299,6 +310,34 @@ def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:
     bits = pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels
     picked = bits.index_select(0, view.row) if view.bands is None else bits[view.row[:, None], view.bands]
     return picked.view(pixels.dtype)
+
+
+def _real_bands(tiles: TileBatch, view: ViewBatch) -> tuple[Tensor | None, ViewBatch]:
+    """Which channels `[r, c]` of each row hold data (None: all), and the view with bands that can be looked up."""
+    real = None if tiles.present is None else tiles.present[view.row]  # [r, C]
+    if view.bands is None:
+        return real, view
+    named = view.bands.clamp(min=0) if view.has_padding else view.bands  # [r, c]
+    if real is not None:
+        real = real.gather(1, named)
+    if view.has_padding:
+        is_named = view.bands >= 0
+        real = is_named if real is None else real & is_named
+    return real, replace(view, bands=named)
+
+
+def _merged(views: Sequence[ViewBatch], parts: Sequence[PixelBatch]) -> PixelBatch:
+    """The rows of all parts in the order of the role, each with channels of its own."""
+    order = torch.cat([view.place for view in views if view.place is not None]).argsort()  # [R]
+    channels = [part.channels.expand(len(part.pixels)) for part in parts]
+    has_valid = any(part.valid is not None for part in parts)
+    valid = [torch.ones_like(p.pixels, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
+    return PixelBatch(
+        pixels=torch.cat([part.pixels for part in parts])[order],
+        channels=ChannelMeta.cat(channels).rows(order),
+        gsd_m=torch.cat([part.gsd_m for part in parts])[order],
+        valid=torch.cat(valid)[order] if has_valid else None,
+    )
 
 
 def _rows_of(view: ViewBatch, rows: slice) -> ViewBatch:

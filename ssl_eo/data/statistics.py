@@ -108,13 +108,13 @@ Statistics = dict[str, BandStatistics]  # by tile name
 
 
 def tile_statistics(sample: Sample, schema: Mapping[str, TileSchema]) -> Statistics:
-    """Statistics of the tiles of one sample."""
-    return {name: BandStatistics.of(sample.tiles[name].pixels, s.sensor.no_data) for name, s in schema.items()}
+    """Statistics of the tiles that one sample has."""
+    return {name: BandStatistics.of(t.array, schema[name].sensor.no_data) for name, t in sample.tiles.items()}
 
 
 def merge_statistics(schema: Mapping[str, TileSchema], parts: Iterable[Statistics]) -> Statistics:
     """Statistics of all `parts`, merged in their order."""
     merged = {name: BandStatistics.empty(len(s.bands)) for name, s in schema.items()}
     for part in parts:
-        merged = {name: statistics.merge(part[name]) for name, statistics in merged.items()}
+        merged |= {name: merged[name].merge(found) for name, found in part.items()}
     return merged

@@ -3,8 +3,9 @@
 A sample holds raw tiles in their stored dtype. A plan says which pixels of a tile a view shows and how. A batch stacks
 raw tiles and plans, crosses to the device as integers, and is rendered there into normalised pixels.
 
-B samples per rank, V views of one role per sample, R = V*B rows (views outermost), C bands of a tile, c bands of a
-view, H W tile pixels, h w view pixels, N patches of a view, K visible patches, M = N - K masked patches.
+B samples per rank, V views of one role per sample, R = V*B rows (views outermost), r rows of a role that show one
+tile, b samples that hold it, C bands of a tile, c bands of a view, H W tile pixels, h w view pixels, N patches of a
+view, K visible patches, M = N - K masked patches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ssl_eo.sensors import ChannelMeta, Sensor
 
 __all__ = [
     "Batch",
+    "LazyPixels",
     "MaskBatch",
     "PixelBatch",
     "Sample",
@@ -43,23 +45,43 @@ _UNSIGNED, _SIGNED = ("uint8", "uint16", "uint32", "uint64"), ("int8", "int16", 
 _DTYPES = ("bool", *_UNSIGNED, *_SIGNED, "float16", "float32", "float64")  # of pixels: what NumPy and torch share
 
 
+class LazyPixels(Protocol):
+    """Pixels `[C, H, W]` that are read when they are sliced, and only those: a file that may be larger than memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def __getitem__(self, part: tuple[slice, slice, slice]) -> NDArray[Any]: ...
+
+
 @dataclass
 class Tile:
     """Raw pixels of one sensor over one place: `pixels [C, H, W]` in the stored dtype, `bands` its C band names.
 
-    `gsd_m` is the ground size of a pixel of this very tile. `has_no_data` is None until somebody has looked: it is kept
-    here so that every pixel is compared once (see `plans.check_no_data`).
+    `gsd_m` is the ground size of a pixel of this very tile, `date` when it was taken (ISO 8601, a day or an instant).
+    After `stacking.cut_to_views`, `pixels` are those that views show, `origin` is the (row, column) of the first of
+    them, and `measured [C, H, W]` says which of them hold data (None: all that the dtype and the sensor can tell).
     """
 
-    pixels: NDArray[Any]
+    pixels: NDArray[Any] | LazyPixels
     bands: tuple[str, ...]
     gsd_m: float
-    has_no_data: bool | None = None
+    date: str | None = None
+    origin: tuple[int, int] = (0, 0)
+    measured: NDArray[np.bool_] | None = None
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """All pixels, read now if they are lazy."""
+        return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels[:, :, :]
 
 
 @dataclass
 class Sample:
-    """One place, seen through one or more tiles. Tile names are the keys of `Source.schema`.
+    """One place, seen through one or more tiles. Tile names are keys of `Source.schema`: all but the optional ones.
 
     `label` is an integer class, a `[H, W]` integer map, a `[K]` multi-hot vector, or None. `meta` holds plain values
     (`latitude`, `longitude`, `date`, ...).
@@ -75,18 +97,20 @@ class Sample:
 class TileSchema:
     """What every tile of one name looks like in a source, and the statistics that normalise it.
 
-    `mean` and `std` are per band, in stored units, over valid pixels. `shape` is (H, W). `gsd_m` is what a tile has
-    that does not say otherwise. A tile name is the sensor's name unless a source holds several tiles of one sensor
-    (resolutions, dates): then `sensor_name@what`.
+    `mean` and `std` are per band, in stored units, over valid pixels. `shape` is (H, W), None where tiles differ in
+    size. `gsd_m` is what a tile has that does not say otherwise. A sample may lack an `optional` tile. A tile name is
+    the sensor's name unless a source holds several tiles of one sensor (resolutions, dates, products with statistics
+    of their own): then `sensor_name@what`.
     """
 
     sensor: Sensor
     bands: tuple[str, ...]
     dtype: str
-    shape: tuple[int, int]
+    shape: tuple[int, int] | None
     gsd_m: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    optional: bool = False
 
     def __post_init__(self) -> None:
         name, n = self.sensor.name, len(self.bands)
@@ -95,8 +119,11 @@ class TileSchema:
             raise ValueError(f"bands of {name} are none, or named twice: {', '.join(self.bands) or 'none'}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype of {name} must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        if len(self.shape) != 2 or not all(isinstance(s, (int, np.integer)) and s > 0 for s in self.shape):
-            raise ValueError(f"shape of {name} must be (height, width) in pixels, got {self.shape}")
+        shape = (1, 1) if self.shape is None else self.shape
+        if len(shape) != 2 or not all(isinstance(s, (int, np.integer)) and s > 0 for s in shape):
+            raise ValueError(f"shape of {name} must be (height, width) in pixels or None, got {self.shape}")
+        if not isinstance(self.optional, bool):
+            raise ValueError(f"optional of {name} must be true or false, got {self.optional!r}")
         if not (_is_number(self.gsd_m) and self.gsd_m > 0):
             raise ValueError(f"gsd_m of {name} must be positive metres, got {self.gsd_m!r}")
         if len(self.mean) != n or len(self.std) != n:
@@ -106,12 +133,14 @@ class TileSchema:
         if not all(map(_is_number, self.mean)) or not all(_is_number(s) and s > 0 for s in self.std):
             raise ValueError(f"statistics of {name} must be finite and std positive, got std {self.std}")
 
-    def check(self, pixels: NDArray[Any], bands: tuple[str, ...] | None = None) -> None:
+    def check(self, pixels: NDArray[Any] | LazyPixels, bands: tuple[str, ...] | None = None) -> None:
         """Raise `ValueError` unless `pixels [C, H, W]`, and their `bands` where they are known, are as stated here.
 
         The message says what was found and what is expected; whoever calls adds whose pixels they are.
         """
-        shape, dtype = (len(self.bands), *self.shape), np.dtype(self.dtype)
+        has_any_size = self.shape is None and len(pixels.shape) == 3 and min(pixels.shape) > 0
+        size = pixels.shape[1:] if has_any_size else self.shape
+        shape, dtype = (len(self.bands), *(size or ("height", "width"))), np.dtype(self.dtype)
         for what, found, expected in (
             ("bands", self.bands if bands is None else bands, self.bands),
             ("shape", pixels.shape, shape),
@@ -170,23 +199,27 @@ class ViewPlan:
 
 @dataclass
 class TileBatch:
-    """Raw tiles of one name, stacked: `pixels [B, C, H, W]` in the stored dtype, `gsd_m [B]` float32 of their pixels.
+    """Raw tiles of one name, stacked: `pixels [b, C, H, W]` in the stored dtype, `gsd_m [b]` float32 of their pixels.
 
-    `has_no_data` is decided by the worker that read the tiles; when False, rendering skips all validity work.
+    Tiles of different sizes are zero beyond their own. `has_no_data` is decided by the worker that read the tiles; when
+    False, rendering skips all validity work. `present [b, C]` bool says which bands of a tile hold any data; None when
+    all do.
     """
 
     pixels: Tensor
     gsd_m: Tensor
     has_no_data: bool
+    present: Tensor | None = None
 
 
 @dataclass
 class ViewBatch:
-    """Plans of one role as tensors, R = V*B rows, views outermost. All rows share tile name, view size and c.
+    """The plans of one role that show one tile, as tensors of r rows in the order of the role's R (views outermost).
 
-    `row [R]` is the sample each view shows; `bands [R, c]` or None; `box [R, 4]`; `flip [R]` bool; `rot90 [R]`;
-    `gain [R]`, `bias [R]`. `resample` is False when every row shows the top left pixels of its tile as they are: then
-    rendering only normalises them.
+    All rows of a role share view size and c. `place [r]`: which rows of the role these are, None for all of them.
+    `row [r]`: which of the stacked tiles each view shows; `bands [r, c]` or None, -1 where a row has fewer bands than
+    c; `box [r, 4]`; `flip [r]` bool; `rot90 [r]`; `gain [r]`, `bias [r]`. `resample` is False when every row shows the
+    top left pixels of its tile as they are: then rendering only normalises them. `has_padding`: some `bands` are -1.
     """
 
     tile: str
@@ -199,6 +232,8 @@ class ViewBatch:
     bias: Tensor
     bands: Tensor | None = None
     resample: bool = True
+    place: Tensor | None = None
+    has_padding: bool = False
 
 
 @dataclass
@@ -230,14 +265,15 @@ class PixelBatch:
 class Batch:
     """One rank's part of a global batch. `views`, `masks` and `pixels` are keyed by role ("image", "global", ...).
 
-    `source` is the index of the source in `data.sources`. `pixels` is empty until `render` fills it.
+    A role has one `ViewBatch` for each tile that its views show. `source` is the index of the source in `data.sources`.
+    `pixels` is empty until `render` fills it.
     """
 
     step: int
     source: int
     keys: list[str]
     tiles: dict[str, TileBatch]
-    views: dict[str, ViewBatch]
+    views: dict[str, list[ViewBatch]]
     masks: dict[str, MaskBatch] = field(default_factory=dict)
     pixels: dict[str, PixelBatch] = field(default_factory=dict)
 

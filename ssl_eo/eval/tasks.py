@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ssl_eo.components import suggest
-from ssl_eo.data.loader import SourceConfig, open_source
-from ssl_eo.data.plans import check_no_data, check_sample, stack_tiles, stack_views, whole
+from ssl_eo.data.opening import SourceConfig, open_source
+from ssl_eo.data.plans import whole
 from ssl_eo.data.render import Renderer
+from ssl_eo.data.stacking import cut_to_views, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Source, TileBatch, TileSchema, ViewPlan, move_to
 from ssl_eo.eval.probes import PROBES
 from ssl_eo.models.vit import EncoderInput
@@ -128,7 +129,7 @@ class Split:
                 step=0,
                 source=0,
                 keys=[keys[i] for i in part.tolist()],
-                tiles={self._task.tile: TileBatch(tiles.pixels[part], tiles.gsd_m[part], tiles.has_no_data)},
+                tiles={self._task.tile: _rows(tiles, part)},
                 views={"image": stack_views([[self._task.plan] * len(part)])},
             )
             pixels = self._renderer.render(move_to(batch, device))["image"]
@@ -179,16 +180,20 @@ class Split:
         sample = self._source.read(index)
         tile = self._task.tile
         schema = {tile: self._task.schema}
-        check_sample(sample, schema)
-        check_no_data(sample, schema)
+        sample = cut_to_views(sample, [self._task.plan], schema)
         n_classes = self._task.n_classes
         if not isinstance(sample.label, (int, np.integer)) or not 0 <= sample.label < n_classes:
             kind = self._task.cfg.kind
             raise ValueError(f"{sample.key}: {kind} needs a label from 0 to {n_classes - 1}, got {sample.label!r}")
-        return replace(sample, tiles={tile: sample.tiles[tile]})
+        return sample
 
 
-def _layout(schema: TileSchema) -> tuple[tuple[str, ...], str, tuple[int, int]]:
+def _rows(tiles: TileBatch, rows: Tensor) -> TileBatch:
+    present = None if tiles.present is None else tiles.present[rows]
+    return TileBatch(tiles.pixels[rows], tiles.gsd_m[rows], tiles.has_no_data, present)
+
+
+def _layout(schema: TileSchema) -> tuple[tuple[str, ...], str, tuple[int, int] | None]:
     return schema.bands, schema.dtype, schema.shape
 
 
@@ -207,6 +212,8 @@ def _choose_tile(cfg: TaskConfig, source: Source) -> str:
 
 def _plan(cfg: TaskConfig, tile: str, schema: TileSchema) -> ViewPlan:
     """All of the tile, in the task's size and bands."""
+    if schema.shape is None:
+        raise ValueError(f"task {cfg.name}: tiles of {tile!r} differ in size; a task needs tiles of one size")
     height, width = schema.shape
     if cfg.size_px is None and height != width:
         raise ValueError(f"task {cfg.name}: tiles of {height} x {width} pixels are not square, set size_px")

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssl_eo.data.masking import MaskConfig, draw, n_masked, predicted, stack_masks
-from ssl_eo.data.plans import CropConfig, resized_crop, stack_tiles, stack_views
+from ssl_eo.data.plans import CropConfig, resized_crop
+from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
 from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
@@ -38,7 +39,9 @@ _ROLE = "image"
 class Config:
     """Paper values where the paper has one; sizes are those of the debug scale and are set by recipes."""
 
-    tile: str | None = None  # which tile of a sample to learn from; None: its only one
+    # Which tile of a sample to learn from; None: its only one. Of a list, one that the sample has is drawn: products or
+    # sensors with as many bands.
+    tile: str | list[str] | None = None
     crop: CropConfig = field(default_factory=lambda: CropConfig(size_px=64))
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -82,7 +85,11 @@ class MaskedViews:
     schemas: Schemas
 
     def plan(self, sample: Sample, rng: np.random.Generator) -> MaskedPlan:
-        name = self.cfg.tile or next(iter(sample.tiles))
+        allowed = [self.cfg.tile] if isinstance(self.cfg.tile, str) else self.cfg.tile
+        names = [name for name in sample.tiles if allowed is None or name in allowed]
+        if not names:
+            raise ValueError(f"it has none of the tiles of objective.tile, but {', '.join(sample.tiles)}")
+        name = names[0] if len(names) == 1 else names[int(rng.integers(len(names)))]
         height, width = sample.tiles[name].pixels.shape[-2:]
         view = resized_crop(name, (height, width), self.cfg.crop, rng)
         hidden = draw(self.cfg.mask, rng, self.grid)
@@ -93,12 +100,13 @@ class MaskedViews:
     ) -> Batch:
         samples = [sample for sample, _ in planned]
         plans = [plan for _, plan in planned]
+        tiles, views = stack(samples, {_ROLE: [[plan.view for plan in plans]]}, self.schemas[source])
         return Batch(
             step=step,
             source=source,
             keys=[sample.key for sample in samples],
-            tiles=stack_tiles(samples, [plans[0].view.tile], self.schemas[source]),
-            views={_ROLE: stack_views([[plan.view for plan in plans]])},
+            tiles=tiles,
+            views=views,
             masks={_ROLE: stack_masks([plan.hidden for plan in plans], [plan.predicted for plan in plans])},
         )
 
@@ -109,7 +117,7 @@ class Objective(base.Objective):
     def __init__(self, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> None:
         super().__init__()
         self.cfg = cfg
-        tiles = [schema[_tile_name(cfg, schema)] for schema in schemas]
+        tiles = [schema[name] for schema in schemas for name in _tile_names(cfg, schema)]
         n_channels = _common_channel_count(tiles)
         if encoder_cfg.mask_token:
             raise ValueError("model.mask_token: hidden patches never reach the encoder of mae; leave it false")
@@ -137,7 +145,7 @@ class Objective(base.Objective):
         if "gradients" in cfg.extra_targets and patch % cell:
             raise ValueError(f"objective.gradient_cell_px {cell} does not divide model.patch_size {patch}")
         for schema in schemas:
-            _tile_name(cfg, schema)
+            _tile_names(cfg, schema)
         n_patches = (size // patch) ** 2
         if not 0 < (n_hidden := n_masked(n_patches, cfg.mask.mask_ratio)) < n_patches:
             raise ValueError(
@@ -236,13 +244,20 @@ def _gather(patches: Tensor, ids: Tensor) -> Tensor:
     return patches.gather(1, ids[..., None].expand(-1, -1, patches.shape[-1]))
 
 
-def _tile_name(cfg: Config, schema: Mapping[str, TileSchema]) -> str:
+def _tile_names(cfg: Config, schema: Mapping[str, TileSchema]) -> list[str]:
+    """The tiles of a source that are learned from, all with as many bands."""
     if cfg.tile is None and len(schema) > 1:
-        raise ValueError(f"objective.tile: a source has several tiles, name one of {', '.join(schema)}")
-    name = cfg.tile or next(iter(schema))
-    if name not in schema:
-        raise ValueError(f"objective.tile: no tile {name!r} in a source that has {', '.join(schema)}")
-    return name
+        raise ValueError(f"objective.tile: a source has several tiles, name one or more of {', '.join(schema)}")
+    allowed = list(schema) if cfg.tile is None else [cfg.tile] if isinstance(cfg.tile, str) else cfg.tile
+    names = [name for name in schema if name in allowed]
+    if not names:
+        raise ValueError(
+            f"objective.tile: no tile {', '.join(map(repr, allowed))} in a source that has {', '.join(schema)}"
+        )
+    if len({len(schema[name].bands) for name in names}) > 1:
+        counts = ", ".join(f"{name} has {len(schema[name].bands)}" for name in names)
+        raise ValueError(f"objective.tile: the tiles of one source need as many bands each, but {counts}")
+    return names
 
 
 def _common_channel_count(tiles: Sequence[TileSchema]) -> int | None:

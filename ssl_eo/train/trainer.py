@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ssl_eo.components import resolve
-from ssl_eo.config import Config, to_dict, with_key
-from ssl_eo.data.loader import Loader, open_source
+from ssl_eo.config import Config, to_dict
+from ssl_eo.data.loader import Loader
+from ssl_eo.data.opening import open_sources
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.types import Batch, move_to
 from ssl_eo.distributed import AgreedFlag, World, all_agree, barrier, init_world, is_main, shutdown
@@ -73,10 +74,7 @@ class Trainer:
         self.config, self.world, self.stop = config, world, stop
         seed = config.run.seed
 
-        self.sources = [
-            with_key(f"data.sources[{i}] ({source.name})", open_source, source)
-            for i, source in enumerate(config.data.sources)
-        ]
+        self.sources = open_sources(config.data)
         schemas = [source.schema for source in self.sources]
 
         method = resolve("ssl_eo.objectives", config.objective.name).Objective
@@ -296,8 +294,10 @@ class Trainer:
         with undisturbed(self.objective, self.world.device), self._autocast():
             pictures = self.objective.preview(batch)
         if pictures:
-            schema = self.sources[batch.source].schema[next(iter(batch.views.values())).tile]
-            run_dir.save_pictures(self.config.run_dir, self.step, pictures, schema)
+            first = next(iter(batch.views.values()))[0]  # of the tiles, where there are several
+            shown = {title: v if first.place is None else v[first.place] for title, v in pictures.items()}
+            schema = self.sources[batch.source].schema[first.tile]
+            run_dir.save_pictures(self.config.run_dir, self.step, shown, schema)
 
     def _headline(self) -> str:
         """What runs, on what, and from where on."""

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.plans import check_sample
 from ssl_eo.data.shards import ShardWriter
 from ssl_eo.data.sources.eurosat import Config, Source, cell_split
+from ssl_eo.data.stacking import check_sample
 
 SAMPLES = Path(os.environ.get("SSL_EO_SAMPLES", "none"))
 needs_samples = pytest.mark.skipif(

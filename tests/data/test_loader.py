@@ -16,18 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_eo.data.loader import (
-    MAX_ATTEMPTS,
-    BadSample,
-    DataConfig,
-    Loader,
-    SourceConfig,
-    StepDataset,
-    WeightedSourceConfig,
-    WorkerTraceback,
-    open_source,
-)
-from ssl_eo.data.plans import CropConfig, resized_crop, stack_tiles, stack_views
+from ssl_eo.data.loader import MAX_ATTEMPTS, BadSample, Loader, StepDataset, WorkerTraceback
+from ssl_eo.data.opening import DataConfig, SourceConfig, WeightedSourceConfig, open_source
+from ssl_eo.data.plans import CropConfig, resized_crop
+from ssl_eo.data.stacking import stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Tile, TileSchema
 from ssl_eo.sensors import Band, Sensor
 
@@ -99,7 +91,7 @@ def load(n_workers: int = 0, cfg: DataConfig = CFG, sources: list[Any] = SOURCES
 
 
 def contents(batch: Batch) -> tuple[Any, ...]:
-    view = batch.views["image"]
+    (view,) = batch.views["image"]
     return (
         batch.step,
         batch.source,
@@ -164,7 +156,7 @@ def test_a_sample_that_comes_twice_gets_two_views() -> None:
     loader = load(cfg=cfg, sources=[ToySource(3)], global_batch_size=8)
     batch = next(loader)
     assert len(set(batch.keys)) == 3
-    assert len(np.unique(batch.views["image"].box.numpy(), axis=0)) == 8
+    assert len(np.unique(batch.views["image"][0].box.numpy(), axis=0)) == 8
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -386,5 +378,5 @@ def test_what_crosses_processes_can_be_pickled() -> None:
 def test_batches_are_pinned_for_a_gpu(expected: list[tuple[Any, ...]]) -> None:
     with load(2, device="cuda") as loader:
         batches = list(loader)
-    assert all(b.tiles["toy"].pixels.is_pinned() and b.views["image"].box.is_pinned() for b in batches)
+    assert all(b.tiles["toy"].pixels.is_pinned() and b.views["image"][0].box.is_pinned() for b in batches)
     assert [contents(b) for b in batches] == expected

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.order import Mixture, Order, check_lanes
+from ssl_eo.data.order import MixedOrder, Mixture, Order, check_lanes
 
 GOLDEN = ([8, 9, 10, 13, 22, 21], [1, 12, 19, 4, 28, 26], [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1])
 property_test = settings(max_examples=40, deadline=None)
@@ -191,3 +191,44 @@ def test_mixture_blocks_and_seeds_differ() -> None:
 def test_bad_weights_are_refused(mix: tuple[float, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Mixture(mix, seed=0)
+
+
+# --- batches of several sources ---------------------------------------------------------------------------------------
+
+
+def mixed(sizes, weights, n_lanes, per_lane, seed=0):
+    orders = tuple(Order(n, 3, n_lanes, n_lanes * per_lane, seed, 2, source=i) for i, n in enumerate(sizes))
+    return MixedOrder(orders, weights)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=3),
+    st.integers(0, 3),
+    st.integers(1, 3),
+    st.integers(0, 40),
+    st.integers(0, 2**31),
+)
+def test_mixed_batches_do_not_depend_on_the_world_size(sizes, log_lanes, per_lane, step, seed):
+    n_lanes = 2**log_lanes
+    order = mixed(sizes, (1.0,) * len(sizes), n_lanes, per_lane, seed)
+    whole = order.batch(step)
+    assert len(whole) == n_lanes * per_lane
+    assert 0 <= whole.min() <= whole.max() < sum(sizes)
+    for world_size in (2**k for k in range(log_lanes + 1)):
+        parts = [order.batch(step, rank, world_size) for rank in range(world_size)]
+        assert np.array_equal(np.concatenate(parts), whole)
+    for slot in order.slots():
+        assert order.replacement(step, slot, 2) == order.batch(step + 2)[slot]
+
+
+def test_mixed_batches_keep_the_proportions_and_show_every_sample_once_per_epoch():
+    order = mixed((30, 90), (1.0, 3.0), n_lanes=2, per_lane=4)
+    ids = np.concatenate([order.batch(step) for step in range(128)])  # 1,024 samples: 2 lanes of 2 blocks
+    assert np.count_nonzero(ids < 30) == 256
+    assert np.count_nonzero(ids >= 30) == 768
+    counts = np.bincount(ids, minlength=120)
+    # 256 / 30 and 768 / 90 epochs; the two lanes are not always in the same one.
+    assert set(counts.tolist()) <= {7, 8, 9, 10}
+    first = [i for i in ids.tolist() if i < 30][:30]
+    assert len(set(first)) >= 28

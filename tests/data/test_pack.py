@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +79,23 @@ class TinySource:
         return Sample(f"scene.{index}/é", tiles, {"latitude": index / 7, "date": "2020-01-01"}, label)
 
 
+class VariedSource(TinySource):
+    """Every other sample has a second tile, of a size and a date of its own."""
+
+    schema: ClassVar = {
+        "radar": TinySource.schema["radar"],
+        "thermal@noon": replace(schema("thermal@noon", "float32", 1, 8), shape=None, optional=True),
+    }
+
+    def read(self, index: int) -> Sample:
+        sample = TinySource(self.n).read(index)
+        tiles = {"radar": replace(sample.tiles["radar"], date="2021-06-01")}
+        if index % 2:
+            pixels = np.full((1, 3 + index, 5), index, np.float32)
+            tiles["thermal@noon"] = Tile(pixels, ("b0",), 10.0, date=f"2021-06-{1 + index:02d}T12:00")
+        return replace(sample, tiles=tiles)
+
+
 def assert_same_samples(packed: PackedSource, source: TinySource, indices: list[int]) -> None:
     assert len(packed) == len(indices)
     for row, index in enumerate(indices):
@@ -85,9 +103,10 @@ def assert_same_samples(packed: PackedSource, source: TinySource, indices: list[
         assert (mine.key, mine.meta) == (theirs.key, theirs.meta)
         assert type(mine.label) is type(theirs.label)
         assert np.array_equal(mine.label, theirs.label)
+        assert mine.tiles.keys() == theirs.tiles.keys()
         for name, tile in mine.tiles.items():
             expected = theirs.tiles[name]
-            assert (tile.bands, tile.gsd_m) == (expected.bands, expected.gsd_m)
+            assert (tile.bands, tile.gsd_m, tile.date) == (expected.bands, expected.gsd_m, expected.date)
             assert tile.pixels.dtype == expected.pixels.dtype
             assert tile.pixels.shape == expected.pixels.shape
             assert tile.pixels.tobytes() == expected.pixels.tobytes()
@@ -130,6 +149,19 @@ def test_what_is_packed_comes_back(tmp_path, codec, access):
     assert_same_samples(pickle.loads(pickle.dumps(packed)), source, list(range(20)))
     with pytest.raises(IndexError):
         packed.read(20)
+
+
+@pytest.mark.parametrize("codec", ["raw", "blosc"])
+def test_tiles_that_not_every_sample_has_and_that_differ_in_size(tmp_path, codec):
+    source = VariedSource(12)
+    report = packing.pack(source, tmp_path, codec=codec, samples_per_shard=5)
+    packed = PackedSource(Config(str(tmp_path), verify=True))
+    assert packed.schema == source.schema
+    assert_same_samples(packed, source, list(range(12)))
+    thermal = report.statistics["thermal@noon"]
+    assert thermal.count.tolist() == [sum(5 * (3 + i) for i in range(1, 12, 2))]
+    assert (thermal.minimum.tolist(), thermal.maximum.tolist()) == ([1], [11])
+    assert check(tmp_path).ok
 
 
 def test_bytes_do_not_depend_on_the_run_or_the_workers(tmp_path):
@@ -283,7 +315,12 @@ def test_samples_that_do_not_fit_the_schema_are_bad(tmp_path):
     report = packing.pack(WrongSource(), tmp_path, max_bad_ratio=0.5)
     assert report.n_bad == 5
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    parts = ["its tiles are", "dtype float64, expected float32", "shape (2, 4, 8), expected (2, 8, 8)", "comes twice"]
+    parts = [
+        "has no tile 'radar'",
+        "dtype float64, expected float32",
+        "shape (2, 4, 8), expected (2, 8, 8)",
+        "comes twice",
+    ]
     for reason, part in zip(reasons, [*parts, "bands ('b1', 'b0'), expected"], strict=True):
         assert part in reason
 
@@ -395,7 +432,7 @@ def shard(**values: Any) -> Callable[[dict[str, Any]], None]:
         (radar(gsd_m="10"), "gsd_m of radar must be positive metres, got '10'"),
         (radar(bands=["b0", "b0"]), "named twice: b0, b0"),
         (radar(bands=["b0", "b7"]), "no band 'b7'"),
-        (radar(shape=[8, -8]), r"shape of radar must be \(height, width\) in pixels, got \(8, -8\)"),
+        (radar(shape=[8, -8]), r"shape of radar must be \(height, width\) in pixels or None, got \(8, -8\)"),
         (radar(shape=8), r"tiles\.radar: "),
         (radar(mean=["1", "2"]), "must be finite"),
         (radar(codec="zip"), "codec: 'zip' is none of"),

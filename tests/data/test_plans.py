@@ -1,25 +1,12 @@
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.plans import (
-    CropConfig,
-    aligned,
-    band_subset,
-    check_no_data,
-    check_sample,
-    multi_crop,
-    resized_crop,
-    shown_tiles,
-    stack_tiles,
-    stack_views,
-    whole,
-)
-from ssl_eo.data.types import Sample, Tile, TileSchema, ViewPlan
+from ssl_eo.data.plans import CropConfig, aligned, band_subset, multi_crop, resized_crop, whole
+from ssl_eo.data.types import TileSchema, ViewPlan
 from ssl_eo.sensors import Band, Sensor
 
 many = settings(max_examples=50, deadline=None)
@@ -29,10 +16,6 @@ def make_schema(dtype="uint16", shape=(8, 8), gsd_m=10.0, no_data=()):
     bands = tuple(Band(n, "optical", gsd_m, 0.5 + 0.1 * i) for i, n in enumerate(("red", "green")))
     sensor = Sensor("demo", "demo", bands, dtype, "dn", "demo", no_data=no_data)
     return TileSchema(sensor, sensor.band_names, dtype, shape, gsd_m, (0.0, 0.0), (1.0, 1.0))
-
-
-def make_sample(pixels, key="k7", bands=("red", "green"), gsd_m=10.0):
-    return Sample(key, {"demo": Tile(pixels, bands, gsd_m)})
 
 
 @many
@@ -143,130 +126,3 @@ def test_band_subset_ranges():
         band_subset(np.random.default_rng(0), 5, 3, 2)
     rng = np.random.default_rng(0)
     assert {len(band_subset(rng, 9, 2, 4)) for _ in range(100)} == {2, 3, 4}
-
-
-@pytest.mark.parametrize(
-    ("sample", "message"),
-    [
-        (
-            Sample("k7", {"other": Tile(np.zeros((2, 8, 8), np.uint16), ("red", "green"), 10.0)}),
-            "no tile 'demo'.*other",
-        ),
-        (make_sample(np.zeros((2, 8, 9), np.uint16)), r"shape \(2, 8, 9\), expected \(2, 8, 8\)"),
-        (make_sample(np.zeros((2, 8, 8), np.int16)), "dtype int16, expected uint16"),
-        (make_sample(np.zeros((2, 8, 8), np.uint16), bands=("green", "red")), r"bands \('green', 'red'\), expected"),
-        (make_sample(np.zeros((2, 8, 8), np.uint16), bands=()), r"bands \(\), expected"),
-        (make_sample(np.zeros((2, 8, 8), np.uint16), gsd_m=0.0), r"gsd_m 0\.0, expected metres above 0"),
-        (make_sample(np.zeros((2, 8, 8), np.uint16), gsd_m=np.nan), "gsd_m nan, expected metres above 0"),
-    ],
-)
-def test_mismatched_samples_are_refused_by_name(sample, message):
-    schema = {"demo": make_schema()}
-    for refuse in (lambda: check_sample(sample, schema), lambda: stack_tiles([sample], ["demo"], schema)):
-        with pytest.raises(ValueError, match=message) as caught:
-            refuse()
-        assert "'k7'" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "no_data", "empty"),
-    [
-        ("uint16", (0.0, 65535.0), 65535),
-        ("float32", (-9999.0,), -9999),
-        ("float32", (), np.nan),
-        ("float32", (), -np.inf),
-    ],
-)
-def test_no_data_is_found(dtype, no_data, empty):
-    schema = {"demo": make_schema(dtype, no_data=no_data)}
-    clean, holed, blank = (make_sample(np.ones((2, 8, 8), dtype)) for _ in range(3))
-    holed.tiles["demo"].pixels[1, 3, 3] = empty
-    blank.tiles["demo"].pixels[:] = empty
-    for _ in range(2):  # before anybody has looked, and after
-        assert not stack_tiles([clean, clean], ["demo"], schema)["demo"].has_no_data
-        assert stack_tiles([clean, holed], ["demo"], schema)["demo"].has_no_data
-        check_no_data(clean, schema)
-        check_no_data(holed, schema)
-    with pytest.raises(ValueError, match="tile 'demo' of sample 'k7' is all no-data"):
-        check_no_data(blank, schema)
-
-
-def test_pixels_are_compared_with_no_data_once():
-    schema = {"demo": make_schema(no_data=(0.0,))}
-    sample = make_sample(np.ones((2, 8, 8), np.uint16))
-    assert sample.tiles["demo"].has_no_data is None
-    check_no_data(sample, schema)
-    assert sample.tiles["demo"].has_no_data is False
-    sample.tiles["demo"].pixels[:] = 0  # would be seen by a second look
-    assert not stack_tiles([sample], ["demo"], schema)["demo"].has_no_data
-
-
-def test_shown_tiles_are_those_of_all_plans_inside():
-    @dataclass
-    class Planned:
-        views: dict[str, list[ViewPlan]]
-        mask: object
-
-    one, other = whole("one", (8, 8), 8), whole("other", (8, 8), 8)
-    assert shown_tiles(one) == {"one"}
-    assert shown_tiles((one, np.ones(3, bool), "third")) == {"one"}
-    assert shown_tiles(Planned({"global": [one, one], "local": [other]}, None)) == {"one", "other"}
-    assert shown_tiles([np.zeros(3), 4]) == set()
-
-
-def test_a_schema_names_the_first_difference():
-    schema = make_schema()
-    schema.check(np.zeros((2, 8, 8), np.uint16))
-    with pytest.raises(ValueError, match=r"^shape \(1, 8, 8\), expected \(2, 8, 8\)$"):
-        schema.check(np.zeros((1, 8, 8), np.uint16))
-    with pytest.raises(ValueError, match=r"^dtype int16, expected uint16$"):
-        schema.check(np.zeros((2, 8, 8), np.int16), schema.bands)
-    with pytest.raises(ValueError, match=r"^bands \('red',\), expected"):
-        schema.check(np.zeros((2, 8, 8), np.uint16), ("red",))
-
-
-def test_a_number_that_the_dtype_cannot_hold_is_never_found():
-    schema = {"demo": make_schema("uint16", no_data=(-9999.0, 0.5, np.nan))}
-    assert not stack_tiles([make_sample(np.zeros((2, 8, 8), np.uint16))], ["demo"], schema)["demo"].has_no_data
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint16", "float32"])
-def test_tiles_stack_in_their_dtype(dtype):
-    samples = [make_sample(np.full((2, 8, 8), i, dtype)) for i in range(3)]
-    tiles = stack_tiles(samples, ["demo"], {"demo": make_schema(dtype)})["demo"]
-    assert tiles.pixels.dtype == getattr(torch, dtype)
-    assert tiles.pixels[:, 0, 0, 0].float().tolist() == [0, 1, 2]
-
-
-def test_views_stack_outermost():
-    plans = [
-        [ViewPlan("demo", (v, s, 4.0, 5.0), (8, 6), s == 1, v, (s, 2), 1 + v, s) for s in range(3)] for v in range(2)
-    ]
-    batch = stack_views(plans)
-    assert (batch.tile, batch.size, batch.resample) == ("demo", (8, 6), True)
-    assert batch.row.tolist() == [0, 1, 2, 0, 1, 2]
-    assert batch.box[:, 0].tolist() == [0, 0, 0, 1, 1, 1]
-    assert batch.box[:, 1].tolist() == [0, 1, 2, 0, 1, 2]
-    assert batch.flip.tolist() == [False, True, False] * 2
-    assert batch.rot90.tolist() == [0, 0, 0, 1, 1, 1]
-    assert batch.bands is not None
-    assert batch.bands.tolist() == [[0, 2], [1, 2], [2, 2]] * 2
-    assert batch.gain.tolist() == [1, 1, 1, 2, 2, 2]
-    assert batch.bias.tolist() == [0, 1, 2] * 2
-
-
-def test_only_untouched_tiles_skip_resampling():
-    plain = whole("demo", (8, 8), 8)
-    assert not stack_views([[plain, replace(plain, gain=1.2, rot90=4)]]).resample
-    for changed in (replace(plain, flip=True), replace(plain, rot90=2), replace(plain, box=(0.0, 0.5, 8.0, 8.0))):
-        assert stack_views([[plain, changed]]).resample
-    assert stack_views([[whole("demo", (9, 9), 8)]]).resample
-
-
-def test_plans_of_one_role_must_agree():
-    plan = whole("demo", (8, 8), 8)
-    for other in (replace(plan, tile="x"), replace(plan, size=(4, 4)), replace(plan, bands=(0,))):
-        with pytest.raises(ValueError, match="must share tile, size and number of bands"):
-            stack_views([[plan, other]])
-    with pytest.raises(ValueError, match=r"as many plans each, got \[2, 1\]"):
-        stack_views([[plan, plan], [plan]])

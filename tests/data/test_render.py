@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.plans import CropConfig, aligned, resized_crop, stack_tiles, stack_views, whole
+from ssl_eo.data.plans import CropConfig, aligned, resized_crop, whole
 from ssl_eo.data.render import Renderer
+from ssl_eo.data.stacking import stack_tiles, stack_views
 from ssl_eo.data.types import Batch, PixelBatch, Sample, Tile, TileBatch, TileSchema, ViewPlan, move_to
 from ssl_eo.sensors import Band, Sensor
 

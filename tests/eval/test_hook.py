@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from toy import scenes
 
-from ssl_eo.data.loader import SourceConfig
+from ssl_eo.data.opening import SourceConfig
 from ssl_eo.distributed import rank
 from ssl_eo.eval.features import Encode, extract, pool_tokens, pooled_taps, tap_layers, tap_name
 from ssl_eo.eval.hook import EvalConfig, EvalHook

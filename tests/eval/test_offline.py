@@ -11,7 +11,7 @@ import pytest
 import torch
 from toy import scenes
 
-from ssl_eo.data.loader import SourceConfig
+from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.controls import CONTROLS
 from ssl_eo.eval.hook import EvalConfig
 from ssl_eo.eval.offline import evaluate, print_summary

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy import scenes
 
-from ssl_eo.data.loader import SourceConfig
+from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.tasks import Task, TaskConfig
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 
 from ssl_eo import components
 from ssl_eo.config import Config, load
-from ssl_eo.data.loader import Loader, open_source
+from ssl_eo.data.loader import Loader
+from ssl_eo.data.opening import open_source
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.types import Batch, map_tensors
 from ssl_eo.hub import load_bundle, write_bundle

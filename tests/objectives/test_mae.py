@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from ssl_eo.config import load
-from ssl_eo.data.types import Batch, MaskBatch, PixelBatch
+from ssl_eo.data.render import Renderer
+from ssl_eo.data.stacking import cut_to_views
+from ssl_eo.data.types import Batch, MaskBatch, PixelBatch, Sample, Tile, TileSchema
 from ssl_eo.objectives.mae import Objective
 from ssl_eo.sensors import load_sensor
 from ssl_eo.train.parallel import build_objective
@@ -139,6 +142,40 @@ def test_preview_keeps_what_is_visible(overrides: tuple[str, ...]) -> None:
     assert not pictures["reconstruction"].isnan().any()
 
 
+def _optional(name: str, bands: list[str]) -> TileSchema:
+    n = len(bands)
+    return TileSchema(load_sensor(name), tuple(bands), "uint16", (40, 40), 10.0, (9.0,) * n, (2.0,) * n, optional=True)
+
+
+def test_two_products_of_a_sensor_share_a_batch() -> None:
+    """Each sample has one of two tiles, with statistics of its own; both are learned from in one step."""
+    bands = [band for band in load_sensor("sentinel2_l1c").band_names if band != "B10"]
+    schema = {name: _optional(name, bands) for name in ("sentinel2_l1c", "sentinel2_l2a")}
+    config = load(DEBUG, ["objective.tile=[sentinel2_l1c,sentinel2_l2a]"])
+    views = Objective.views(config.objective.options, config.model, [schema])
+    rng = np.random.default_rng(0)
+    planned = []
+    for i, name in enumerate(("sentinel2_l2a", "sentinel2_l1c", "sentinel2_l2a")):
+        pixels = rng.integers(1, 9000, (12, 40, 40)).astype(np.uint16)
+        sample = Sample(str(i), {name: Tile(pixels, tuple(bands), 10.0)})
+        plan = views.plan(sample, rng)
+        planned.append((cut_to_views(sample, [plan.view], schema), plan))
+    batch = views.collate(planned, 0, 0, rng)
+    batch.pixels = Renderer([schema]).render(batch)
+    assert batch.pixels["image"].channels.wavelength_um.shape == (3, 12)
+    objective = build_objective(
+        lambda: Objective(config.objective.options, config.model, [schema]), 0, torch.device("cpu")
+    )
+    losses = objective(batch, {})
+    losses.total.backward()
+    assert losses.total.isfinite()
+    with pytest.raises(ValueError, match="it has none of the tiles of objective"):
+        views.plan(Sample("x", {"dem": sample.tiles[name]}), rng)
+    uneven = {**schema, "sentinel2_l1c": _optional("sentinel2_l1c", [*bands, "B10"])}
+    with pytest.raises(ValueError, match="need as many bands each, but sentinel2_l1c has 13, sentinel2_l2a has 12"):
+        Objective.views(config.objective.options, config.model, [uneven])
+
+
 def test_ema_follows_the_student_and_is_what_is_published() -> None:
     objective = _objective("objective.ema_momentum=0.75")
     assert objective.teacher is not None
@@ -160,7 +197,7 @@ def test_ema_follows_the_student_and_is_what_is_published() -> None:
     ],
 )
 def test_wrong_combinations_are_refused(override: str, message: str) -> None:
-    from ssl_eo.data.loader import open_source
+    from ssl_eo.data.opening import open_source
 
     config = load(DEBUG, [override, EXTRA])
     schemas = [open_source(s).schema for s in config.data.sources]

@@ -68,7 +68,7 @@ class Source:
         names = self._tile_names(cfg.tiles)
         packed = {name: self.manifest.tiles[name] for name in names}
         self._schema = {n: t.measured_schema() if cfg.statistics == "measured" else t.schema for n, t in packed.items()}
-        self._members = [tile_member(name, tile.codec) for name, tile in packed.items()]
+        self._members = {name: tile_member(name, tile.codec) for name, tile in packed.items()}
         self._starts = list(accumulate((s.n_samples for s in self.manifest.shards), initial=0))
         self._open: OrderedDict[int, ShardReader] = OrderedDict()  # least recently used first
 
@@ -100,11 +100,12 @@ class Source:
         row = index - self._starts[shard]
         reader = self._reader(shard)
         content = decode_meta(reader.read(row, META_MEMBER))
-        gsd_m = content.get("gsd_m", {})
-        arrays = reader.arrays(row, self._members)
+        gsd_m, date = content.get("gsd_m", {}), content.get("date", {})
+        names = [n for n, s in self._schema.items() if not s.optional or reader.has(row, self._members[n])]
+        arrays = reader.arrays(row, [self._members[name] for name in names])
         tiles = {
-            name: Tile(pixels, schema.bands, gsd_m.get(name, schema.gsd_m))
-            for (name, schema), pixels in zip(self._schema.items(), arrays, strict=True)
+            name: Tile(pixels, self._schema[name].bands, gsd_m.get(name, self._schema[name].gsd_m), date.get(name))
+            for name, pixels in zip(names, arrays, strict=True)
         }
         label = reader.array(row, LABEL_MEMBER) if reader.has(row, LABEL_MEMBER) else content["label"]
         return Sample(unescape_key(reader.key(row)), tiles, content["meta"], label)

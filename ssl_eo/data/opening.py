@@ -1,0 +1,79 @@
+"""What a run reads: `data` in a config, and its sources, opened."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ssl_eo.components import free, resolve
+from ssl_eo.data.mixture import MixedSource
+from ssl_eo.data.render import Interpolation
+from ssl_eo.data.types import Source
+
+__all__ = ["DataConfig", "SourceConfig", "WeightedSourceConfig", "open_source", "open_sources"]
+
+
+@dataclass
+class SourceConfig:
+    """A module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
+
+    name: str
+    options: Any = field(metadata={"package": "ssl_eo.data.sources"})
+
+
+@dataclass
+class WeightedSourceConfig(SourceConfig):
+    """One entry of `data.sources`."""
+
+    weight: float = 1.0  # share of the steps this source feeds, relative to the other sources' weights
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight must be positive and finite, got {self.weight}")
+
+
+@dataclass
+class DataConfig:
+    """What is read, in which order, and how. From `n_workers` on, nothing changes a batch."""
+
+    sources: list[WeightedSourceConfig]
+    # A batch comes from one source, or from all; then tiles are optional, and the objective draws among a sample's own.
+    mixing: Literal["step", "sample"] = "step"
+    temperature: float | None = None  # multiplies weights by n_samples ** (1 / temperature); None: as they are
+    n_lanes: int = 8  # parallel streams of samples; a multiple of the world size, divides train.global_batch_size
+    window_chunks: int = 8  # chunks of a lane that are shuffled together
+    interpolation: Interpolation = "bicubic"  # of views that are resized
+    n_workers: int = free(2)  # reading processes per rank; 0 reads in the training process
+    prefetch_batches: int = free(2)  # batches that each worker prepares ahead
+    max_bad_ratio: float = free(0.01)  # share of unreadable samples at which the run stops
+    pin_memory: bool = free(True)  # page-locked batches, for copies that overlap with compute; CUDA only
+    start_method: Literal["auto", "fork", "forkserver"] = free("auto")  # of workers; auto forks unless CUDA is in use
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty: name at least one source")
+        for key, least in (("n_lanes", 1), ("window_chunks", 1), ("n_workers", 0), ("prefetch_batches", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature must be positive or null, got {self.temperature}")
+        if not 0 <= self.max_bad_ratio <= 1:
+            raise ValueError(f"max_bad_ratio must be between 0 and 1, got {self.max_bad_ratio}")
+
+
+def open_source(cfg: SourceConfig) -> Source:
+    """The source that `cfg` names, opened with its options."""
+    source: Source = resolve("ssl_eo.data.sources", cfg.name).Source(cfg.options)
+    return source
+
+
+def open_sources(cfg: DataConfig) -> list[Source]:
+    """What feeds a run: every source that `cfg` names, or all of them as one where batches mix them."""
+    opened = []
+    for i, source in enumerate(cfg.sources):
+        try:
+            opened.append(open_source(source))
+        except ValueError as error:
+            raise ValueError(f"data.sources[{i}] ({source.name}): {error}") from None
+    return [MixedSource(opened)] if cfg.mixing == "sample" else opened
