@@ -30,7 +30,7 @@ from ssl_eo.resources import resource_dir
 from ssl_eo.sensors import load_sensor
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _TABLE = re.compile(r"(<!-- ((?:keys|sensors)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

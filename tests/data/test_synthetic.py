@@ -21,7 +21,10 @@ from ssl_eo.resources import resource_dir
 from ssl_eo.seeding import numpy_generator
 from ssl_eo.sensors import load_sensor
 
-SENSOR_NAMES = sorted(p.stem for p in (resource_dir("datasets_meta") / "sensors").glob("*.yaml"))
+NOT_MODELLED = ("canopy_height", "sentinel2_cloud_mask", "sentinel2_scl")  # the procedural world has no such thing
+SENSOR_NAMES = sorted(
+    p.stem for p in (resource_dir("datasets_meta") / "sensors").glob("*.yaml") if p.stem not in NOT_MODELLED
+)
 COVER = {name: i for i, name in enumerate(LAND_COVER)}
 
 
@@ -319,3 +322,9 @@ def test_interpolation_keeps_planes_between_the_outer_centres(n_cells, n_out):
     plane = np.add.outer(2 * centres, centres)
     at = ((np.arange(n_out) + 0.5) * extent_m / n_out).clip(5.0, extent_m - 5.0)
     np.testing.assert_allclose(interpolate(plane, n_out, extent_m, 10.0), np.add.outer(2 * at, at), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NOT_MODELLED)
+def test_what_the_world_does_not_have_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        Source(Config(sensors=[name]))

@@ -46,6 +46,8 @@ _LEGENDS = {
     "dynamic_world": (0, 1, 4, 2, 7, 7, 6, 6, 8, 3, 7, 7),
 }
 
+_NOT_MODELLED = ("canopy_height",)  # elevation here is that of the ground
+
 
 class Instrument:
     """Bands of one sensor over places of `extent_m`: `observe(scene, rng)` gives a tile `[C, N, N]` as it is stored.
@@ -54,6 +56,8 @@ class Instrument:
     """
 
     def __init__(self, sensor: Sensor, bands: tuple[str, ...], extent_m: float) -> None:
+        if sensor.name in _NOT_MODELLED:
+            raise ValueError(f"the procedural world has nothing that {sensor.name!r} measures")
         if sensor.is_categorical and sensor.name not in _LEGENDS:
             raise ValueError(f"no legend for the class map {sensor.name!r} (known: {', '.join(_LEGENDS)})")
         self.sensor = sensor

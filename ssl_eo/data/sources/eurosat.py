@@ -17,7 +17,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -29,14 +28,13 @@ from numpy.typing import NDArray
 
 from ssl_eo.components import FREE, import_extra
 from ssl_eo.data.shards import ShardIndex, ShardReader, index_path
+from ssl_eo.data.sources._splits import cell_split
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.resources import find_resource
-from ssl_eo.seeding import derive_seed
 from ssl_eo.sensors import load_sensor
 
 __all__ = ["Config", "Source", "cell_split"]
 
-_SPLIT_ENDS = {"train": 0.7, "val": 0.8, "test": 1.0}
 _NOT_META = ("key", "split", "shard", "cls", "class_name")  # columns that a sample holds elsewhere
 
 
@@ -111,13 +109,6 @@ class Source:
         for row in self._rows:
             digest.update(self._files.checksum(row))
         return digest.hexdigest()
-
-
-def cell_split(latitude: float, longitude: float, cell_deg: float, seed: int) -> str:
-    """The split of the grid cell that holds a place (degrees): "train", "val" or "test", by a hash of the cell."""
-    cell = math.floor(latitude / cell_deg), math.floor(longitude / cell_deg)
-    u = derive_seed(seed, "eurosat cell", *cell) / 2**63
-    return next(split for split, end in _SPLIT_ENDS.items() if u < end)
 
 
 class _Files(Protocol):

@@ -1,0 +1,141 @@
+"""Single rows of the arrays of one HDF5 file, read past HDF5's filters where the file allows it.
+
+HDF5 inflates one chunk at a time, under a lock of which a process has one. Where a chunk is exactly one row, plain or
+deflated, its bytes are fetched as they lie in the file and inflated here, without that lock: by ISA-L where the package
+`isal` is installed, else by zlib. Arrays that are contiguous, in other chunks or filtered otherwise are read through
+HDF5.
+
+N rows, C bands, H W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_eo.components import one_line, suggest
+
+__all__ = ["HDF5Rows"]
+
+_Codec = tuple[Callable[..., bytes], type[Exception]]  # `decompress(data, bufsize=...)` and the error that it raises
+_ZLIB: _Codec = (zlib.decompress, zlib.error)
+_DEFLATE = 1  # HDF5's number of the filter
+_CACHE_BYTES = 16 << 20  # of HDF5's chunks, for each array whose chunks hold several rows
+
+
+@dataclass
+class _Array:
+    """An open dataset `[N, C, H, W]`, and how its rows are stored."""
+
+    dataset: Any
+    shape: tuple[int, ...]  # of a row
+    dtype: np.dtype[Any]
+    n_bytes: int  # of a row
+    is_direct: bool  # a chunk is a row, deflated or plain
+    is_deflated: bool
+
+    @classmethod
+    def of(cls, dataset: Any) -> _Array:
+        pipeline = dataset.id.get_create_plist()
+        filters = [pipeline.get_filter(i)[0] for i in range(pipeline.get_nfilters())]
+        is_deflated = filters == [_DEFLATE]
+        is_direct = dataset.chunks == (1, *dataset.shape[1:]) and (is_deflated or not filters)
+        shape, dtype = dataset.shape[1:], dataset.dtype
+        return cls(dataset, shape, dtype, dtype.itemsize * math.prod(shape), is_direct, is_deflated)
+
+
+class HDF5Rows:
+    """The file `path`. It is opened on first use in every process, and travels to other processes closed."""
+
+    def __init__(self, path: Path, allow_direct: bool = True) -> None:
+        """With `allow_direct` False every row is read through HDF5, as for a comparison."""
+        self.path = path
+        self._allow_direct = allow_direct
+        self._handle: Any = None
+        self._arrays: dict[str, _Array] = {}
+        self._pid = 0
+        self._codec = _ZLIB  # until the file is opened
+
+    def open(self) -> Any:
+        """This process's handle. HDF5 keeps state behind a handle, which must not be used on both sides of a fork."""
+        if self._pid != os.getpid():
+            self._handle, self._arrays, self._pid = None, {}, os.getpid()
+        if self._handle is None:
+            import h5py
+
+            self._handle = h5py.File(self.path, "r", rdcc_nbytes=_CACHE_BYTES)
+            self._codec = _fastest_codec()
+        return self._handle
+
+    def close(self) -> None:
+        self._arrays = {}
+        if self._handle is not None and self._pid == os.getpid():
+            self._handle.close()
+        self._handle = None
+
+    def dataset(self, name: str) -> Any:
+        """The dataset `name`; raises `ValueError` that lists those there are."""
+        import h5py
+
+        found = self.open().get(name)
+        if not isinstance(found, h5py.Dataset):
+            known = sorted(self.open())
+            raise ValueError(f"{self.path} has no array {name!r}{suggest(name, known)} (it has {', '.join(known)})")
+        return found
+
+    def rows_per_chunk(self, name: str) -> int:
+        """Rows of the array `name` that are inflated together; 1 where it is not chunked."""
+        chunks = self.dataset(name).chunks
+        return int(chunks[0]) if chunks else 1
+
+    def is_direct(self, name: str) -> bool:
+        """Whether rows of the array `name` are read past HDF5's filters."""
+        return self._array(name).is_direct
+
+    def read(self, name: str, row: int) -> NDArray[Any]:
+        """Row `row` of the array `name`, `[C, H, W]` in the stored dtype, perhaps read-only.
+
+        Raises `OSError` that names file, array and row when it cannot be read or inflated.
+        """
+        array = self._array(name)
+        inflate, inflate_error = self._codec
+        try:
+            if not array.is_direct:
+                pixels: NDArray[Any] = array.dataset[row]
+                return pixels
+            skipped, data = array.dataset.id.read_direct_chunk((row, *[0] * len(array.shape)))
+            if array.is_deflated and not skipped & 1:
+                data = inflate(data, bufsize=array.n_bytes)
+            if len(data) != array.n_bytes:
+                raise OSError(f"{len(data)} bytes, expected {array.n_bytes}")
+        except (OSError, RuntimeError, inflate_error) as error:
+            raise OSError(f"{self.path}: row {row} of {name} cannot be read: {one_line(error)}") from None
+        return np.frombuffer(data, array.dtype).reshape(array.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handle": None, "_arrays": {}, "_codec": _ZLIB}
+
+    def _array(self, name: str) -> _Array:
+        self.open()  # forgets the arrays of another process
+        if name not in self._arrays:
+            array = _Array.of(self.dataset(name))
+            array.is_direct &= self._allow_direct
+            self._arrays[name] = array
+        return self._arrays[name]
+
+
+def _fastest_codec() -> _Codec:
+    try:
+        module = importlib.import_module("isal.isal_zlib")
+    except ImportError:
+        return _ZLIB
+    return module.decompress, module.error

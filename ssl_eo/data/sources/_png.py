@@ -1,0 +1,80 @@
+"""Tiles that lie on disk as one 8-bit PNG for each band, or for three of them, decoded when they are looked at.
+
+C bands, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PngBands"]
+
+_MODES = {1: "L", 3: "RGB"}
+_MAX_SIDE = 512  # pixels
+
+
+@dataclass(frozen=True)
+class PngBands:
+    """`LazyPixels` of PNGs of one size, by path with their number of bands. The bands of a missing file are zero.
+
+    Raises `ValueError` or `OSError` that names the file when opened or sliced, for one that is damaged or different.
+    """
+
+    files: Mapping[Path, int]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def open(cls, files: Mapping[Path, int]) -> PngBands | None:
+        """The size is that of the first file that is there; None if there is none."""
+        from PIL import Image
+
+        for path in files:
+            try:
+                with Image.open(path) as image:
+                    width, height = image.size
+            except FileNotFoundError:
+                continue
+            except (SyntaxError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{path}: {error}") from None
+            if height != width or width > _MAX_SIDE:
+                raise ValueError(f"{path} has {height} x {width} pixels, expected a square of at most {_MAX_SIDE}")
+            return cls(files, (sum(files.values()), height, width))
+        return None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.uint8)
+
+    def __getitem__(self, part: tuple[slice, slice, slice]) -> NDArray[Any]:
+        height, width = (len(range(n)[s]) for n, s in zip(self.shape[1:], part[1:], strict=True))
+        pixels = np.zeros((self.shape[0], height, width), np.uint8)
+        first = 0
+        for path, n_bands in self.files.items():
+            if (decoded := self._decode(path, n_bands)) is not None:
+                pixels[first : first + n_bands] = decoded[:, part[1], part[2]]
+            first += n_bands
+        return pixels[part[0]]
+
+    def _decode(self, path: Path, n_bands: int) -> NDArray[np.uint8] | None:
+        """`[n_bands, H, W]`, None for a file that is missing."""
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                found = (image.mode, image.height, image.width)
+                if found != (expected := (_MODES[n_bands], *self.shape[1:])):  # before decoding
+                    raise ValueError(f"{path} has mode, height, width {found}, expected {expected}")
+                pixels = np.asarray(image)
+        except FileNotFoundError:
+            return None
+        except (SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        except OSError as error:
+            raise OSError(f"{path}: {error}") from None
+        return np.atleast_3d(pixels).transpose(2, 0, 1)  # [n_bands, H, W]
