@@ -10,9 +10,15 @@ import math
 
 from ssl_eo.seeding import derive_seed
 
-__all__ = ["cell_split"]
+__all__ = ["cell_split", "check_cell"]
 
 _SPLIT_ENDS = {"train": 0.7, "val": 0.8, "test": 1.0}
+
+
+def check_cell(cell_deg: float) -> None:
+    """Raise `ValueError` unless a cell of that side, in degrees, makes a grid."""
+    if not 0 < cell_deg <= 90:
+        raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {cell_deg}")
 
 
 def cell_split(latitude: float, longitude: float, cell_deg: float, seed: int) -> str:

@@ -26,6 +26,7 @@ from ssl_eo.data.sources._band_files import BandFiles, place_of
 from ssl_eo.data.sources._bigearthnet import LABELS_JSON, SPLITS, Nomenclature, columns_v1, columns_v2, labels_of
 from ssl_eo.data.sources._columns import rows_in_cells
 from ssl_eo.data.sources._side_files import dataset_card
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
 
@@ -54,8 +55,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.n_classes not in (19, 43):
             raise ValueError(f"n_classes must be 19 or 43, got {self.n_classes}")
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
 
 
 class Source:

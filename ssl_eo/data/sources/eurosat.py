@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 
 from ssl_eo.components import FREE, import_extra
 from ssl_eo.data.shards import ShardIndex, ShardReader, index_path
-from ssl_eo.data.sources._splits import cell_split
+from ssl_eo.data.sources._side_files import dataset_card
+from ssl_eo.data.sources._splits import cell_split, check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
-from ssl_eo.resources import find_resource
 from ssl_eo.sensors import load_sensor
 
 __all__ = ["Config", "Source", "cell_split"]
@@ -50,8 +50,7 @@ class Config:
     split_seed: int = 0  # of the geographic split
 
     def __post_init__(self) -> None:
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
 
 
 class Source:
@@ -60,7 +59,7 @@ class Source:
     def __init__(self, cfg: Config) -> None:
         root = Path(cfg.root)
         layout = _find_layout(root) if cfg.layout == "auto" else cfg.layout
-        info = _dataset_info()
+        info = dataset_card("eurosat")
         metadata = _read_metadata(root / "metadata.csv")
         self._files: _Files
         if layout == "webdataset":
@@ -242,12 +241,6 @@ def _number_or_text(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _dataset_info() -> Any:
-    import yaml
-
-    return yaml.safe_load(find_resource("datasets_meta/datasets", "eurosat").read_text(encoding="utf-8"))
 
 
 def _tile_schema(array: Mapping[str, Any]) -> TileSchema:

@@ -27,6 +27,7 @@ from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._footprints import read_footprints
 from ssl_eo.data.sources._rasters import Rasters
 from ssl_eo.data.sources._side_files import card_schema, dataset_card, evenly_spaced, iso_date, name_inside, printable
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 
 __all__ = ["Config", "Source"]
@@ -51,8 +52,7 @@ class Config:
     min_images: int = 1  # footprints with fewer images are left out
 
     def __post_init__(self) -> None:
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
         for key in ("max_images_per_sensor", "min_size", "min_images"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")

@@ -27,6 +27,7 @@ from ssl_eo.data.sources._patterns import FileMatch, list_files, match_files
 from ssl_eo.data.sources._raster_tiles import RasterTile, TileConfig
 from ssl_eo.data.sources._rasters import Box, Rasters, ground_of, matching_box
 from ssl_eo.data.sources._side_files import printable, read_lines
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.seeding import numpy_generator
 
@@ -65,8 +66,7 @@ class Config:
                 raise ValueError(f"{key} must be at least 1, got {value}")
         if self.stride_px is not None and self.window_px is None:
             raise ValueError("stride_px needs window_px: rasters are not cut")
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
         ways = {"label_pattern": self.label_pattern, "label_csv": self.label_csv}
         ways["{label} in the first pattern"] = self.tiles[0].pattern if "{label}" in self.tiles[0].pattern else None
         if len(given := [name for name, value in ways.items() if value is not None]) > 1:

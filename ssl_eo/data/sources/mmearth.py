@@ -25,6 +25,7 @@ from ssl_eo.data.sources._columns import rows_in_cells
 from ssl_eo.data.sources._hdf5_rows import HDF5Rows
 from ssl_eo.data.sources._mmearth import Table, find_archive, published_statistics, tile_columns
 from ssl_eo.data.sources._side_files import dataset_card
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.statistics import merge_statistics, tile_statistics
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import POLARIZATIONS, Sensor, load_sensor
@@ -61,8 +62,7 @@ class Config:
         wrong = [name for name in self.polarizations if name not in POLARIZATIONS]
         if wrong or not self.polarizations or len(set(self.polarizations)) != len(self.polarizations):
             raise ValueError(f"polarizations must be some of {', '.join(POLARIZATIONS)}, got {self.polarizations}")
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
         if self.n_statistics_samples < 1:
             raise ValueError(f"n_statistics_samples must be at least 1, got {self.n_statistics_samples}")
 

@@ -29,6 +29,7 @@ from ssl_eo.data.sources._mercator import pixel_size_m, places_of_tiles
 from ssl_eo.data.sources._png import PngBands
 from ssl_eo.data.sources._scenes import PRODUCTS, Product, folder_facts, read_scenes, read_tiles
 from ssl_eo.data.sources._side_files import card_schema, dataset_card, evenly_spaced, iso_date, printable
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 
 __all__ = ["Config", "Source"]
@@ -47,8 +48,7 @@ class Config:
     max_images_per_sensor: int = 4  # scenes of a sensor in one sample
 
     def __post_init__(self) -> None:
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
         if self.max_images_per_sensor < 1:
             raise ValueError(f"max_images_per_sensor must be at least 1, got {self.max_images_per_sensor}")
         if not self.sensors or len(set(self.sensors)) < len(self.sensors):

@@ -28,6 +28,7 @@ from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._patterns import list_files
 from ssl_eo.data.sources._rasters import Rasters
 from ssl_eo.data.sources._side_files import dataset_card, evenly_spaced, name_inside, printable, read_lines
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
@@ -52,8 +53,7 @@ class Config:
     n_statistics_samples: int = 64  # evenly spaced patches that mean and deviation are measured on
 
     def __post_init__(self) -> None:
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
         if self.n_statistics_samples < 1:
             raise ValueError(f"n_statistics_samples must be at least 1, got {self.n_statistics_samples}")
 

@@ -30,6 +30,7 @@ from ssl_eo.components import FREE, suggest
 from ssl_eo.data.sources._band_files import BandFiles, place_of
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._side_files import dataset_card, read_json_object
+from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
 
@@ -73,8 +74,7 @@ class Config:
     metadata: list[str] = field(default_factory=list)  # keys of the scenes' metadata.json that go into sample meta
 
     def __post_init__(self) -> None:
-        if not 0 < self.cell_deg <= 90:
-            raise ValueError(f"cell_deg must be above 0 and at most 90 degrees, got {self.cell_deg}")
+        check_cell(self.cell_deg)
 
 
 @dataclass(frozen=True)
