@@ -11,7 +11,10 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +25,7 @@ __all__ = ["entry", "main"]
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+PROGRESS_EVERY_S = 30.0  # where there is no terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +115,13 @@ def _add_data_commands(parser: argparse.ArgumentParser) -> None:
     pack = actions.add_parser("pack", help="write a source as indexed shards; resumable")
     pack.add_argument("--out", required=True, help="folder for the shards")
     pack.add_argument("--split", default=None, help="subfolder of --out, for instance train")
-    pack.add_argument("--codec", default="raw", choices=("raw", "blosc"), help="blosc is lossless and needs an extra")
+    pack.add_argument(
+        "--codec",
+        action="append",
+        metavar="[TILE=]CODEC",
+        help="raw (default) or blosc (lossless, needs an extra), of all tiles; or TILE=CODEC, which may be repeated",
+    )
+    pack.add_argument("--keep-constant-bands", action="store_true", help="write them out, for readers other than ours")
     pack.add_argument("--shard-size-mb", type=float, default=512)
     pack.add_argument("--max-bad-ratio", type=float, default=0.01, help="share of bad samples above which it stops")
     pack.set_defaults(run=_data_pack)
@@ -188,16 +198,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _data_pack(arguments: argparse.Namespace) -> int:
+    from ssl_eo.data.opening import open_source
     from ssl_eo.data.pack import pack
 
-    source = _open_source(arguments)
+    cfg = _source_config(arguments)
+    source = open_source(cfg)
+    free = {f.name for f in fields(cfg.options) if f.metadata.get("free")}  # where it lies and how it is read
+    options = {name: value for name, value in asdict(cfg.options).items() if name not in free}
     with _progress("packing") as progress:
         report = pack(
             source,
             arguments.out,
             split=arguments.split,
-            codec=arguments.codec,
+            codec=_codec(arguments.codec),
             shard_size_mb=arguments.shard_size_mb,
+            keep_constant_bands=arguments.keep_constant_bands,
+            source_options=options,
             max_bad_ratio=arguments.max_bad_ratio,
             n_workers=arguments.workers,
             progress=progress,
@@ -213,9 +229,10 @@ def _data_stats(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from ssl_eo.data.opening import open_source
     from ssl_eo.data.pack import stats
 
-    source = _open_source(arguments)
+    source = open_source(_source_config(arguments))
     with _progress("measuring") as progress:
         report = stats(source, n_workers=arguments.workers, progress=progress)
     table = Table(title=f"{report.n_samples} samples ({report.n_bad} bad left out), stored units")
@@ -250,25 +267,48 @@ def _data_check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _open_source(arguments: argparse.Namespace) -> Any:
+def _source_config(arguments: argparse.Namespace) -> Any:
     from ssl_eo.config import build, read_overrides
-    from ssl_eo.data.opening import SourceConfig, open_source
+    from ssl_eo.data.opening import SourceConfig
 
     options = read_overrides(arguments.options)
     root = {} if arguments.root is None else {"root": arguments.root}
-    return open_source(build(SourceConfig, {"name": arguments.source, **root, **options}, "--source"))
+    return build(SourceConfig, {"name": arguments.source, **root, **options}, "--source")
+
+
+def _codec(chosen: list[str] | None) -> str | dict[str, str]:
+    """The codec of all tiles, or codecs by tile name."""
+    named = dict(entry.split("=", 1) for entry in chosen or () if "=" in entry)
+    plain = [entry for entry in chosen or () if "=" not in entry]
+    if len(plain) > 1 or (plain and named):
+        raise ValueError(f"--codec is one codec for all tiles, or TILE=CODEC for some, got {' '.join(chosen or ())}")
+    return named or (plain[0] if plain else "raw")
 
 
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with the time left on a terminal; nothing elsewhere."""
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """How far it is and the time left: a bar on a terminal, elsewhere a line now and then."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        yield _progress_lines(title)
         return
     with Progress(console=console) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _progress_lines(title: str) -> Callable[[int, int], None]:
+    start = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_EVERY_S:
+            last = now
+            left = timedelta(seconds=round((now - start) / done * (total - done)))
+            print(f"{title}: {done:,} of {total:,}, {left} left", file=sys.stderr, flush=True)
+
+    return show

@@ -9,10 +9,21 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
-__all__ = ["FREE", "MissingExtraError", "available", "free", "import_extra", "one_line", "resolve", "suggest"]
+__all__ = [
+    "FREE",
+    "MissingExtraError",
+    "available",
+    "check_names",
+    "free",
+    "import_extra",
+    "one_line",
+    "resolve",
+    "suggest",
+]
 
 T = TypeVar("T")
 
@@ -33,6 +44,12 @@ def available(package: str) -> list[str]:
     """Names of the modules of `package` that define a `Config`, by looking at the file names alone."""
     paths = importlib.import_module(package).__path__
     return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name != "base" and not m.name.startswith("_"))
+
+
+def check_names(key: str, names: Sequence[str]) -> None:
+    """Raise `ValueError` unless `names`, the value of `key` in a config, are one at least and none comes twice."""
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"{key} must name at least one, and each once, got {list(names)}")
 
 
 def suggest(word: str, allowed: list[str]) -> str:

@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
+from typing import IO
 
-__all__ = ["atomic_write", "lock_folder"]
+__all__ = ["atomic_file", "atomic_write", "lock_folder", "sync"]
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which replaces `path` at the end, in one go: whatever happens, the old or the new is there.
+
+    Raises `OSError` that names `path` when it cannot be written. Nothing of an attempt stays, but of a killed one
+    `<path>.<random>.partial`. Files are synced to disk: whoever writes one in one go wants it to outlive a power cut.
+    """
+    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # random: several processes may write at once
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace the file `path` in one go: whatever happens, the old or the new content is there.
+    """Replace the file `path` by one that holds `content`, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
-    Raises `OSError` that names `path` when it cannot be written; nothing of the attempt stays.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(path.name + ".partial")
+
+def sync(path: Path) -> None:
+    """Wait until what a file holds, or which files a folder holds, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from error
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def lock_folder(path: Path, hint: str) -> int:

@@ -14,7 +14,8 @@ __all__ = ["JsonLines", "read_jsonl"]
 class JsonLines:
     """Appends objects to the file `path`, on the disk at once, so that a killed run keeps all it wrote.
 
-    A last line that a killed run left unfinished is ended first, so that it spoils no other.
+    A last line that a killed run left unfinished is ended first, so that it spoils no other. Processes that share a
+    file open it before any of them writes: a line that is being written looks unfinished.
     """
 
     def __init__(self, path: Path) -> None:

@@ -45,9 +45,21 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any
 
 
 @pytest.fixture(scope="session")
-def samples_dir() -> Path:
-    """The folder of real sample imagery; skips without it."""
-    folder = os.environ.get("SSL_EO_SAMPLES")
-    if not folder:
-        pytest.skip("SSL_EO_SAMPLES is not set: it names a folder of real sample imagery")
-    return Path(folder)
+def real_samples() -> Callable[[str], Path]:
+    """`real_samples("eurosat_rgb")`: that file or folder of real sample imagery; the test is skipped without it."""
+
+    def find(name: str) -> Path:
+        path = Path(os.environ.get("SSL_EO_SAMPLES", "none"), name)
+        if not path.exists():
+            pytest.skip(f"SSL_EO_SAMPLES does not name a folder that holds {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache folder, empty and of this test alone."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache

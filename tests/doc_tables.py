@@ -3,7 +3,8 @@
 A table stands between `<!-- <what> -->` and `<!-- end -->`, where <what> is one of
 
 - `keys of <section>`: a section of the config (`train`, `model`, ...), with the sections inside it
-- `keys of objective <name>`, `keys of source <name>`, `keys of task`
+- `keys of <section>.<key>`: an entry of a list (`data.sources`, `eval.tasks`)
+- `keys of objective <name>`, `keys of source <name>`, likewise with `.<key>`
 - `keys that may change`: those that do not bind a run
 - `sensors`: the shipped sensors
 """
@@ -25,13 +26,13 @@ from typing import Any
 
 from ssl_eo.components import available, resolve
 from ssl_eo.config import Config
-from ssl_eo.eval.tasks import TaskConfig
 from ssl_eo.resources import resource_dir
 from ssl_eo.sensors import load_sensor
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+_COMPONENTS = {"objective": ("ssl_eo.objectives", "objective"), "source": ("ssl_eo.data.sources", "data.sources[]")}
 _TABLE = re.compile(r"(<!-- ((?:keys|sensors)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -64,15 +65,38 @@ def make_table(what: str) -> str:
 
 
 def keys_of(section: str) -> list[Key]:
-    """The keys of a section of the config, of `objective mae`, `source eurosat` or `task`."""
-    kind, _, name = section.partition(" ")
-    if kind == "objective" and name:
-        return list(_keys(resolve("ssl_eo.objectives", name).Config, "objective"))
-    if kind == "source":
-        return list(_keys(resolve("ssl_eo.data.sources", name).Config, "data.sources[]"))
-    if kind == "task":
-        return list(_keys(TaskConfig, "eval.tasks[]"))
-    return list(_keys(typing.get_type_hints(Config)[section], section))
+    """The keys of a section of the config (`train`, `eval.tasks`), of `objective mae` or of `source geotiff.tiles`."""
+    return list(_keys(*_config_of(section)))
+
+
+def sections() -> list[str]:
+    """What the docs must have a table of: `keys_of` knows it."""
+    found = [f.name for f in dataclasses.fields(Config) if f.name != "objective"]
+    found += [f"{kind} {name}" for kind, (package, _) in _COMPONENTS.items() for name in available(package)]
+    for section in found:  # which grows: entries of lists have tables of their own
+        hints = typing.get_type_hints(_config_of(section)[0])
+        found += [f"{section}.{field}" for field, hint in hints.items() if _entry(hint) is not None]
+    return found
+
+
+def _config_of(section: str) -> tuple[type, str]:
+    """The config class of a section, and what its keys begin with."""
+    kind, _, path = section.rpartition(" ")
+    name, *inner = path.split(".")
+    if kind:
+        package, prefix = _COMPONENTS[kind]
+        cls = resolve(package, name).Config
+    else:
+        cls, prefix = typing.get_type_hints(Config)[name], name
+    for field in inner:
+        cls, prefix = _entry(typing.get_type_hints(cls)[field]), f"{prefix}.{field}[]"
+    return cls, prefix
+
+
+def _entry(hint: Any) -> type | None:
+    """The config class of the entries of a list, None for any other type."""
+    cls = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+    return cls if dataclasses.is_dataclass(cls) else None
 
 
 def free_keys() -> list[str]:
@@ -94,7 +118,9 @@ def _free(cls: type, prefix: str = "") -> Iterator[str]:
 
 def _keys(cls: type, prefix: str, defaults: Any = None) -> Iterator[Key]:
     """The keys of a config class. `defaults` is an instance whose values are the defaults, if not the class's own."""
-    hints, comments = typing.get_type_hints(cls), _comments(cls)
+    hints, comments = typing.get_type_hints(cls), {}
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        comments |= _comments(base)
     for f in dataclasses.fields(cls):
         if "package" in f.metadata:
             continue  # the options of a component have a table of their own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from launching import ROOT, records
 from ssl_eo import __version__
 from ssl_eo.cli import main
 from ssl_eo.config import load
+from ssl_eo.data.manifest import Manifest
 from ssl_eo.data.shards import ShardIndex, index_path
 from ssl_eo.hub import load_bundle
 
@@ -145,6 +147,46 @@ def test_pack_then_read_again(packed: Path, tmp_path: Path, capsys: pytest.Captu
     source = ("--source", "shards", "--root", str(packed.parent), "split=train", "tiles=[dem]")
     assert main(["data", "pack", *source, "--out", str(tmp_path), "--codec", "raw", "--workers", "2"]) == 0
     assert f"{tmp_path}: 6 samples" in capsys.readouterr().out
+
+
+def test_a_packed_dataset_says_what_it_was_packed_from(tmp_path: Path) -> None:
+    assert main(["data", "pack", *SOURCE, "--out", str(tmp_path), "--workers", "0"]) == 0
+    source = Manifest.load(tmp_path)
+    assert source.source_name == "synthetic"
+    assert source.source_options["n_samples"] == 6
+    assert source.source_options["split"] == "train"
+
+
+def test_codecs_may_differ_between_tiles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack = ["data", "pack", *SOURCE, "--workers", "0", "--out"]
+    assert main([*pack, str(tmp_path / "a"), "--codec", "dem=blosc"]) == 0
+    codecs = {name: tile.codec for name, tile in Manifest.load(tmp_path / "a").tiles.items()}
+    assert codecs == {name: "blosc" if name == "dem" else "raw" for name in codecs}
+    assert len(codecs) > 1
+    assert main([*pack, str(tmp_path / "b"), "--codec", "blosc"]) == 0
+    assert {tile.codec for tile in Manifest.load(tmp_path / "b").tiles.values()} == {"blosc"}
+    capsys.readouterr()
+    for wrong, match in (
+        (["--codec", "raw", "--codec", "dem=blosc"], "--codec is one codec for all tiles, or TILE=CODEC for some"),
+        (["--codec", "zip"], "no codec 'zip' (allowed: ['raw', 'blosc'])"),
+        (["--codec", "demm=raw"], "codec: the source has no tiles demm"),
+    ):
+        assert main([*pack, str(tmp_path / "c"), *wrong]) == 2
+        assert match in capsys.readouterr().err
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = ["data", "pack", *SOURCE, "--workers", "0", "--shard-size-mb", "0.05", "--out"]
+    assert main([*pack, str(tmp_path / "quick")]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("ssl_eo.cli.PROGRESS_EVERY_S", 0.0)
+    assert main([*pack, str(tmp_path / "slow")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert all(re.fullmatch(r"packing: \d of 6, \d:\d\d:\d\d left", line) for line in lines)
+    assert lines[-1] == "packing: 6 of 6, 0:00:00 left"
 
 
 def test_pack_stops_at_bad_samples_unless_allowed(
@@ -275,7 +317,7 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
     (["data", "pack", "--source", "synthetic", "n_sample=3", "--out", "{tmp}"], "did you mean 'n_samples'?"),
     (["data", "pack", "--source", "synthetic", "n_samples", "--out", "{tmp}"], "'n_samples': write key=value"),
     (["data", "pack", "--source", "synthetic", "sensors=[", "--out", "{tmp}"], "the value is not YAML: "),
-    (["data", "pack", *SOURCE, "--out", "{tmp}", "--codec", "zip"], "argument --codec: invalid choice: 'zip'"),
+    (["data", "pack", *SOURCE, "--out", "{tmp}", "--codec", "zip"], "no codec 'zip' (allowed: ['raw', 'blosc'])"),
     (["data", "pack", *SOURCE, "--out", "{tmp}", "--max-bad-ratio", "2"], "max_bad_ratio must lie in 0 to 1, got 2.0"),
     (["data", "pack", *SOURCE, "weight=2", "--out", "{tmp}"], "--source.weight: unknown key"),
     (["data", "stats", "--source", "shards"], "--source.root: missing; this key has no default"),

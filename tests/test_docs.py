@@ -21,9 +21,8 @@ from typing import Any
 
 import pytest
 import yaml
-from doc_tables import PAGES, ROOT, keys_of, write_tables
+from doc_tables import PAGES, ROOT, keys_of, sections, write_tables
 
-from ssl_eo import components
 from ssl_eo.cli import _parser, main
 from ssl_eo.config import Config, build, load, read_overrides
 from ssl_eo.data.opening import SourceConfig
@@ -217,10 +216,7 @@ def test_make_targets_exist(page: Path) -> None:
 
 
 def _known_keys() -> set[str]:
-    sections = [*SECTIONS, "task"]
-    for kind, package in (("objective", "ssl_eo.objectives"), ("source", "ssl_eo.data.sources")):
-        sections += [f"{kind} {name}" for name in components.available(package)]
-    names = [key.name for section in sections for key in keys_of(section)] + ["objective.name"]
+    names = [key.name for section in [*sections(), "objective"] for key in keys_of(section)]
     parts = [name.replace("[]", "").split(".") for name in names]
     return {".".join(p[:n]) for p in parts for n in range(1, len(p) + 1)}
 
@@ -232,7 +228,7 @@ KNOWN_KEYS = _known_keys()
 def test_keys_exist(page: Path) -> None:
     """A name in backticks that starts with a section of the config is a key, a module of the package or a file."""
     for name in re.findall(rf"`((?:{'|'.join(SECTIONS)})\.[\w.\[\]]+)", _prose(page)):
-        key = re.sub(r"\[\d*\]", "", name)
+        key = re.sub(r"\[\d*\]", "", name).removesuffix(".")  # all keys of a section end in `.*`
         module = ROOT / "ssl_eo" / key.replace(".", "/")
         is_module = module.is_dir() or module.with_suffix(".py").is_file()
         assert key in KNOWN_KEYS or is_module or key.endswith((".jsonl", ".yaml")), f"{page.name} names {name}"
@@ -254,11 +250,7 @@ def test_tables_are_those_of_the_code(page: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    wanted = [*SECTIONS, "task"]
-    wanted += [f"objective {name}" for name in components.available("ssl_eo.objectives")]
-    wanted += [f"source {name}" for name in components.available("ssl_eo.data.sources")]
-    wanted.remove("objective")
-    assert not [section for section in wanted if f"<!-- keys of {section} -->" not in text]
+    assert not [section for section in sections() if f"<!-- keys of {section} -->" not in text]
 
 
 def test_the_tree_of_the_architecture_is_that_of_the_package() -> None:

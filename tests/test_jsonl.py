@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,20 @@ def test_a_file_cut_anywhere_keeps_its_whole_lines_and_takes_new_ones(
     with JsonLines(path) as file:
         file.write({"step": 9})
     assert read_jsonl(path) == [*found, {"step": 9}]
+
+
+def test_lines_of_several_writers_do_not_mix(tmp_path: Path) -> None:
+    files = [JsonLines(tmp_path / "keys.jsonl") for _ in range(4)]
+
+    def write(rank: int) -> None:
+        for step in range(100):
+            files[rank].write({"step": step, "rank": rank, "keys": ["k" * step]})
+        files[rank].close()
+
+    with ThreadPoolExecutor(len(files)) as ranks:
+        list(ranks.map(write, range(len(files))))
+    found = [json.loads(line) for line in (tmp_path / "keys.jsonl").read_text().splitlines()]
+    assert sorted((r["rank"], r["step"]) for r in found) == [(rank, step) for rank in range(4) for step in range(100)]
 
 
 def test_a_file_that_is_not_there_has_no_records(tmp_path: Path) -> None:

@@ -33,11 +33,12 @@ from ssl_eo.components import one_line
 from ssl_eo.data.mixture import MixedSource, scaled_weights
 from ssl_eo.data.opening import DataConfig
 from ssl_eo.data.order import MixedOrder, Mixture, Order, check_lanes
+from ssl_eo.data.plans import SourceCrop
 from ssl_eo.data.stacking import check_sample, cut_to_views, shown_plans
 from ssl_eo.data.types import Batch, Sample, Source, Views, map_tensors
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["BadSample", "Loader", "Locates", "StepDataset"]
+__all__ = ["BadSample", "Loader", "Locates", "Prefetches", "StepDataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,13 @@ class Locates(Protocol):
     """A source that knows (key, file) of a sample without reading it. Optional; it completes the quarantine lines."""
 
     def locate(self, index: int) -> tuple[str | None, str | None]: ...
+
+
+@runtime_checkable
+class Prefetches(Protocol):
+    """A source that can start to fetch samples in the background. Optional; it is told what is needed ahead of time."""
+
+    def prefetch(self, indices: Sequence[int]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,9 @@ class StepDataset(Dataset[Outcome]):
         self.names = ["+".join(s.name for s in cfg.sources)] if is_mixed else [s.name for s in cfg.sources]
         self.orders: list[Order] | list[MixedOrder] = [MixedOrder(tuple(orders), weights)] if is_mixed else orders
         self.mixture = Mixture((1.0,) if is_mixed else weights, seed)
+        self._crops = [None if s.crop == SourceCrop() else s.crop for s in cfg.sources]
+        self._read_ahead_steps = cfg.read_ahead_steps
+        self._announced = 0  # the step up to which sources know what is needed
 
     def example(self, n: int) -> Batch:
         """The first `n` samples of this rank's part of step 0."""
@@ -139,10 +150,22 @@ class StepDataset(Dataset[Outcome]):
         source = self.mixture.source(step)
         bad: list[BadSample] = []
         try:
+            self._announce(step)
             return Outcome(bad, self._batch(step, part, source, bad))
         except Exception as error:
             where = f"step {step}, data.sources[{source}] ({self.names[source]})"
             return Outcome(bad, None, f"{where}: {_describe(error)}", traceback.format_exc())
+
+    def _announce(self, step: int) -> None:
+        """Tell sources that fetch what the steps from this one on will need."""
+        stop = step + self._read_ahead_steps + 1
+        for ahead in range(max(step, self._announced), stop):
+            source = self.mixture.source(ahead)
+            reader = self.sources[source]
+            if isinstance(reader, Prefetches):
+                ids = self.orders[source].batch(self.mixture.source_step(ahead), self.rank, self.world_size)
+                reader.prefetch(ids.tolist())
+        self._announced = max(self._announced, stop)
 
     def _batch(self, step: int, part: int, source: int, bad: list[BadSample]) -> Batch:
         order = self.orders[source]
@@ -168,12 +191,18 @@ class StepDataset(Dataset[Outcome]):
         try:
             sample = reader.read(index)
             check_sample(sample, reader.schema)
+            if (crop := self._crop(source, index)) is not None:
+                sample.limits = crop.draw(numpy_generator(self.seed, "crop", step, slot))
             planned = self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
             return cut_to_views(sample, shown_plans(planned), reader.schema), planned
         except (ValueError, OSError, EOFError) as error:
             key, shard = reader.locate(index) if isinstance(reader, Locates) else (None, None)
             bad.append(BadSample(step, self.names[source], index, key, shard, _describe(error)))
             return None
+
+    def _crop(self, source: int, index: int) -> SourceCrop | None:
+        reader = self.sources[source]
+        return self._crops[reader.place(index)[0] if isinstance(reader, MixedSource) else source]
 
 
 class Loader:
@@ -264,7 +293,8 @@ class Loader:
         self.n_bad += len(bad)
         logger.warning("step %d: replaced %d samples, the first: %s", bad[0].step, len(bad), bad[0].reason)
         if self._quarantine_path is not None:
-            # One write in append mode, so that the lines of several ranks do not mix.
+            # One write in append mode, so that the lines of several ranks do not mix. Not `JsonLines`: it looks at the
+            # end of the file when it is opened, where another rank may be in the middle of a line.
             lines = "".join(json.dumps(asdict(b)) + "\n" for b in bad)
             with self._quarantine_path.open("ab", buffering=0) as file:
                 file.write(lines.encode())

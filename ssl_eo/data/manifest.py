@@ -11,9 +11,10 @@ from typing import Any
 
 from ssl_eo.components import one_line
 from ssl_eo.data.members import CODECS, tile_member
-from ssl_eo.data.shards import atomic_file
 from ssl_eo.data.statistics import BandStatistics
+from ssl_eo.data.tar import BLOCK
 from ssl_eo.data.types import TileSchema
+from ssl_eo.files import atomic_write
 from ssl_eo.sensors import Sensor
 
 __all__ = [
@@ -47,7 +48,9 @@ class ShardEntry:
             raise ValueError(f"shard {self.name!r} is not a plain file name that ends in .tar")
         for key, value in (("n_samples", self.n_samples), ("size", self.size)):
             if type(value) is not int or value < 0:
-                raise ValueError(f"{key} of shard {self.name} must be a whole number from 0, got {value!r}")
+                raise ValueError(f"{key} of shard {self.name} must be a whole number from 0, got {value!r:.80}")
+        if self.n_samples * BLOCK > self.size:
+            raise ValueError(f"shard {self.name} of {self.size} bytes cannot hold {self.n_samples} samples")
 
     def matches(self, path: Path) -> bool:
         """Whether the bytes of the tar `path` are those that were packed."""
@@ -76,6 +79,7 @@ class Manifest:
 
     source_name: str
     source_fingerprint: str
+    source_options: dict[str, Any]  # as in data.sources, where they are known: which split, which cells, ...
     config_hash: str
     split: str | None
     label_names: tuple[str, ...]
@@ -97,7 +101,11 @@ class Manifest:
         """Write `folder/manifest.json` atomically."""
         content = {
             "format": FORMAT,
-            "source": {"name": self.source_name, "fingerprint": self.source_fingerprint},
+            "source": {
+                "name": self.source_name,
+                "fingerprint": self.source_fingerprint,
+                "options": self.source_options,
+            },
             "config_hash": self.config_hash,
             "split": self.split,
             "n_samples": self.n_samples,
@@ -106,17 +114,23 @@ class Manifest:
             "shards": [asdict(s) for s in self.shards],
         }
         content["checksum"] = _checksum(content)
-        with atomic_file(folder / MANIFEST_NAME) as file:
-            file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        atomic_write(folder / MANIFEST_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Read `folder/manifest.json`. Raises `ValueError` that says what to do when it is missing or not one."""
         path = folder / MANIFEST_NAME
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path}: no such file{_advice(folder)}") from None
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> Manifest:
+        """The manifest in the bytes of the file `path`. Raises `ValueError` that says what to do when it is none."""
+        try:
+            raw = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON ({error}); pack the dataset again") from None
         found = raw.get("format") if isinstance(raw, dict) else None
@@ -131,6 +145,7 @@ class Manifest:
             return cls(
                 source_name=raw["source"]["name"],
                 source_fingerprint=raw["source"]["fingerprint"],
+                source_options=raw["source"]["options"],
                 config_hash=raw["config_hash"],
                 split=raw["split"],
                 label_names=tuple(raw["label_names"]),
@@ -139,7 +154,7 @@ class Manifest:
             )
         except KeyError as error:
             raise ValueError(f"{path}: key {error} is missing; pack the dataset again") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path}: {one_line(error)}; pack the dataset again") from None
 
 
@@ -163,7 +178,10 @@ def schema_to_dict(schema: TileSchema) -> dict[str, Any]:
 
 
 def schema_from_dict(name: str, raw: Mapping[str, Any]) -> TileSchema:
-    """The schema of the tile `name` that `schema_to_dict` gave. Raises `ValueError` for anything else."""
+    """The schema of the tile `name` that `schema_to_dict` gave; a tile that does not say so is not optional.
+
+    Raises `ValueError` for anything else.
+    """
     try:
         shape = None
         if raw["shape"] is not None:
@@ -177,7 +195,7 @@ def schema_from_dict(name: str, raw: Mapping[str, Any]) -> TileSchema:
             gsd_m=raw["gsd_m"],
             mean=tuple(raw["mean"]),
             std=tuple(raw["std"]),
-            optional=raw["optional"],
+            optional=raw.get("optional", False),
         )
     except KeyError as error:
         raise ValueError(f"tiles.{name}: key {error} is missing") from None

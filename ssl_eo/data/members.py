@@ -22,19 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import import_extra, suggest
+from ssl_eo.data.types import is_gsd_m
 
 __all__ = [
     "CODECS",
     "LABEL_MEMBER",
     "META_MEMBER",
+    "Constants",
     "NpyHeader",
     "check_tile_names",
     "decode_meta",
     "decompress",
+    "drop_constant_bands",
     "encode_array",
     "encode_meta",
     "escape_key",
     "read_npy_header",
+    "restore_constant_bands",
     "tile_member",
     "unescape_key",
     "view_npy",
@@ -165,13 +169,49 @@ def view_npy(
     return np.ndarray(header.shape, header.dtype, buffer, start, order=header.order), header
 
 
+# --- constant bands ---------------------------------------------------------------------------------------------------
+
+# By position of the band, the bytes of its one value (hexadecimal, as in the NPY file): exact for every dtype.
+Constants = dict[int, str]
+
+
+def drop_constant_bands(pixels: NDArray[Any]) -> tuple[NDArray[Any], Constants]:
+    """`pixels [C, H, W]` without the bands of which all pixels hold the same bits, and those bands' values."""
+    little = np.ascontiguousarray(pixels, pixels.dtype.newbyteorder("<"))
+    bits = little.view(f"V{little.itemsize}") if little.itemsize > 8 else little.view(f"u{little.itemsize}")
+    flat = bits.reshape(len(pixels), -1)  # [C, H*W]
+    constant = [i for i, band in enumerate(flat) if band[0] == band[-1] and (band == band[0]).all()]
+    if not constant:
+        return pixels, {}
+    return np.delete(pixels, constant, axis=0), {i: flat[i, 0].tobytes().hex() for i in constant}
+
+
+def restore_constant_bands(pixels: NDArray[Any], constants: Constants) -> NDArray[Any]:
+    """What `drop_constant_bands` was given, read-only. Raises `ValueError` for constants that do not fit `pixels`."""
+    n_bands = len(pixels) + len(constants)
+    dtype = pixels.dtype.newbyteorder("<")
+    if max(constants) >= n_bands or any(len(value) != 2 * dtype.itemsize for value in constants.values()):
+        raise ValueError(f"constant bands {constants} do not fit {len(pixels)} stored bands of {pixels.dtype}")
+    full = np.empty((n_bands, *pixels.shape[1:]), pixels.dtype)
+    full[[i for i in range(n_bands) if i not in constants]] = pixels
+    for i, value in constants.items():
+        full[i] = np.frombuffer(bytes.fromhex(value), dtype)[0]
+    full.flags.writeable = False
+    return full
+
+
 # --- label and meta ---------------------------------------------------------------------------------------------------
 
 
 def encode_meta(
-    label: Any, meta: Mapping[str, Any], gsd_m: Mapping[str, float], date: Mapping[str, str] | None = None
+    label: Any,
+    meta: Mapping[str, Any],
+    gsd_m: Mapping[str, float],
+    date: Mapping[str, str] | None = None,
+    constant: Mapping[str, Constants] | None = None,
 ) -> bytes:
-    """The `.json` member. `gsd_m` holds the tiles whose ground sampling differs from the schema's, `date` dated tiles.
+    """The `.json` member. `gsd_m` holds the tiles whose ground sampling differs from the schema's, `date` dated tiles,
+    `constant` the bands of tiles that were dropped.
 
     Tuples and arrays in `meta` become lists, NumPy scalars plain numbers; non-finite numbers are written as `NaN`,
     `Infinity` and `-Infinity`. Raises `ValueError` for what JSON cannot hold.
@@ -181,6 +221,8 @@ def encode_meta(
         content["gsd_m"] = dict(gsd_m)
     if date:
         content["date"] = dict(date)
+    if constant:
+        content["constant"] = {name: {str(i): v for i, v in found.items()} for name, found in constant.items()}
     try:
         return json.dumps(content, default=_plain, ensure_ascii=False, separators=(",", ":")).encode()
     except TypeError as error:
@@ -188,7 +230,10 @@ def encode_meta(
 
 
 def decode_meta(data: bytes | memoryview) -> dict[str, Any]:
-    """What `encode_meta` wrote: `label`, `meta`, and perhaps `gsd_m` and `date`. Raises `ValueError` when damaged."""
+    """What `encode_meta` wrote: `label`, `meta`, and perhaps `gsd_m`, `date` and `constant`.
+
+    Raises `ValueError` when damaged.
+    """
     try:
         content = json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
@@ -196,12 +241,30 @@ def decode_meta(data: bytes | memoryview) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("meta"), dict) or "label" not in content:
         raise ValueError("a sample's JSON is one object with the keys 'label' and 'meta'")
     gsd_m = content.get("gsd_m", {})
-    if not isinstance(gsd_m, dict) or not all(type(v) in (int, float) and 0 < v < math.inf for v in gsd_m.values()):
-        raise ValueError(f"gsd_m in a sample's JSON is an object of metres above 0 by tile name, found {gsd_m!r:.80}")
+    if not isinstance(gsd_m, dict) or not all(map(is_gsd_m, gsd_m.values())):
+        raise ValueError(
+            f"gsd_m in a sample's JSON is an object of metres (above 0, up to 1e6) by tile name, found {gsd_m!r:.80}"
+        )
     date = content.get("date", {})
     if not isinstance(date, dict) or not all(isinstance(v, str) for v in date.values()):
         raise ValueError(f"date in a sample's JSON is an object of dates by tile name, found {date!r:.80}")
+    if "constant" in content:
+        content["constant"] = _constants(content["constant"])
     return content
+
+
+def _constants(raw: Any) -> dict[str, Constants]:
+    try:
+        found = {
+            name: {int(i): bytes.fromhex(value).hex() for i, value in bands.items()} for name, bands in raw.items()
+        }
+        if not all(bands and min(bands) >= 0 for bands in found.values()):
+            raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(
+            f"constant in a sample's JSON is an object of values in hexadecimal by band by tile name, found {raw!r:.80}"
+        ) from None
+    return found
 
 
 def _plain(value: Any) -> Any:

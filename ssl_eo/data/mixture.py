@@ -63,22 +63,32 @@ class MixedSource:
         return self._starts[-1]
 
     def read(self, index: int) -> Sample:
-        part, own = self._place(index)
+        part, own = self.place(index)
         sample = self.parts[part].read(own)
         names = self._names[part]
         return replace(sample, tiles={names[name]: tile for name, tile in sample.tiles.items()})
 
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Hand each part what is its own, if it fetches."""
+        own: dict[int, list[int]] = {}
+        for part, index in map(self.place, indices):
+            own.setdefault(part, []).append(index)
+        for part, found in own.items():
+            prefetch = getattr(self.parts[part], "prefetch", None)
+            if prefetch is not None:
+                prefetch(found)
+
     def locate(self, index: int) -> tuple[str | None, str | None]:
         """Key and file of a sample, as far as its part knows them."""
-        part, own = self._place(index)
+        part, own = self.place(index)
         locate = getattr(self.parts[part], "locate", None)
         return (None, None) if locate is None else locate(own)
 
     def fingerprint(self) -> str:
         return blake2b(" ".join(p.fingerprint() for p in self.parts).encode(), digest_size=16).hexdigest()
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """The part that holds a sample, and its position there."""
+    def place(self, index: int) -> tuple[int, int]:
+        """Which of the parts holds a sample, and its position there."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         part = bisect_right(self._starts, index) - 1

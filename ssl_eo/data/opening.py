@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ssl_eo.components import free, resolve
 from ssl_eo.data.mixture import MixedSource
+from ssl_eo.data.plans import SourceCrop
 from ssl_eo.data.render import Interpolation
 from ssl_eo.data.types import Source
 
@@ -16,9 +17,9 @@ __all__ = ["DataConfig", "SourceConfig", "WeightedSourceConfig", "open_source", 
 
 @dataclass
 class SourceConfig:
-    """A module of `ssl_eo.data.sources` (or a dotted name of yours) and its `Config`."""
+    """A component of `ssl_eo.data.sources` and its `Config`."""
 
-    name: str
+    name: str  # a module of ssl_eo.data.sources, or a dotted name of yours
     options: Any = field(metadata={"package": "ssl_eo.data.sources"})
 
 
@@ -27,6 +28,7 @@ class WeightedSourceConfig(SourceConfig):
     """One entry of `data.sources`."""
 
     weight: float = 1.0  # share of the steps this source feeds, relative to the other sources' weights
+    crop: SourceCrop = field(default_factory=SourceCrop)  # where its views lie and how coarse they are
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -46,6 +48,7 @@ class DataConfig:
     interpolation: Interpolation = "bicubic"  # of views that are resized
     n_workers: int = free(2)  # reading processes per rank; 0 reads in the training process
     prefetch_batches: int = free(2)  # batches that each worker prepares ahead
+    read_ahead_steps: int = free(16)  # steps whose samples are fetched ahead, from sources that lie far away
     max_bad_ratio: float = free(0.01)  # share of unreadable samples at which the run stops
     pin_memory: bool = free(True)  # page-locked batches, for copies that overlap with compute; CUDA only
     start_method: Literal["auto", "fork", "forkserver"] = free("auto")  # of workers; auto forks unless CUDA is in use
@@ -53,7 +56,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty: name at least one source")
-        for key, least in (("n_lanes", 1), ("window_chunks", 1), ("n_workers", 0), ("prefetch_batches", 1)):
+        at_least = {"n_lanes": 1, "window_chunks": 1, "n_workers": 0, "prefetch_batches": 1, "read_ahead_steps": 0}
+        for key, least in at_least.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
         if self.temperature is not None and not self.temperature > 0:

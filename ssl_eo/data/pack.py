@@ -7,7 +7,6 @@ that are finished, and `manifest.json` is written when all are. The format is de
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ssl_eo.data.shards import ShardError, ShardIndex, index_path
 from ssl_eo.data.statistics import Statistics, merge_statistics, tile_statistics
 from ssl_eo.data.types import Source, TileSchema
 from ssl_eo.files import lock_folder
+from ssl_eo.jsonl import JsonLines
 
 __all__ = ["IndexReport", "PackReport", "Progress", "StatsReport", "index", "pack", "stats"]
 
@@ -57,6 +57,8 @@ def pack(
     codec: str | Mapping[str, str] = "raw",
     shard_size_mb: float = 512,
     samples_per_shard: int | None = None,
+    keep_constant_bands: bool = False,
+    source_options: Mapping[str, Any] | None = None,
     max_bad_ratio: float = 0.01,
     n_workers: int = 0,
     progress: Progress | None = None,
@@ -64,18 +66,21 @@ def pack(
     """Write every sample of `source` into shards under `out` (under `out/split` when `split` is given).
 
     `codec` is `"raw"` or `"blosc"`, for all tiles or by tile name (raw for those not named). `samples_per_shard`
-    follows from the uncompressed `shard_size_mb` unless given. `n_workers=0` packs in this process. Samples that
-    cannot be read or do not fit the source's schema are left out and listed in `quarantine.jsonl`.
+    follows from the uncompressed `shard_size_mb` unless given. A band of which all pixels of a tile are equal becomes
+    one value in the sample's JSON, unless such bands are to be kept: for readers other than ours. `n_workers=0` packs
+    in this process. Samples that cannot be read or do not fit the source's schema are left out and listed in
+    `quarantine.jsonl`. Every shard is read back when it is written. `source_options` go into the manifest as they are.
 
     Run again after a kill, it keeps the finished shards. Raises `ValueError` when `out` holds something else, cannot be
     used or is packed into by another process, or more than `max_bad_ratio` of the samples are bad, `OSError` when the
     disk is full (finished shards are kept).
     """
-    plan = make_plan(source, _folder(Path(out), split), codec, shard_size_mb, samples_per_shard, max_bad_ratio)
+    folder = _folder(Path(out), split)
+    plan = make_plan(source, folder, codec, shard_size_mb, samples_per_shard, keep_constant_bands, max_bad_ratio)
     lock = lock_folder(plan.folder, "choose another folder")
     try:
         claim(plan)
-        return _pack(source, plan, split, n_workers, progress)
+        return _pack(source, plan, split, dict(source_options or {}), n_workers, progress)
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise _no_space(error, plan) from error
@@ -84,11 +89,18 @@ def pack(
         os.close(lock)
 
 
-def _pack(source: Source, plan: Plan, split: str | None, n_workers: int, progress: Progress | None) -> PackReport:
+def _pack(
+    source: Source,
+    plan: Plan,
+    split: str | None,
+    source_options: dict[str, Any],
+    n_workers: int,
+    progress: Progress | None,
+) -> PackReport:
     n_kept = _n_finished(plan)
     finished = _pack_shards(source, plan, n_workers, progress)
     statistics = merge_statistics(source.schema, (f.statistics for f in finished))
-    manifest = _manifest(source, plan, split, finished, statistics)
+    manifest = _manifest(source, plan, split, source_options, finished, statistics)
     manifest.save(plan.folder)
     return PackReport(
         folder=plan.folder,
@@ -102,11 +114,17 @@ def _pack(source: Source, plan: Plan, split: str | None, n_workers: int, progres
 
 
 def _manifest(
-    source: Source, plan: Plan, split: str | None, finished: Sequence[Finished], statistics: Statistics
+    source: Source,
+    plan: Plan,
+    split: str | None,
+    source_options: dict[str, Any],
+    finished: Sequence[Finished],
+    statistics: Statistics,
 ) -> Manifest:
     return Manifest(
         source_name=type(source).__module__.removeprefix("ssl_eo.data.sources."),  # as data.sources names it
         source_fingerprint=source.fingerprint(),
+        source_options=source_options,
         config_hash=plan.config_hash,
         split=split,
         label_names=tuple(source.label_names),
@@ -118,12 +136,13 @@ def _manifest(
 def _pack_shards(source: Source, plan: Plan, n_workers: int, progress: Progress | None) -> list[Finished]:
     finished: list[Finished] = []
     quarantine: list[dict[str, Any]] = []
-    with (plan.folder / QUARANTINE_NAME).open("w", encoding="utf-8") as log:
+    (plan.folder / QUARANTINE_NAME).unlink(missing_ok=True)
+    with JsonLines(plan.folder / QUARANTINE_NAME) as log:
         for shard in in_order(partial(pack_shard, source, plan), range(plan.n_shards), n_workers):
             finished.append(shard)
             quarantine += shard.quarantine
-            log.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in shard.quarantine)
-            log.flush()
+            for record in shard.quarantine:
+                log.write(record)
             check_budget(quarantine, plan)
             if progress is not None:
                 progress(min(len(finished) * plan.samples_per_shard, plan.n_samples), plan.n_samples)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ssl_eo.data.manifest import Manifest, ShardEntry
-from ssl_eo.data.members import LABEL_MEMBER, META_MEMBER, decode_meta, tile_member
+from ssl_eo.data.members import LABEL_MEMBER, META_MEMBER, Constants, decode_meta, restore_constant_bands, tile_member
 from ssl_eo.data.pack import Progress
 from ssl_eo.data.pool import in_order
-from ssl_eo.data.shards import ShardError, ShardIndex, ShardReader, index_path
+from ssl_eo.data.shard_reader import LocalShard, ShardReader
+from ssl_eo.data.shards import ShardError, ShardIndex, index_path
 from ssl_eo.data.tar import BLOCK
 from ssl_eo.data.types import TileSchema
 
@@ -127,15 +128,22 @@ def _compare(shard: str, saved: ShardIndex, found: ShardIndex) -> Iterator[Probl
 
 def _decode_all(path: Path, manifest: Manifest, index: ShardIndex) -> Iterator[Problem]:
     """Members that are missing, cannot be decoded, or do not fit the schema."""
-    reader = ShardReader(path, index)
+    reader = ShardReader(LocalShard(path, index))
     columns = {suffix.decode(): column for column, suffix in enumerate(index.suffixes)}
     schemas = {tile_member(name, tile.codec): tile.schema for name, tile in manifest.tiles.items()}
     for row in range(len(index)):
         labels = (LABEL_MEMBER,) if reader.has(row, LABEL_MEMBER) else ()
         absent = {s for s, schema in schemas.items() if schema.optional and not reader.has(row, s)}
-        for suffix in (*(s for s in schemas if s not in absent), *labels, META_MEMBER):
+        constant: dict[str, Constants] = {}  # by member, known once the JSON is read
+        for suffix in (META_MEMBER, *(s for s in schemas if s not in absent), *labels):
             try:
-                _decode(reader, row, suffix, schemas.get(suffix))
+                if suffix == META_MEMBER:
+                    found = decode_meta(reader.read(row, suffix)).get("constant", {})
+                    constant = {
+                        tile_member(n, tile.codec): found[n] for n, tile in manifest.tiles.items() if n in found
+                    }
+                else:
+                    _decode(reader, row, suffix, schemas.get(suffix), constant.get(suffix))
             except ValueError as error:
                 place = (row, columns[suffix]) if reader.has(row, suffix) else None
                 offset, size = (int(index.offset[place]), int(index.size[place])) if place else (0, 0)
@@ -143,10 +151,7 @@ def _decode_all(path: Path, manifest: Manifest, index: ShardIndex) -> Iterator[P
                 yield Problem(path.name, f"{reader.key(row)}.{suffix}", offset, size, reason)
 
 
-def _decode(reader: ShardReader, row: int, suffix: str, schema: TileSchema | None) -> None:
-    if suffix == META_MEMBER:
-        decode_meta(reader.read(row, suffix))
-        return
+def _decode(reader: ShardReader, row: int, suffix: str, schema: TileSchema | None, constant: Constants | None) -> None:
     array = reader.array(row, suffix)
     if schema is not None:
-        schema.check(array)
+        schema.check(restore_constant_bands(array, constant) if constant else array)

@@ -6,6 +6,7 @@ when its tar, its index and, last, `shard-000000.stats.json` are there.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,15 +23,17 @@ from ssl_eo.data.members import (
     LABEL_MEMBER,
     META_MEMBER,
     check_tile_names,
+    drop_constant_bands,
     encode_array,
     encode_meta,
     escape_key,
     tile_member,
 )
-from ssl_eo.data.shards import ShardWriter, atomic_file, index_path
+from ssl_eo.data.shards import ShardWriter, index_path
 from ssl_eo.data.stacking import check_sample, loaded
 from ssl_eo.data.statistics import BandStatistics, Statistics, merge_statistics, tile_statistics
 from ssl_eo.data.types import Sample, Source, TileSchema
+from ssl_eo.files import atomic_write
 
 __all__ = ["Finished", "Plan", "check_budget", "claim", "make_plan", "pack_shard", "read_checked"]
 
@@ -46,6 +49,7 @@ class Plan:
     folder: Path
     config: dict[str, Any]  # plain types
     codecs: dict[str, str]
+    keep_constant_bands: bool
     n_samples: int
     samples_per_shard: int
     shard_size: int  # bytes, roughly, uncompressed
@@ -74,6 +78,7 @@ def make_plan(
     codec: str | Mapping[str, str],
     shard_size_mb: float,
     samples_per_shard: int | None,
+    keep_constant_bands: bool,
     max_bad_ratio: float,
 ) -> Plan:
     """Decide what goes into which shard. Arguments as in `pack`; `ValueError` for one that is out of range."""
@@ -94,11 +99,12 @@ def make_plan(
         "n_samples": n_samples,
         "samples_per_shard": samples_per_shard,
         "codecs": codecs,
+        "keep_constant_bands": keep_constant_bands,
         "label_names": list(source.label_names),
         "schema": {name: schema_to_dict(schema) for name, schema in source.schema.items()},
     }
     shard_size, max_bad = samples_per_shard * sample_size, int(max_bad_ratio * n_samples)
-    return Plan(folder, config, codecs, n_samples, samples_per_shard, shard_size, max_bad)
+    return Plan(folder, config, codecs, keep_constant_bands, n_samples, samples_per_shard, shard_size, max_bad)
 
 
 def _codecs(schema: Mapping[str, TileSchema], codec: str | Mapping[str, str]) -> dict[str, str]:
@@ -141,8 +147,7 @@ def claim(plan: Plan) -> None:
     elif any(plan.folder.glob("*.tar")):
         raise ValueError(f"{plan.folder} holds tar files that 'ssl-eo data pack' did not write: choose an empty folder")
     else:
-        with atomic_file(path) as file:
-            file.write((json.dumps(plan.config, indent=1) + "\n").encode())
+        atomic_write(path, json.dumps(plan.config, indent=1) + "\n")
     for partial_file in plan.folder.glob("*.partial"):
         partial_file.unlink(missing_ok=True)
 
@@ -169,8 +174,7 @@ class Finished:
             "statistics": {name: s.to_dict() for name, s in self.statistics.items()},
             "quarantine": self.quarantine,
         }
-        with atomic_file(self.path(plan, shard)) as file:
-            file.write(json.dumps(content).encode())
+        atomic_write(self.path(plan, shard), json.dumps(content))
 
     @classmethod
     def load(cls, plan: Plan, shard: int) -> Finished | None:
@@ -199,22 +203,31 @@ def pack_shard(source: Source, plan: Plan, shard: int) -> Finished:
             try:
                 sample = read_checked(source, index)
                 part = tile_statistics(sample, source.schema)
-                writer.add(escape_key(sample.key), _members(sample, source.schema, plan.codecs))
+                writer.add(
+                    escape_key(sample.key), _members(sample, source.schema, plan.codecs, plan.keep_constant_bands)
+                )
             except ValueError as error:
                 quarantine.append({"shard": path.name, "index": index, "reason": one_line(error)})
                 check_budget(quarantine, plan)
                 continue
             statistics |= {name: statistics[name].merge(found) for name, found in part.items()}
-    n_samples = len(writer.index)
-    finished = Finished(ShardEntry(path.name, n_samples, writer.index.tar_size, writer.sha256), statistics, quarantine)
+    entry = ShardEntry(path.name, len(writer.index), writer.index.tar_size, writer.sha256)
+    if not entry.matches(path):  # reads it back
+        raise OSError(errno.EIO, f"{path} does not hold what was written to it; see to the disk, then pack again")
+    finished = Finished(entry, statistics, quarantine)
     finished.save(plan, shard)
     return finished
 
 
-def _members(sample: Sample, schema: Mapping[str, TileSchema], codecs: Mapping[str, str]) -> dict[str, bytes]:
-    members, gsd_m, date = {}, {}, {}
+def _members(
+    sample: Sample, schema: Mapping[str, TileSchema], codecs: Mapping[str, str], keep_constant_bands: bool
+) -> dict[str, bytes]:
+    members, gsd_m, date, constant = {}, {}, {}, {}
     for name, tile in sample.tiles.items():
-        members[tile_member(name, codecs[name])] = encode_array(tile.array, codecs[name])
+        pixels, dropped = (tile.array, {}) if keep_constant_bands else drop_constant_bands(tile.array)
+        if dropped:
+            constant[name] = dropped
+        members[tile_member(name, codecs[name])] = encode_array(pixels, codecs[name])
         if tile.gsd_m != schema[name].gsd_m:
             gsd_m[name] = tile.gsd_m
         if tile.date is not None:
@@ -223,7 +236,7 @@ def _members(sample: Sample, schema: Mapping[str, TileSchema], codecs: Mapping[s
     if isinstance(label, np.ndarray):
         members[LABEL_MEMBER] = encode_array(label)
         label = None
-    members[META_MEMBER] = encode_meta(label, sample.meta, gsd_m, date)
+    members[META_MEMBER] = encode_meta(label, sample.meta, gsd_m, date, constant)
     return members
 
 

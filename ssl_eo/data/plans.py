@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ssl_eo.data.types import TileSchema, ViewPlan
+from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
 
-__all__ = ["CropConfig", "aligned", "band_subset", "multi_crop", "resized_crop", "whole"]
+__all__ = ["CropConfig", "SourceCrop", "aligned", "band_subset", "multi_crop", "resized_crop", "whole"]
 
 _N_TRIES = 10
 
@@ -51,58 +51,112 @@ class CropConfig:
             raise ValueError(f"jitter_prob must be in [0, 1], got {self.jitter_prob}")
 
 
+@dataclass
+class SourceCrop:
+    """What one of several sources adds to the crops of the objective, so that their views suit each other.
+
+    A window, one for all views of a sample, takes the place of the tile; and boxes are such that the pixels of views
+    have a ground size in a range, as far as tile or window are large enough.
+    """
+
+    extent_m: tuple[float, float] | None = (
+        None  # range of the window's side, metres, drawn log-uniformly; None: the tile
+    )
+    gsd_m: tuple[float, float] | None = None  # range of the ground size of a view's pixel, metres; None: any
+
+    def __post_init__(self) -> None:
+        for name in ("extent_m", "gsd_m"):
+            found = getattr(self, name)
+            if found is not None and not 0 < found[0] <= found[1] < math.inf:
+                raise ValueError(f"{name} must be [low, high] in metres with 0 < low <= high, got {list(found)}")
+
+    def draw(self, rng: np.random.Generator) -> ViewLimits:
+        """The limits of one sample's views."""
+        if self.extent_m is None:
+            return ViewLimits(gsd_m=self.gsd_m)
+        u_side, u_top, u_left = rng.random(3).tolist()
+        low, high = map(math.log, self.extent_m)
+        return ViewLimits(math.exp(low + u_side * (high - low)), (u_top, u_left), self.gsd_m)
+
+
 def whole(tile: str, shape: tuple[int, int], size_px: int) -> ViewPlan:
     """The whole tile of `shape` (H, W), resized to `size_px` squared: the view of an evaluation."""
     return ViewPlan(tile, (0.0, 0.0, float(shape[0]), float(shape[1])), (size_px, size_px))
 
 
 def resized_crop(
-    tile: str,
-    shape: tuple[int, int],
-    cfg: CropConfig,
-    rng: np.random.Generator,
-    bands: tuple[int, ...] | None = None,
+    sample: Sample, tile: str, cfg: CropConfig, rng: np.random.Generator, bands: tuple[int, ...] | None = None
 ) -> ViewPlan:
-    """A box of random area, aspect and place in a tile of `shape` (H, W), resized, flipped, turned and jittered."""
+    """A box of random area, aspect and place in a tile, resized, flipped, turned and jittered; see `Sample.limits`."""
     flip = cfg.flip and bool(rng.random() < 0.5)
     rot90 = int(rng.integers(4)) if cfg.rot90 else 0
     gain, bias = 1.0, 0.0
     if cfg.jitter_prob > 0 and rng.random() < cfg.jitter_prob:
         gain += float(rng.uniform(-cfg.contrast, cfg.contrast))
         bias = float(rng.uniform(-cfg.brightness, cfg.brightness))
-    return ViewPlan(tile, _crop_box(shape, cfg, rng), (cfg.size_px, cfg.size_px), flip, rot90, bands, gain, bias)
+    room = _room(sample.tiles[tile], sample.limits)
+    areas = _areas(sample.tiles[tile], sample.limits, room, cfg)
+    top, left, height, width = _crop_box(room[2:], areas, cfg.aspect, rng)
+    box = (room[0] + top, room[1] + left, height, width)
+    return ViewPlan(tile, box, (cfg.size_px, cfg.size_px), flip, rot90, bands, gain, bias)
 
 
-def _crop_box(shape: tuple[int, int], cfg: CropConfig, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Area uniform in `scale`, aspect log-uniform, both redrawn until the box fits; else the largest centred box
+def _room(tile: Tile, limits: ViewLimits) -> tuple[float, float, float, float]:
+    """The part of the tile in which views may lie: (top, left, height, width)."""
+    height, width = map(float, tile.pixels.shape[-2:])
+    if limits.extent_m is None:
+        return 0.0, 0.0, height, width
+    side = limits.extent_m / tile.gsd_m
+    h, w = min(side, height), min(side, width)
+    return limits.corner[0] * (height - h), limits.corner[1] * (width - w), h, w
+
+
+def _areas(
+    tile: Tile, limits: ViewLimits, room: tuple[float, float, float, float], cfg: CropConfig
+) -> tuple[float, float]:
+    """Range of a box's area in square pixels of the tile: as `cfg.scale` says, as far as the limits allow it."""
+    whole_area = room[2] * room[3]
+    low, high = cfg.scale[0] * whole_area, cfg.scale[1] * whole_area
+    if limits.gsd_m is None:
+        return low, high
+    finest, coarsest = ((gsd_m * cfg.size_px / tile.gsd_m) ** 2 for gsd_m in limits.gsd_m)
+    if low > coarsest or high < finest:  # no area suits both: the nearest that the limits allow and the tile has
+        low = high = coarsest if low > coarsest else finest
+    low, high = max(low, finest), min(high, coarsest)
+    return min(low, whole_area), min(high, whole_area)
+
+
+def _crop_box(
+    shape: tuple[float, float], areas: tuple[float, float], aspects: tuple[float, float], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """Area uniform in `areas`, aspect log-uniform, both redrawn until the box fits; else the largest centred box
     whose aspect is allowed (Szegedy et al. 2015, section 6, in the form used since by the field).
     """
-    height, width = float(shape[0]), float(shape[1])
-    if cfg.scale[0] == 1:
+    height, width = shape
+    if areas[0] == height * width:
         return 0.0, 0.0, height, width  # the only box with the area of the whole tile
-    low, high = math.log(cfg.aspect[0]), math.log(cfg.aspect[1])
+    low, high = math.log(aspects[0]), math.log(aspects[1])
     for u_area, u_aspect, u_top, u_left in rng.random((_N_TRIES, 4)).tolist():
-        area = height * width * (cfg.scale[0] + u_area * (cfg.scale[1] - cfg.scale[0]))
+        area = areas[0] + u_area * (areas[1] - areas[0])
         aspect = math.exp(low + u_aspect * (high - low))
         h, w = math.sqrt(area / aspect), math.sqrt(area * aspect)
         if h <= height and w <= width:
             return u_top * (height - h), u_left * (width - w), h, w
-    aspect = min(max(width / height, cfg.aspect[0]), cfg.aspect[1])
+    aspect = min(max(width / height, aspects[0]), aspects[1])
     h, w = min(height, width / aspect), min(width, height * aspect)
+    smaller = min(1.0, math.sqrt(areas[1] / (h * w)))
+    h, w = h * smaller, w * smaller
     return (height - h) / 2, (width - w) / 2, h, w
 
 
 def multi_crop(
-    tile: str,
-    shape: tuple[int, int],
-    crops: Mapping[str, tuple[CropConfig, int]],
-    rng: np.random.Generator,
+    sample: Sample, tile: str, crops: Mapping[str, tuple[CropConfig, int]], rng: np.random.Generator
 ) -> dict[str, list[ViewPlan]]:
     """Several crops of one tile: role -> (config, number of views) becomes role -> plans.
 
     Two views are `{"view": (cfg, 2)}`; multi-crop is `{"global": (cfg_global, 2), "local": (cfg_local, 8)}`.
     """
-    return {role: [resized_crop(tile, shape, cfg, rng) for _ in range(n)] for role, (cfg, n) in crops.items()}
+    return {role: [resized_crop(sample, tile, cfg, rng) for _ in range(n)] for role, (cfg, n) in crops.items()}
 
 
 def aligned(

@@ -3,7 +3,8 @@
 Resizing one channel is `Ky . X . Kx^T`: row i of `Ky [h, H]` holds the kernel weights of output row i, zero outside its
 box. A flip reverses the rows of a matrix, a quarter turn transposes the product, and normalisation and jitter are one
 affine afterwards. So every row of a batch, whatever its box, costs two batched matrix products on whatever device the
-batch is on. Nothing here reads a tensor back to the host: shapes and `has_no_data` alone decide what is computed.
+batch is on. Nothing here reads a tensor back from a device: shapes and `has_no_data` alone decide what is computed
+there. On the CPU, large views are made row by row, without the zeros that make up most of large matrices.
 
 Kernel weights are those of `F.interpolate(crop, antialias=True, align_corners=False)`. A box with fractional edges is
 their natural extension: a pixel cut by an edge counts with the share of it that lies inside.
@@ -15,12 +16,12 @@ extrapolated to anything), and the output counts as valid when these hold at lea
 looks at one row at a time, so how a view looks does not depend on what else is in the batch.
 
 B samples, R rows (views x samples) of a role, r of them show one tile, C bands of a tile, c bands of a view, H W tile
-pixels, h w view pixels, m = max(h, w), T taps of the kernel. What is said of R holds for any part r of the rows.
+pixels, h w view pixels, m = max(h, w). What is said of R holds for any part r of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ssl_eo.data._resampling import KERNELS, Axis, Kernel, apply, is_alone
 from ssl_eo.data.types import Batch, PixelBatch, TileBatch, TileSchema, ViewBatch
 from ssl_eo.sensors import ChannelMeta, Sensor
 
@@ -49,8 +51,8 @@ class Renderer(nn.Module):
 
     def __init__(self, schemas: Sequence[Mapping[str, TileSchema]], interpolation: Interpolation = "bicubic") -> None:
         super().__init__()
-        if interpolation not in _KERNELS:
-            raise ValueError(f"interpolation must be one of {', '.join(_KERNELS)}, got {interpolation!r}")
+        if interpolation not in KERNELS:
+            raise ValueError(f"interpolation must be one of {', '.join(KERNELS)}, got {interpolation!r}")
         self.interpolation = interpolation
         names = [(source, name) for source, tiles in enumerate(schemas) for name in tiles]
         self._position = {name: i for i, name in enumerate(names)}
@@ -81,10 +83,14 @@ class Renderer(nn.Module):
         pixels = torch.empty(n_rows, n_bands, h, w, device=device)  # [r, c, h, w]
         valid = torch.empty_like(pixels, dtype=torch.bool) if tiles.has_no_data else None
         budget = _GROUP_VALUES_CPU if device.type == "cpu" else _GROUP_VALUES_DEVICE
-        step = max(1, budget // (n_bands * tiles.pixels.shape[2] * tiles.pixels.shape[3]))
+        height, width = tiles.pixels.shape[2:]
+        is_resampled = view.resample and not constants.sensor.is_categorical
+        matrices = _Geometry.of(view).matrices(KERNELS[self.interpolation], height, width) if is_resampled else ()
+        step = 1 if is_alone(device, max(h, w)) else max(1, budget // (n_bands * height * width))
         for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
             valid_rows = None if valid is None else valid[rows]
-            self._render_rows(constants, tiles, _rows_of(view, rows), pixels[rows], valid_rows)
+            matrices_rows = [matrix[rows] for matrix in matrices]
+            _render_rows(constants, tiles, _rows_of(view, rows), matrices_rows, pixels[rows], valid_rows)
         area = view.box[:, 2] * view.box[:, 3]  # [r] in tile pixels
         channels = constants.channels if view.bands is None else constants.channels.select(view.bands)
         if real is not None:
@@ -98,41 +104,6 @@ class Renderer(nn.Module):
             gsd_m=tiles.gsd_m[view.row] * (area / (h * w)).sqrt(),  # [R] geometric mean of the two axes
             valid=valid,
         )
-
-    def _render_rows(
-        self, constants: _TileConstants, tiles: TileBatch, view: ViewBatch, pixels: Tensor, valid: Tensor | None
-    ) -> None:
-        """Fills `pixels [R, c, h, w]` and `valid [R, c, h, w]` of a group of rows."""
-        raw = _gather(tiles.pixels, view)  # [R, c, H, W]
-        sensor = None if valid is None else constants.sensor
-        if constants.sensor.is_categorical:
-            values, ok = _nearest(raw, view, sensor)
-            pixels.copy_(values)
-        else:
-            values, ok = self._resample(raw, view, sensor) if view.resample else _cut(raw, view, sensor)
-            scale, shift = constants.affine(view)  # [R, c, 1, 1]
-            torch.addcmul(shift, values, scale, out=pixels)
-        if valid is not None and ok is not None:
-            valid.copy_(ok)
-            pixels.masked_fill_(~ok, 0.0)
-
-    def _resample(self, raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
-        kernel = _KERNELS[self.interpolation]
-        geometry = _Geometry.of(view)
-        # Rows before channels, so that the product over y and the one over x are one bmm each; the conversion to
-        # float32 writes in this order and the last pointwise operation reads in it, so neither costs a copy.
-        x = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [R, H, c, W]
-        ky, kx = geometry.matrices(kernel, raw.shape[2], raw.shape[3])  # [R, m, H], [R, m, W]
-        if sensor is None:
-            return geometry.turn(_apply(ky, x, kx)), None
-        ok = sensor.is_measured(x)
-        x = torch.where(ok, x, 0.0)
-        ky_abs, kx_abs = ky.abs(), kx.abs()
-        weight = _apply(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
-        mean = _apply(ky_abs, x, kx_abs) / weight
-        total = ky_abs.sum(2)[:, :, None, None] * kx_abs.sum(2)[:, None, None, :]  # [R, m, 1, m]
-        values = torch.where(weight > (1 - 1e-5) * total, _apply(ky, x, kx), mean)
-        return geometry.turn(values), geometry.turn(weight >= 0.5 * total)
 
 
 class _TileConstants(nn.Module):
@@ -168,49 +139,6 @@ class _TileConstants(nn.Module):
 
 
 @dataclass
-class _Axis:
-    """Where the m outputs of each row lie along one axis of its tile, flips and turns included."""
-
-    start: Tensor  # [R] first edge of the box
-    extent: Tensor  # [R] length of the box
-    scale: Tensor  # [R] tile pixels per output pixel
-    center: Tensor  # [R, m] centre of each output, from the box's first edge
-
-    @classmethod
-    def of(cls, start: Tensor, extent: Tensor, n_out: Tensor, m: int, is_reversed: Tensor) -> _Axis:
-        """`n_out [R]` outputs of each row, at most m; the places after them repeat the last."""
-        last = n_out[:, None] - 1  # [R, 1]
-        step = torch.minimum(torch.arange(m, device=start.device, dtype=torch.float32), last)  # [R, m]
-        step = torch.where(is_reversed[:, None], last - step, step)
-        scale = extent / n_out
-        return cls(start, extent, scale, scale[:, None] * (step + 0.5))
-
-    def matrix(self, kernel: _Kernel, n_in: int, max_scale: float) -> Tensor:
-        """Resampling weights `[R, m, n_in]`; each row sums to 1. `max_scale` bounds `scale` and is known on the host.
-
-        Only the T pixels under the widest kernel are evaluated, then scattered: for a crop of a 512 pixel tile at
-        about its own size that is 50 times less work than evaluating the kernel everywhere.
-        """
-        start, extent = self.start[:, None, None], self.extent[:, None, None]
-        center = self.center[:, :, None]  # [R, m, 1]
-        stretch = self.scale.clamp(min=1.0)[:, None, None]  # a kernel is widened to average, never narrowed
-        n_taps = int(2 * kernel.radius * max(1.0, max_scale)) + 1
-        first = torch.ceil(start + center - kernel.radius * stretch - 0.5)  # [R, m, 1]
-        pixel = first + torch.arange(n_taps, device=center.device)  # [R, m, T]
-        inside = torch.minimum(pixel + 1, start + extent) - torch.maximum(pixel, start)
-        weight = kernel.weight((pixel - start + 0.5 - center).div_(stretch).abs_()) * inside.clamp_(0.0, 1.0)
-        weight = weight / weight.sum(2, keepdim=True)
-        # Taps outside the tile have no weight; the margin gives each a place of its own, so none overwrites another.
-        padded = center.new_zeros(*center.shape[:2], n_in + 2 * n_taps)
-        padded.scatter_(2, pixel.long() + n_taps, weight)
-        return padded[:, :, n_taps : n_taps + n_in]  # [R, m, n_in]
-
-    def nearest(self, n_in: int) -> Tensor:
-        """Index `[R, m]` of the tile pixel that holds the centre of each output."""
-        return (self.start[:, None] + self.center).long().clamp_(0, n_in - 1)
-
-
-@dataclass
 class _Geometry:
     """Both axes of a group of rows, before any transposition.
 
@@ -220,8 +148,8 @@ class _Geometry:
 
     size: tuple[int, int]
     is_odd: Tensor  # [R] bool: an odd number of quarter turns
-    y: _Axis
-    x: _Axis
+    y: Axis
+    x: Axis
 
     @classmethod
     def of(cls, view: ViewBatch) -> _Geometry:
@@ -232,20 +160,14 @@ class _Geometry:
         n_y = torch.where(is_odd, float(w), float(h))  # [R]
         n_x = torch.where(is_odd, float(h), float(w))  # [R]
         # A quarter turn counter-clockwise is "reverse x, then transpose"; two turns reverse both axes.
-        y = _Axis.of(top, height, n_y, max(h, w), turns >= 2)
-        x = _Axis.of(left, width, n_x, max(h, w), ((turns == 1) | (turns == 2)) ^ view.flip)
+        y = Axis.of(top, height, n_y, max(h, w), turns >= 2)
+        x = Axis.of(left, width, n_x, max(h, w), ((turns == 1) | (turns == 2)) ^ view.flip)
         return cls(view.size, is_odd, y, x)
 
-    def matrices(self, kernel: _Kernel, height: int, width: int) -> tuple[Tensor, Tensor]:
+    def matrices(self, kernel: Kernel, height: int, width: int) -> tuple[Tensor, Tensor]:
         """`(Ky [R, m, H], Kx [R, m, W])` for boxes inside tiles of `height` and `width` pixels."""
         n_least = min(self.size)
         return self.y.matrix(kernel, height, height / n_least), self.x.matrix(kernel, width, width / n_least)
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Transposes the rows with an odd number of turns and cuts to size: `[R, m, c, m]` -> `[R, c, h, w]`."""
-        h, w = self.size
-        upright, turned = x.permute(0, 2, 1, 3), x.permute(0, 2, 3, 1)
-        return torch.where(self.is_odd[:, None, None, None], turned[..., :h, :w], upright[..., :h, :w])
 
     def nearest(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """`(y, x)`, each `[R, h, w]`: the tile pixel that holds the centre of each view pixel."""
@@ -258,34 +180,59 @@ class _Geometry:
         )
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """A resampling kernel: zero beyond `radius`; `weight` maps distances (>= 0) to unnormalised weights."""
+def _render_rows(
+    constants: _TileConstants,
+    tiles: TileBatch,
+    view: ViewBatch,
+    matrices: Sequence[Tensor],
+    pixels: Tensor,
+    valid: Tensor | None,
+) -> None:
+    """Fills `pixels [R, c, h, w]` and `valid [R, c, h, w]` of a group of rows; `matrices` are (Ky, Kx) if resized."""
+    raw = _gather(tiles.pixels, view)  # [R, c, H, W]
+    sensor = None if valid is None else constants.sensor
+    if constants.sensor.is_categorical:
+        values, ok = _nearest(raw, view, sensor)
+        pixels.copy_(values)
+    else:
+        values, ok = _resample(raw, view, matrices, sensor) if matrices else _cut(raw, view, sensor)
+        scale, shift = constants.affine(view)  # [R, c, 1, 1]
+        torch.mul(values, scale, out=pixels).add_(shift)  # twice as fast on the CPU as addcmul, which is not vectorised
+    if valid is not None and ok is not None:
+        valid.copy_(ok)
+        pixels.masked_fill_(~ok, 0.0)
 
-    radius: int
-    weight: Callable[[Tensor], Tensor]
+
+def _resample(
+    raw: Tensor, view: ViewBatch, matrices: Sequence[Tensor], sensor: Sensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Values `[R, c, h, w]` by `Ky [R, m, H]` and `Kx [R, m, W]`, and their validity."""
+    ky, kx = matrices
+    if is_alone(raw.device, max(view.size)) and view.rot90.item() % 2:
+        raw, ky, kx = raw.transpose(2, 3), kx, ky  # turned while it is converted, which costs least
+    # Rows before channels, so that the product over y and the one over x are one bmm each; the conversion to
+    # float32 writes in this order and the last pointwise operation reads in it, so neither costs a copy.
+    x = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [R, H, c, W]
+    if sensor is None:
+        return _turn(apply(ky, x, kx), view), None
+    ok = sensor.is_measured(x)
+    x = torch.where(ok, x, 0.0)
+    ky_abs, kx_abs = ky.abs(), kx.abs()
+    weight = apply(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
+    mean = apply(ky_abs, x, kx_abs) / weight
+    total = ky_abs.sum(2)[:, :, None, None] * kx_abs.sum(2)[:, None, None, :]  # [R, m, 1, m]
+    values = torch.where(weight > (1 - 1e-5) * total, apply(ky, x, kx), mean)
+    return _turn(values, view), _turn(weight >= 0.5 * total, view)
 
 
-def _triangle(distance: Tensor) -> Tensor:
-    return (1 - distance).clamp_(min=0.0)
-
-
-def _cubic(distance: Tensor) -> Tensor:
-    """Keys' cubic convolution with a = -1/2 (IEEE TASSP 29, 1981), its two pieces joined by truncated squares."""
-    outer = (2 - distance).clamp_(min=0.0).square_()
-    inner = (1 - distance).clamp_(min=0.0).square_()
-    return 0.5 * (1 - distance) * outer + (2 * distance - 1) * inner
-
-
-_KERNELS = {"bilinear": _Kernel(1, _triangle), "bicubic": _Kernel(2, _cubic)}
-
-
-def _apply(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
-    """`ky . x . kx^T` for every channel: `[R, m, H]`, `[R, H, c, W]`, `[R, m, W]` -> `[R, m, c, m]`."""
-    n_rows, _, n_channels, width = x.shape
-    m = ky.shape[1]
-    y = torch.bmm(ky, x.flatten(2)).view(n_rows, m * n_channels, width)  # [R, m*c, W]
-    return torch.bmm(y, kx.transpose(1, 2)).view(n_rows, m, n_channels, m)  # [R, m, c, m]
+def _turn(x: Tensor, view: ViewBatch) -> Tensor:
+    """Transposes the rows with an odd number of turns and cuts to size: `[R, m, c, m]` -> `[R, c, h, w]`."""
+    h, w = view.size
+    upright, turned = x.permute(0, 2, 1, 3), x.permute(0, 2, 3, 1)
+    if is_alone(x.device, max(h, w)):
+        return upright[..., :h, :w]
+    is_odd = view.rot90 % 2 == 1  # [R]
+    return torch.where(is_odd[:, None, None, None], turned[..., :h, :w], upright[..., :h, :w])
 
 
 def _cut(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
@@ -306,6 +253,8 @@ def _nearest(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tenso
 
 def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:
     """The tile and bands of each row in the stored dtype: `[B, C, H, W]` -> `[R, c, H, W]`."""
+    if view.bands is None and is_alone(pixels.device, max(view.size)):
+        return pixels.narrow(0, int(view.row), 1)  # no copy
     # uint16 has few kernels on devices; moving its bits as int16 needs none of them.
     bits = pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels
     picked = bits.index_select(0, view.row) if view.bands is None else bits[view.row[:, None], view.bands]

@@ -1,8 +1,7 @@
-"""Tar shards with an index: written atomically, read by byte offset, still plain WebDataset tars for everyone else.
+"""Tar shards with an index: written atomically, still plain WebDataset tars for everyone else.
 
 `ShardWriter` writes `x.tar` and then its sidecar `x.index.npz`. `ShardIndex` is that sidecar; it can also be built by
-scanning any WebDataset tar. `ShardReader` reads the members that are asked for, in any order. The format is described
-in `docs/data.md`.
+scanning any WebDataset tar. The format is described in `docs/data.md`; `ssl_eo.data.shard_reader` reads it.
 
 N samples of a shard, S member suffixes (what follows the first dot of a member's name).
 """
@@ -12,23 +11,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import suggest
-from ssl_eo.data.members import NpyHeader, decompress, view_npy
 from ssl_eo.data.tar import BLOCK, ShardError, scan, tar_end, tar_header
+from ssl_eo.files import atomic_file
 
-__all__ = ["INDEX_FORMAT", "ShardError", "ShardIndex", "ShardReader", "ShardWriter", "atomic_file", "index_path"]
+__all__ = ["INDEX_FORMAT", "ShardError", "ShardIndex", "ShardWriter", "index_path"]
 
 INDEX_FORMAT = 1
 
@@ -40,26 +38,6 @@ _Rows = dict[str, dict[str, tuple[int, int, int]]]  # key -> suffix -> offset, s
 def index_path(shard: str | Path) -> Path:
     """Where the index of a shard is: `x.tar` -> `x.index.npz`."""
     return Path(shard).with_suffix(".index.npz")
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` complete and synced to disk, or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f"{path.name}.", suffix=".partial", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself survives a power cut
-    finally:
-        os.close(folder)
 
 
 # --- index ------------------------------------------------------------------------------------------------------------
@@ -102,9 +80,14 @@ class ShardIndex:
     def load(cls, path: Path) -> ShardIndex:
         """Read a saved index. Raises `ValueError` when there is none or it is not one."""
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                found = int(arrays["format"])
-                content = {f.name: arrays[f.name] for f in fields(cls)}
+            with path.open("rb") as file:
+                with ZipFile(file) as members:
+                    if any(member.compress_type != ZIP_STORED for member in members.infolist()):
+                        raise ValueError("its arrays are compressed")  # a few bytes could become any number
+                file.seek(0)
+                with np.load(file, allow_pickle=False) as arrays:
+                    found = int(arrays["format"])
+                    content = {f.name: arrays[f.name] for f in fields(cls)}
         except FileNotFoundError:
             raise ValueError(f"{path}: no such index; make it with 'ssl-eo data index'") from None
         except Exception as error:  # a damaged zip or npz fails in many ways
@@ -233,136 +216,3 @@ class ShardWriter:
         self._file.write(data)
         self._hash.update(data)
         self._position += len(data)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class ShardReader:
-    """Members of one shard by row and suffix, in any order.
-
-    Opened on first use. What it returns are read-only views of the mapped file (or of the bytes read, with
-    `access="pread"`): copy before writing. They stay valid after the reader is gone. It may be pickled, and forked
-    while open: neither way shares a file position. A mapped file must not be truncated while it is in use.
-
-    `verify` checks each member's CRC-32 as it is read. Errors are `ShardError`s.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        index: ShardIndex | None = None,
-        *,
-        access: Literal["mmap", "pread"] = "mmap",
-        verify: bool = False,
-    ) -> None:
-        self.path = Path(path)
-        self._given_index = index
-        self._access = access
-        self._verify = verify
-        self._index: ShardIndex | None = None
-        self._columns: dict[str, int] = {}
-        self._map: mmap | None = None
-        self._file: IO[bytes] | None = None
-        self._headers: dict[str, NpyHeader] = {}
-
-    def close(self) -> None:
-        """Close what is open; reading opens it again. Views of a mapped file keep the mapping to themselves."""
-        if self._file is not None:
-            self._file.close()
-        self._index = self._map = self._file = None
-
-    def __del__(self) -> None:
-        self.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_index": None, "_columns": {}, "_map": None, "_file": None, "_headers": {}}
-
-    @property
-    def index(self) -> ShardIndex:
-        """The shard's index; opens the shard and checks that it has the size the index was made for."""
-        if self._index is None:
-            self._open()
-        assert self._index is not None
-        return self._index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def key(self, row: int) -> str:
-        """Key of a sample as the tar has it."""
-        return str(self.index.keys[row].decode())
-
-    def has(self, row: int, suffix: str) -> bool:
-        """Whether sample `row` has the member `suffix`."""
-        index = self.index
-        column = self._columns.get(suffix)
-        return column is not None and bool(index.offset[row, column] >= 0)
-
-    def read(self, row: int, suffix: str) -> bytes:
-        """The bytes of one member."""
-        buffer, offset, size = self._locate(row, suffix)
-        return buffer[offset : offset + size]
-
-    def array(self, row: int, suffix: str) -> NDArray[Any]:
-        """The array of one `.npy` or `.npy.blosc` member, read-only."""
-        return self.arrays(row, (suffix,))[0]
-
-    def arrays(self, row: int, suffixes: Sequence[str]) -> list[NDArray[Any]]:
-        """The arrays of several `.npy` or `.npy.blosc` members of one sample, read-only."""
-        arrays = []
-        for suffix in suffixes:
-            buffer, offset, size = self._locate(row, suffix)
-            try:
-                if suffix.endswith(".blosc"):
-                    buffer = decompress(buffer[offset : offset + size])
-                    offset, size = 0, len(buffer)
-                array, self._headers[suffix] = view_npy(buffer, offset, size, self._headers.get(suffix))
-            except ValueError as error:
-                raise self._error(row, suffix, str(error)) from None
-            arrays.append(array)
-        return arrays
-
-    def _locate(self, row: int, suffix: str) -> tuple[bytes | mmap, int, int]:
-        """A buffer that holds the member, the offset in it, and the size."""
-        index = self.index
-        column = self._columns.get(suffix)
-        if column is None:
-            known = list(self._columns)
-            raise ValueError(f"{self.path}: no member ends in {suffix!r}{suggest(suffix, known)} (there are {known})")
-        offset, size = index.offset.item(row, column), index.size.item(row, column)
-        if offset < 0:
-            raise ValueError(f"{self.path}: sample {self.key(row)!r} has no member {suffix!r}")
-        buffer: bytes | mmap
-        if self._map is not None:
-            buffer, start = self._map, offset
-        else:
-            assert self._file is not None
-            buffer, start = os.pread(self._file.fileno(), size, offset), 0
-            if len(buffer) != size:
-                raise self._error(row, suffix, f"the file ends after {len(buffer)} of {size} bytes")
-        if self._verify and zlib.crc32(memoryview(buffer)[start : start + size]) != index.crc32.item(row, column):
-            raise self._error(row, suffix, f"the CRC-32 of its {size} bytes is not the one in the index")
-        return buffer, start, size
-
-    def _error(self, row: int, suffix: str, reason: str) -> ShardError:
-        offset = self.index.offset.item(row, self._columns[suffix])
-        return ShardError(self.path, f"{self.key(row)}.{suffix}", offset, reason)
-
-    def _open(self) -> None:
-        index = ShardIndex.load(index_path(self.path)) if self._given_index is None else self._given_index
-        file = self.path.open("rb")
-        found = os.fstat(file.fileno()).st_size
-        if found != index.tar_size:
-            file.close()
-            raise ValueError(
-                f"{self.path}: {found} bytes, its index is of a tar of {index.tar_size}:"
-                " the tar was truncated or replaced; restore it, or make its index with 'ssl-eo data index'"
-            )
-        if self._access == "mmap":
-            with file:
-                self._map = mmap(file.fileno(), 0, access=ACCESS_READ)
-        else:
-            self._file = file
-        self._index = index
-        self._columns = {suffix.decode(): i for i, suffix in enumerate(index.suffixes)}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssl_eo.data.types import Sample, Tile, TileBatch, TileSchema, ViewBatch, ViewPlan
+from ssl_eo.data.types import Sample, Tile, TileBatch, TileSchema, ViewBatch, ViewPlan, is_gsd_m
 from ssl_eo.sensors import Sensor
 
 __all__ = ["check_sample", "cut_to_views", "loaded", "shown_plans", "stack", "stack_tiles", "stack_views"]
@@ -31,7 +31,7 @@ def check_sample(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
     """
     for name, expected in schema.items():
         if name in sample.tiles or not expected.optional:
-            _checked_tile(sample, name, expected)
+            _check_tile(_tile(sample, name), name, sample.key, expected)
     if not sample.tiles:
         raise ValueError(f"sample {sample.key!r} has no tile (it may have {', '.join(schema)})")
 
@@ -58,19 +58,20 @@ def loaded(sample: Sample) -> Sample:
 def cut_to_views(sample: Sample, plans: Iterable[ViewPlan], schema: Mapping[str, TileSchema]) -> Sample:
     """The sample with the tiles that `plans` show, and of these what is to be read: see `Tile`.
 
-    Tiles of one size stay whole; of others, and of those that are not read yet, only the pixels in the boxes are kept.
-    Raises `ValueError` for a tile that the sample lacks, or that holds nothing but no-data there.
+    Tiles of one size stay whole; of others only the pixels in the boxes are kept. Raises `ValueError` for a tile that
+    the sample lacks, whose pixels are not what `schema` says, now that they are read, or that is nothing but no-data.
     """
     boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for plan in plans:
         boxes.setdefault(plan.tile, []).append(plan.box)
     tiles = {}
     for name, shown in boxes.items():
-        tile = _checked_tile(sample, name, schema[name])
+        tile = _tile(sample, name)
         if schema[name].shape is None:
             tile = _cut(tile, shown)
         elif not isinstance(tile.pixels, np.ndarray):
             tile = replace(tile, pixels=tile.array)
+        _check_tile(tile, name, sample.key, schema[name])
         tile.measured = _measured(tile, schema[name].sensor)
         if tile.measured is not None and not tile.measured.any():
             raise ValueError(f"tile {name!r} of sample {sample.key!r} is all no-data")
@@ -85,13 +86,16 @@ def stack(
 
     A role has one row of plans for each of its views (views outermost), each with one plan a sample. Plans of one role
     may show different tiles, also with different numbers of bands, but share a size. A tile is stacked over the samples
-    whose views show it; where tiles differ in size, the smaller ones are filled up with zeros.
+    whose views show it; where tiles differ in size, the smaller ones are filled up with zeros. `samples` are those that
+    `cut_to_views` has checked.
     """
     shown: dict[str, set[int]] = {}  # tile name -> the samples whose views show it
     for sample, plan in (pair for views in roles.values() for view in views for pair in enumerate(view)):
         shown.setdefault(plan.tile, set()).add(sample)
     held = {name: sorted(found) for name, found in shown.items()}
-    tiles = {name: stack_tiles([samples[i] for i in found], [name], schema)[name] for name, found in held.items()}
+    tiles = {
+        name: _stack_tile([samples[i].tiles[name] for i in found], schema[name].sensor) for name, found in held.items()
+    }
     placed = {
         role: [[_from_origin(plan, sample) for plan, sample in zip(view, samples, strict=True)] for view in views]
         for role, views in roles.items()
@@ -108,17 +112,22 @@ def stack_tiles(
     """
     stacked = {}
     for name in names:
-        tiles = [_checked_tile(sample, name, schema[name]) for sample in samples]
-        masks = [_measured(tile, schema[name].sensor) for tile in tiles]
-        holds = [np.ones(len(t.bands), bool) if m is None else m.any((1, 2)) for t, m in zip(tiles, masks, strict=True)]
-        present = np.stack(holds)  # [B, C]
-        stacked[name] = TileBatch(
-            pixels=torch.from_numpy(_stack_pixels([tile.array for tile in tiles])),  # [B, C, H, W]
-            gsd_m=torch.tensor([tile.gsd_m for tile in tiles], dtype=torch.float32),  # [B]
-            has_no_data=any(mask is not None and not mask.all() for mask in masks),
-            present=None if present.all() else torch.from_numpy(present),  # [B, C]
-        )
+        for sample in samples:
+            _check_tile(_tile(sample, name), name, sample.key, schema[name])
+        stacked[name] = _stack_tile([sample.tiles[name] for sample in samples], schema[name].sensor)
     return stacked
+
+
+def _stack_tile(tiles: Sequence[Tile], sensor: Sensor) -> TileBatch:
+    masks = [_measured(tile, sensor) for tile in tiles]
+    holds = [np.ones(len(t.bands), bool) if m is None else m.any((1, 2)) for t, m in zip(tiles, masks, strict=True)]
+    present = np.stack(holds)  # [B, C]
+    return TileBatch(
+        pixels=torch.from_numpy(_stack_pixels([tile.array for tile in tiles])),  # [B, C, H, W]
+        gsd_m=torch.tensor([tile.gsd_m for tile in tiles], dtype=torch.float32),  # [B]
+        has_no_data=any(mask is not None and not mask.all() for mask in masks),
+        present=None if present.all() else torch.from_numpy(present),  # [B, C]
+    )
 
 
 def _stack_pixels(pixels: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -147,17 +156,19 @@ def _from_origin(plan: ViewPlan, sample: Sample) -> ViewPlan:
     return replace(plan, box=(plan.box[0] - origin[0], plan.box[1] - origin[1], *plan.box[2:]))
 
 
-def _checked_tile(sample: Sample, name: str, expected: TileSchema) -> Tile:
+def _tile(sample: Sample, name: str) -> Tile:
     if name not in sample.tiles:
         raise ValueError(f"sample {sample.key!r} has no tile {name!r} (tiles: {', '.join(sample.tiles) or 'none'})")
-    tile = sample.tiles[name]
+    return sample.tiles[name]
+
+
+def _check_tile(tile: Tile, name: str, key: str, expected: TileSchema) -> None:
     try:
         expected.check(tile.pixels, tile.bands)
-        if not 0 < tile.gsd_m < math.inf:
-            raise ValueError(f"gsd_m {tile.gsd_m}, expected metres above 0")
+        if not is_gsd_m(tile.gsd_m):
+            raise ValueError(f"gsd_m {tile.gsd_m!r:.80}, expected metres above 0, up to 1e6")
     except ValueError as error:
-        raise ValueError(f"tile {name!r} of sample {sample.key!r} has {error}") from None
-    return tile
+        raise ValueError(f"tile {name!r} of sample {key!r} has {error}") from None
 
 
 def _measured(tile: Tile, sensor: Sensor) -> NDArray[np.bool_] | None:

@@ -33,8 +33,10 @@ __all__ = [
     "TileBatch",
     "TileSchema",
     "ViewBatch",
+    "ViewLimits",
     "ViewPlan",
     "Views",
+    "is_gsd_m",
     "map_tensors",
     "move_to",
 ]
@@ -79,18 +81,32 @@ class Tile:
         return self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels[:, :, :]
 
 
+@dataclass(frozen=True)
+class ViewLimits:
+    """Where the views of one sample lie, and how coarse they are; drawn once for all of them (`plans.SourceCrop`).
+
+    They lie in a square window with a side of `extent_m` metres, None for the whole tile. `corner` places it: how far
+    down and to the right it is, as shares of the room there is. `gsd_m` is the range of the ground size of view pixels.
+    """
+
+    extent_m: float | None = None
+    corner: tuple[float, float] = (0.0, 0.0)
+    gsd_m: tuple[float, float] | None = None
+
+
 @dataclass
 class Sample:
     """One place, seen through one or more tiles. Tile names are keys of `Source.schema`: all but the optional ones.
 
     `label` is an integer class, a `[H, W]` integer map, a `[K]` multi-hot vector, or None. `meta` holds plain values
-    (`latitude`, `longitude`, `date`, ...).
+    (`latitude`, `longitude`, `date`, ...). `limits` come from `data.sources`, not from the source.
     """
 
     key: str
     tiles: dict[str, Tile]
     meta: dict[str, Any] = field(default_factory=dict)
     label: Any = None
+    limits: ViewLimits = ViewLimits()
 
 
 @dataclass(frozen=True)
@@ -124,8 +140,8 @@ class TileSchema:
             raise ValueError(f"shape of {name} must be (height, width) in pixels or None, got {self.shape}")
         if not isinstance(self.optional, bool):
             raise ValueError(f"optional of {name} must be true or false, got {self.optional!r}")
-        if not (_is_number(self.gsd_m) and self.gsd_m > 0):
-            raise ValueError(f"gsd_m of {name} must be positive metres, got {self.gsd_m!r}")
+        if not is_gsd_m(self.gsd_m):
+            raise ValueError(f"gsd_m of {name} must be metres, above 0 and up to 1e6, got {self.gsd_m!r:.80}")
         if len(self.mean) != n or len(self.std) != n:
             raise ValueError(
                 f"statistics of {name}: {len(self.mean)} means and {len(self.std)} standard deviations for {n} bands"
@@ -148,6 +164,12 @@ class TileSchema:
         ):
             if found != expected:
                 raise ValueError(f"{what} {found}, expected {expected}")
+
+
+def is_gsd_m(value: Any) -> bool:
+    """Whether `value` can be the ground size of a pixel: metres above 0, up to a thousand kilometres."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return is_number and bool(0 < value <= 1e6)
 
 
 def _is_number(value: Any) -> bool:

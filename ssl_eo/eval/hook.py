@@ -33,7 +33,7 @@ from ssl_eo.models.vit import EncoderInput
 
 __all__ = ["EvalConfig", "EvalHook", "undisturbed"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class EvalHook:
             )
             records = _on_main(partial(_probe, task, train, test))
         except Exception as error:  # raised on all ranks or on none
-            _log.warning("step %d: %s of task %s could not be evaluated: %s", step, features, task.name, error)
+            logger.warning("step %d: %s of task %s could not be evaluated: %s", step, features, task.name, error)
             records = [{"kind": "error", "error": f"{type(error).__name__}: {error}"}]
         if is_main():
             head = {"step": step, "task": task.name, "features": features}

@@ -22,7 +22,7 @@ from ssl_eo.components import suggest
 from ssl_eo.data.opening import SourceConfig, open_source
 from ssl_eo.data.plans import whole
 from ssl_eo.data.render import Renderer
-from ssl_eo.data.stacking import cut_to_views, stack_tiles, stack_views
+from ssl_eo.data.stacking import check_sample, cut_to_views, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Source, TileBatch, TileSchema, ViewPlan, move_to
 from ssl_eo.eval.probes import PROBES
 from ssl_eo.models.vit import EncoderInput
@@ -30,7 +30,7 @@ from ssl_eo.seeding import numpy_generator
 
 __all__ = ["Split", "Task", "TaskConfig"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # How many samples are looked at for each one wanted, in search of a balanced subset of a source that is not balanced.
 _N_READ_PER_SAMPLE = 4
@@ -158,7 +158,7 @@ class Split:
                 sample = self._read(index)
             except (ValueError, OSError, EOFError) as error:
                 n_bad += 1
-                _log.warning("task %s: sample %d of %s is left out: %s", name, index, self.name, error)
+                logger.warning("task %s: sample %d of %s is left out: %s", name, index, self.name, error)
                 continue
             if n_chosen[sample.label] < quota:
                 n_chosen[sample.label] += 1
@@ -180,6 +180,7 @@ class Split:
         sample = self._source.read(index)
         tile = self._task.tile
         schema = {tile: self._task.schema}
+        check_sample(sample, schema)
         sample = cut_to_views(sample, [self._task.plan], schema)
         n_classes = self._task.n_classes
         if not isinstance(sample.label, (int, np.integer)) or not 0 <= sample.label < n_classes:

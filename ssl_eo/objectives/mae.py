@@ -90,8 +90,7 @@ class MaskedViews:
         if not names:
             raise ValueError(f"it has none of the tiles of objective.tile, but {', '.join(sample.tiles)}")
         name = names[0] if len(names) == 1 else names[int(rng.integers(len(names)))]
-        height, width = sample.tiles[name].pixels.shape[-2:]
-        view = resized_crop(name, (height, width), self.cfg.crop, rng)
+        view = resized_crop(sample, name, self.cfg.crop, rng)
         hidden = draw(self.cfg.mask, rng, self.grid)
         return MaskedPlan(view, hidden, predicted(self.cfg.mask, rng, hidden))
 

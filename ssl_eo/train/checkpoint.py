@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import warnings
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from ssl_eo.distributed import barrier, broadcast_object, is_main, raise_on_all_ranks, world_size
+from ssl_eo.files import sync
 
 __all__ = [
     "CheckpointConfig",
@@ -41,7 +41,7 @@ __all__ = [
     "verify",
 ]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # DCP warns whenever there is one process; here that is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -179,9 +179,9 @@ class Checkpointer:
             files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
             (partial / _SEAL).write_text(_signed({"format": _FORMAT, "step": step, "facts": facts, "files": files}))
             for path in partial.iterdir():
-                _sync(path)
+                sync(path)
             partial.rename(final)
-            _sync(self.root)
+            sync(self.root)
             self._prune(final)
         except OSError as error:
             return self._write_error(error, partial, step)
@@ -234,7 +234,7 @@ def newest(root: Path) -> Path | None:
         problem = verify(path)
         if problem is None:
             return path
-        log.warning("checkpoint %s is damaged (%s) and is passed over", path, problem)
+        logger.warning("checkpoint %s is damaged (%s) and is passed over", path, problem)
     if candidates:
         raise CheckpointError(
             f"{root}: none of {len(candidates)} checkpoints is whole; bring a copy back, or move the folder away to"
@@ -340,14 +340,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _root_cause(error: BaseException) -> BaseException:

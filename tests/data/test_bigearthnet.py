@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,10 @@ from ssl_eo.data.sources.hdf5 import Source as Hdf5Source
 from ssl_eo.data.stacking import check_sample, cut_to_views, loaded
 
 pytest.importorskip("rasterio")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
-SAMPLES = Path(os.environ.get("SSL_EO_SAMPLES", "none"))
-needs_samples = pytest.mark.skipif(
-    not (SAMPLES / "s1_s2_pairs" / "bigearthnet_v1").is_dir(),
-    reason="set SSL_EO_SAMPLES to the folder that holds s1_s2_pairs and bigearthnet_v2_s1s2",
-)
 TILES = {"sentinel2_l2a@10m": 120, "sentinel2_l2a@20m": 60, "sentinel2_l2a@60m": 20, "sentinel1_grd": 120}
 NOMENCLATURE = Nomenclature.from_info(dataset_card("bigearthnet"))
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return cache
 
 
 @pytest.fixture(scope="module")
@@ -397,9 +387,8 @@ def test_fingerprint_follows_the_content_not_the_place(v1: Path, v2: Path, tmp_p
     assert Source(Config(str(tmp_path / "moved_v2"))).fingerprint() != before
 
 
-@needs_samples
-def test_the_real_pairs_of_v1() -> None:
-    root = SAMPLES / "s1_s2_pairs" / "bigearthnet_v1"
+def test_the_real_pairs_of_v1(real_samples: Callable[[str], Path]) -> None:
+    root = real_samples("s1_s2_pairs/bigearthnet_v1")
     source = open_all(root)
     assert len(source) == 6
     samples = [loaded(source.read(i)) for i in range(6)]
@@ -427,10 +416,11 @@ def test_the_real_pairs_of_v1() -> None:
     }
 
 
-@needs_samples
 @pytest.mark.parametrize(("dataset", "sensor"), [("sentinel2", "sentinel2_l2a"), ("sentinel1", "sentinel1_grd")])
-def test_the_real_patches_of_v2_in_one_hdf5_file(dataset: str, sensor: str) -> None:
-    path = SAMPLES / "bigearthnet_v2_s1s2" / "ben_v2_s1s2_120px.h5"
+def test_the_real_patches_of_v2_in_one_hdf5_file(
+    dataset: str, sensor: str, real_samples: Callable[[str], Path]
+) -> None:
+    path = real_samples("bigearthnet_v2_s1s2/ben_v2_s1s2_120px.h5")
     options = {"dataset": dataset, "sensor": sensor, "split": "train", "meta_datasets": ["patch_id"]}
     source = Hdf5Source(Hdf5Config(str(path), label_dataset="landcover19", n_statistics_samples=79, **options))
     assert len(source) == 79
@@ -445,11 +435,10 @@ def test_the_real_patches_of_v2_in_one_hdf5_file(dataset: str, sensor: str) -> N
     assert np.flatnonzero(classes.read(0).label).tolist() == present
 
 
-@needs_samples
-def test_corine_codes_of_the_real_maps_become_the_19_classes() -> None:
+def test_corine_codes_of_the_real_maps_become_the_19_classes(real_samples: Callable[[str], Path]) -> None:
     import h5py
 
-    with h5py.File(SAMPLES / "bigearthnet_v2_s1s2" / "ben_v2_s1s2_120px.h5") as file:
+    with h5py.File(real_samples("bigearthnet_v2_s1s2/ben_v2_s1s2_120px.h5")) as file:
         codes, expected = file["clc"][:], file["landcover19"][:]
     np.testing.assert_array_equal(np.stack([NOMENCLATURE.of_codes(c, 19) for c in codes]), expected)
     assert Counter(expected.reshape(-1).tolist()).most_common(1)[0][1] > 1000

@@ -3,25 +3,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import pickle
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from archives.geotiff import write_sparse
+from archives.tiffs import write_raster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssl_eo.data.shards import ShardWriter
 from ssl_eo.data.sources.eurosat import Config, Source, cell_split
 from ssl_eo.data.stacking import check_sample
-
-SAMPLES = Path(os.environ.get("SSL_EO_SAMPLES", "none"))
-needs_samples = pytest.mark.skipif(
-    not (SAMPLES / "eurosat_rgb").is_dir(), reason="set SSL_EO_SAMPLES to the folder that holds eurosat_rgb"
-)
 
 
 def jpeg(value: int, mode: str = "RGB") -> bytes:
@@ -167,14 +164,9 @@ def test_a_source_can_be_pickled_while_open(root: Path) -> None:
 
 
 def write_geotiff(path: Path, longitude: float) -> None:
-    rasterio = pytest.importorskip("rasterio")
-    path.parent.mkdir(exist_ok=True)
-    transform = rasterio.transform.from_origin(longitude, 50.0, 1e-4, 1e-4)
+    pytest.importorskip("rasterio")
     pixels = np.arange(1, 14, dtype=np.uint16)[:, None, None] * np.ones((13, 64, 64), np.uint16)
-    with rasterio.open(
-        path, "w", driver="GTiff", width=64, height=64, count=13, dtype="uint16", crs="EPSG:4326", transform=transform
-    ) as file:
-        file.write(pixels)
+    write_raster(path, pixels, crs="EPSG:4326", corner=(longitude, 50.0), pixel=1e-4)
 
 
 def test_geotiffs_have_b8a_last_and_know_their_place(tmp_path: Path) -> None:
@@ -192,9 +184,21 @@ def test_geotiffs_have_b8a_last_and_know_their_place(tmp_path: Path) -> None:
         Source(Config(str(tmp_path)))
 
 
-@needs_samples
-def test_geographic_split_of_the_real_scenes() -> None:
-    parts = {s: Source(Config(str(SAMPLES / "eurosat_rgb"), split=s)) for s in ("train", "val", "test")}
+def test_geotiffs_that_lead_out_or_are_huge_are_bad_samples(tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    write_geotiff(tmp_path / "River" / "River_0.tif", 10.2)
+    (tmp_path / "River" / "River_1.tif").write_text("<VRTDataset rasterXSize='64' rasterYSize='64'></VRTDataset>")
+    write_sparse(tmp_path / "River" / "River_2.tif", 20_000, (0, 0), np.ones((13, 64, 64), np.uint16))
+    source = Source(Config(str(tmp_path), split="all"))
+    check_sample(source.read(0), source.schema)
+    with pytest.raises(OSError, match=r"River_1\.tif is not a readable GeoTIFF"):
+        source.read(1)
+    with pytest.raises(ValueError, match=r"River_2\.tif: 13 bands of 20000 x 20000 pixels are too many to read"):
+        source.read(2)
+
+
+def test_geographic_split_of_the_real_scenes(real_samples: Callable[[str], Path]) -> None:
+    parts = {s: Source(Config(str(real_samples("eurosat_rgb")), split=s)) for s in ("train", "val", "test")}
     assert {s: len(p) for s, p in parts.items()} == {"train": 4969, "val": 598, "test": 1433}
     cells = {
         s: {
@@ -208,19 +212,17 @@ def test_geographic_split_of_the_real_scenes() -> None:
     assert min(labels.values()) >= 25
 
 
-@needs_samples
-def test_statistics_in_the_yaml_are_those_of_the_train_split() -> None:
-    source = Source(Config(str(SAMPLES / "eurosat_rgb")))
+def test_statistics_in_the_yaml_are_those_of_the_train_split(real_samples: Callable[[str], Path]) -> None:
+    source = Source(Config(str(real_samples("eurosat_rgb"))))
     schema = source.schema["sentinel2_tci"]
     pixels = np.stack([source.read(i).tiles["sentinel2_tci"].pixels for i in range(0, len(source), 5)])
     np.testing.assert_allclose(pixels.mean(axis=(0, 2, 3)), schema.mean, rtol=0.03)
     np.testing.assert_allclose(pixels.std(axis=(0, 2, 3)), schema.std, rtol=0.03)
 
 
-@needs_samples
-def test_real_geotiffs() -> None:
+def test_real_geotiffs(real_samples: Callable[[str], Path]) -> None:
     pytest.importorskip("rasterio")
-    source = Source(Config(str(SAMPLES / "eurosat_ms"), split="all"))
+    source = Source(Config(str(real_samples("eurosat_ms")), split="all"))
     samples = [source.read(i) for i in range(len(source))]
     assert {source.label_names[s.label] for s in samples} == {"AnnualCrop", "Pasture", "SeaLake"}
     for sample in samples:

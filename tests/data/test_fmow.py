@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from archives.fmow import FOOTPRINTS, LIST, columns_of, image, path_of, pixels_of, write_archive, write_list
-from archives.tiffs import write_tiff
+from archives.tiffs import write_raster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,7 +120,7 @@ def test_images_that_are_not_as_listed_raise_what_the_loader_quarantines(root: P
         (np.ones((8, 41, 50), np.uint16), r"\(8, 41, 50\) of uint16; expected \(8, 40, 50\)"),
         (np.ones((8, *shape), np.float32), "of float32; expected .* of uint16"),
     ]:
-        write_tiff(worldview, pixels)
+        write_raster(worldview, pixels, crs=None)
         tiles = source(root).read(0).tiles  # the other images of the footprint can be used
         with pytest.raises(ValueError, match=match):
             _ = tiles["worldview2_3@1"].array
@@ -137,7 +137,7 @@ def test_images_that_are_not_as_listed_raise_what_the_loader_quarantines(root: P
 def test_float_files_of_sentinel2_are_taken_as_they_are(root: Path) -> None:
     for footprint, i in ((0, 1), (1, 0)):
         pixels = pixels_of(footprint, i, FOOTPRINTS[footprint][i]).astype(np.float32)
-        write_tiff(root / path_of(footprint, i, "s2"), pixels)
+        write_raster(root / path_of(footprint, i, "s2"), pixels, crs=None)
     archive = source(root)
     check_sample(archive.read(0), archive.schema)
     assert archive.schema["sentinel2_l1c@0"].dtype == archive.read(0).tiles["sentinel2_l1c@0"].array.dtype == "float32"

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,6 @@ from ssl_eo.data.sources.hdf5 import Config, Source
 from ssl_eo.data.stacking import check_sample, cut_to_views
 from ssl_eo.sensors import load_sensor
 
-SAMPLES = Path(os.environ.get("SSL_EO_SAMPLES", "none"))
-needs_samples = pytest.mark.skipif(
-    not (SAMPLES / "s2_l2a_12band").is_dir(), reason="set SSL_EO_SAMPLES to the folder that holds s2_l2a_12band"
-)
 L2A = load_sensor("sentinel2_l2a").band_names
 N, C = 10, len(L2A)
 
@@ -83,7 +78,7 @@ def test_statistics_are_measured_over_the_split_or_given(path: Path, tmp_path: P
     given.write_text(json.dumps({"bands": L2A[1:], "mean": [0] * (C - 1), "std": [2] * (C - 1)}))
     with pytest.raises(ValueError, match=r"statistics: .*statistics\.json must hold lists.*'B01'"):
         Source(config(path, statistics=str(given)))
-    with pytest.raises(ValueError, match="statistics: cannot read"):
+    with pytest.raises(ValueError, match=r"statistics: nowhere\.json cannot be read"):
         Source(config(path, statistics="nowhere.json"))
 
 
@@ -205,23 +200,12 @@ def test_runs_are_whole_chunks_of_the_file(path: Path) -> None:
     assert Source(config(path)).chunk_size == 18
 
 
-def read_in_child(source: Source, index: int, queue: Any) -> None:
-    queue.put(pixels_of(source, index))
-
-
-def test_an_open_source_can_be_pickled_and_forked(path: Path) -> None:
+def test_an_open_source_can_be_pickled_and_forked(path: Path, on_ranks: Callable[..., list[Any]]) -> None:
     source = Source(config(path))
     expected = [pixels_of(source, i) for i in range(N)]  # the handle is open now
     np.testing.assert_array_equal(pixels_of(pickle.loads(pickle.dumps(source)), 6), expected[6])
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    children = [context.Process(target=read_in_child, args=(source, 4, queue)) for _ in range(2)]
-    for child in children:
-        child.start()
-    for _ in children:
-        np.testing.assert_array_equal(queue.get(timeout=60), expected[4])
-    for child in children:
-        child.join()
+    for found in on_ranks(2, pixels_of, source, 4):
+        np.testing.assert_array_equal(found, expected[4])
     np.testing.assert_array_equal(pixels_of(source, 5), expected[5])
 
 
@@ -244,9 +228,8 @@ def test_wrong_values_are_refused() -> None:
         Config("x", "y", n_statistics_samples=0)
 
 
-@needs_samples
-def test_real_sentinel2_patches() -> None:
-    folder = SAMPLES / "s2_l2a_12band"
+def test_real_sentinel2_patches(real_samples: Callable[[str], Path]) -> None:
+    folder = real_samples("s2_l2a_12band")
     source = Source(config(folder / "s2_l2a_64px.h5", split="train", n_statistics_samples=547))
     assert len(source) == 547
     published = json.loads((folder / "band_stats.json").read_text())
@@ -257,9 +240,8 @@ def test_real_sentinel2_patches() -> None:
     check_sample(source.read(100), source.schema)
 
 
-@needs_samples
-def test_real_enmap_tiles_without_their_empty_bands() -> None:
-    path = SAMPLES / "enmap_potsdam" / "enmap_potsdam_32px.h5"
+def test_real_enmap_tiles_without_their_empty_bands(real_samples: Callable[[str], Path]) -> None:
+    path = real_samples("enmap_potsdam/enmap_potsdam_32px.h5")
     options = {"sensor": "enmap", "dataset": "enmap", "label_dataset": "landcover", "meta_datasets": ["tile"]}
     empty = [f"B{i}" for i in range(130, 136)]
     with pytest.raises(ValueError, match=", ".join(empty)):

@@ -71,7 +71,7 @@ class ToyViews:
     def plan(self, sample: Sample, rng: np.random.Generator) -> Any:
         if sample.key == "toy_7":
             raise ValueError("no view of 7")
-        return resized_crop("toy", (8, 8), CropConfig(size_px=4), rng)
+        return resized_crop(sample, "toy", CropConfig(size_px=4), rng)
 
     def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int, rng: np.random.Generator) -> Batch:
         samples = [s for s, _ in planned]

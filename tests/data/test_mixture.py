@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from launching import ROOT, assert_same_bits, read_checkpoint, records
 
 from ssl_eo.cli import main
+from ssl_eo.data.loader import StepDataset
 from ssl_eo.data.mixture import MixedSource, scaled_weights
+from ssl_eo.data.opening import DataConfig, WeightedSourceConfig
+from ssl_eo.data.plans import CropConfig, SourceCrop
 from ssl_eo.data.sources.synthetic import Config, Source
+from ssl_eo.data.types import ViewLimits
+from ssl_eo.objectives import mae
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 
@@ -70,3 +76,38 @@ def test_a_run_of_mixed_batches_resumes_exactly(tmp_path: Path) -> None:
     assert_same_bits(whole, resumed)
     keys = [r["keys"] for r in records(tmp_path / "whole" / "debug_mae" / "keys.jsonl")]
     assert keys == [r["keys"] for r in records(tmp_path / "parts" / "debug_mae" / "keys.jsonl")]
+
+
+@pytest.mark.parametrize("mixing", ["step", "sample"])
+def test_views_keep_to_the_crop_of_their_own_source(mixing: Literal["step", "sample"]) -> None:
+    crops = [SourceCrop(gsd_m=(10.0, 15.0)), SourceCrop(extent_m=(80.0, 120.0)), SourceCrop()]
+    sources = [WeightedSourceConfig("synthetic", None, crop=crop) for crop in crops]
+    cfg = DataConfig(sources, mixing=mixing, n_lanes=2, n_workers=0)
+    opened = [MixedSource(parts())] if mixing == "sample" else list(parts())
+    names = ["sentinel2_l2a", "sentinel2_l2a@1"] if mixing == "sample" else "sentinel2_l2a"
+    objective = mae.Config(tile=names, crop=CropConfig(size_px=8, scale=(0.05, 1.0)))
+    views = mae.MaskedViews(objective, (2, 2), [source.schema for source in opened])
+    options = {"seed": 3, "global_batch_size": 4}
+    dataset, again = (StepDataset(cfg, opened, views, **options) for _ in range(2))
+    seen = set()
+    for step in range(12):
+        for slot, index in enumerate(dataset.orders[dataset.mixture.source(step)].batch(step).tolist()):
+            source = dataset.mixture.source(step)
+            part = opened[0].place(index)[0] if isinstance(opened[0], MixedSource) else source
+            sample, plan = dataset._sample(step, source, slot, index, [])
+            _, same = again._sample(step, source, slot, index, [])
+            assert plan.view == same.view
+            top, left, height, width = plan.view.box
+            gsd_m = np.sqrt(height * width) * 10.0 / 8
+            seen.add(part)
+            if part == 0:
+                assert 10 - 1e-6 <= gsd_m <= 15 + 1e-6
+            if part == 1:
+                limits = sample.limits
+                assert 80 <= limits.extent_m <= 120
+                low = np.array(limits.corner) * (24 - limits.extent_m / 10)
+                assert (np.array([top, left]) >= low - 1e-6).all()
+                assert (np.array([top + height, left + width]) <= low + limits.extent_m / 10 + 1e-6).all()
+            if part == 2:
+                assert sample.limits == ViewLimits()
+    assert seen == {0, 1, 2}

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from ssl_eo.data import pack as packing
 from ssl_eo.data.manifest import Manifest, content_hash, schema_from_dict, schema_to_dict
 from ssl_eo.data.pack_check import Problem, check
-from ssl_eo.data.shards import ShardError, ShardIndex, ShardReader, ShardWriter, index_path
+from ssl_eo.data.shard_reader import LocalShard, ShardReader
+from ssl_eo.data.shards import ShardError, ShardIndex, ShardWriter, index_path
 from ssl_eo.data.sources.shards import Config
 from ssl_eo.data.sources.shards import Source as PackedSource
 from ssl_eo.data.statistics import BandStatistics
@@ -161,6 +162,65 @@ def test_tiles_that_not_every_sample_has_and_that_differ_in_size(tmp_path, codec
     thermal = report.statistics["thermal@noon"]
     assert thermal.count.tolist() == [sum(5 * (3 + i) for i in range(1, 12, 2))]
     assert (thermal.minimum.tolist(), thermal.maximum.tolist()) == ([1], [11])
+    assert check(tmp_path).ok
+
+
+class FlatSource(TinySource):
+    """Bands without content: one of radar in every sample, all of optical@20m in some."""
+
+    def read(self, index: int) -> Sample:
+        sample = super().read(index)
+        sample.tiles["radar"].array[0] = -np.inf
+        if index % 2:
+            sample.tiles["optical@20m"].array[:] = [[[index]], [[0]]]
+        return sample
+
+
+@pytest.mark.parametrize("codec", ["raw", "blosc"])
+def test_constant_bands_cost_nothing_and_come_back(tmp_path, codec):
+    source = FlatSource()
+    for name, keep in (("dropped", False), ("kept", True)):
+        packing.pack(source, tmp_path / name, codec=codec, samples_per_shard=9, keep_constant_bands=keep)
+        assert_same_samples(PackedSource(Config(str(tmp_path / name), verify=True)), source, list(range(20)))
+        assert check(tmp_path / name).ok
+    reader = ShardReader(tmp_path / "dropped" / "shard-000000.tar")
+    suffix = ".npy" if codec == "raw" else ".npy.blosc"
+    assert reader.array(1, f"radar{suffix}").shape == (1, 8, 8)
+    assert reader.array(1, f"optical@20m{suffix}").shape == (0, 4, 4)
+    assert json.loads(reader.read(1, "json"))["constant"] == {
+        "optical@20m": {"0": "0100", "1": "0000"},
+        "radar": {"0": "000080ff"},
+    }
+    kept = ShardReader(tmp_path / "kept" / "shard-000000.tar")
+    assert kept.array(1, f"radar{suffix}").shape == (2, 8, 8)
+
+
+def test_a_band_count_that_does_not_fit_its_constants_is_found(tmp_path):
+    packing.pack(FlatSource(), tmp_path, samples_per_shard=20)
+    shard = tmp_path / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b'"radar":{"0":"000080ff"}', b'"radar":{"9":"000080ff"}', 1))
+    ShardIndex.build(shard).save(index_path(shard))  # else the checksum says so first
+    problems = check(tmp_path).problems
+    assert [p.member for p in problems if "constant bands {9: '000080ff'} do not fit 1 stored bands" in p.reason]
+    with pytest.raises(ValueError, match="do not fit 1 stored bands"):
+        PackedSource(Config(str(tmp_path))).read(0)
+
+
+def test_a_shard_that_reads_back_otherwise_stops_it(tmp_path, monkeypatch):
+    replaced = Path.replace
+
+    def failing_disk(self: Path, target: Path) -> Path:
+        if target.suffix == ".tar":
+            data = bytearray(self.read_bytes())
+            data[5000] ^= 1
+            self.write_bytes(data)
+        return replaced(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing_disk)
+    with pytest.raises(OSError, match=r"shard-000000\.tar does not hold what was written to it; see to the disk"):
+        packing.pack(TinySource(), tmp_path, samples_per_shard=7)
+    monkeypatch.undo()
+    packing.pack(TinySource(), tmp_path, samples_per_shard=7)  # nothing of it is taken for finished
     assert check(tmp_path).ok
 
 
@@ -423,13 +483,15 @@ def shard(**values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda page: page["shards"].append(page["shards"][0]), r"lists shard-000000\.tar twice"),
         (shard(name="../x.tar"), "not a plain file name"),
         (shard(name=7), "not a plain file name"),
+        (shard(n_samples=10**18), r"shard-000000\.tar of \d+ bytes cannot hold 1000000000000000000 samples"),
+        (radar(statistics={"count": [10**400, 1]}), "too large"),
         (shard(n_samples="5"), "n_samples of shard shard-000000.tar must be a whole number from 0, got '5'"),
         (shard(size=-1), "size of shard shard-000000.tar must be a whole number from 0, got -1"),
         (shard(other=1), "other"),
         (radar(dtype="nope"), r"tiles\.radar: dtype of radar must be one of bool, .*, got 'nope'"),
         (radar(dtype="complex64"), "dtype of radar must be one of .*, got 'complex64'"),
-        (radar(gsd_m=-1), "gsd_m of radar must be positive metres, got -1"),
-        (radar(gsd_m="10"), "gsd_m of radar must be positive metres, got '10'"),
+        (radar(gsd_m=-1), "gsd_m of radar must be metres, above 0 and up to 1e6, got -1"),
+        (radar(gsd_m="10"), "gsd_m of radar must be metres, above 0 and up to 1e6, got '10'"),
         (radar(bands=["b0", "b0"]), "named twice: b0, b0"),
         (radar(bands=["b0", "b7"]), "no band 'b7'"),
         (radar(shape=[8, -8]), r"shape of radar must be \(height, width\) in pixels or None, got \(8, -8\)"),
@@ -474,6 +536,15 @@ json_values = st.one_of(
 )
 
 
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_schema_comes_back_and_is_not_optional_unless_it_says_so(optional):
+    schema = replace(TinySource.schema["optical@10m"], optional=optional)
+    raw = json.loads(json.dumps(schema_to_dict(schema)))
+    assert schema_from_dict("tile", raw) == schema
+    del raw["optional"]
+    assert schema_from_dict("tile", raw) == replace(schema, optional=False)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_any_description_is_a_schema_or_a_value_error(data):
@@ -501,7 +572,7 @@ def test_any_description_is_a_schema_or_a_value_error(data):
 def test_a_ground_sampling_that_is_none_spoils_its_sample_alone(tmp_path, gsd_m):
     packing.pack(TinySource(), tmp_path)
     path = tmp_path / "shard-000000.tar"
-    reader = ShardReader(path, access="pread")
+    reader = ShardReader(LocalShard(path, access="pread"))
     with ShardWriter.create(path) as writer:
         for row in range(20):
             suffixes = [s.decode() for s in reader.index.suffixes]
@@ -511,12 +582,14 @@ def test_a_ground_sampling_that_is_none_spoils_its_sample_alone(tmp_path, gsd_m)
             writer.add(reader.key(row), members)
     change_manifest(tmp_path, shard(size=writer.index.tar_size, sha256=writer.sha256), seal=True)
     packed = PackedSource(Config(str(tmp_path)))
-    with pytest.raises(ValueError, match="gsd_m in a sample's JSON is an object of metres above 0 by tile name"):
+    with pytest.raises(
+        ValueError, match=r"gsd_m in a sample's JSON is an object of metres \(above 0, up to 1e6\) by tile name"
+    ):
         packed.read(3)
     assert packed.read(4).tiles["radar"].gsd_m == 10.0
     (problem,) = check(tmp_path).problems
     assert (problem.member, problem.size > 0) == ("scene%2E3%2F%C3%A9.json", True)
-    assert "metres above 0" in problem.reason
+    assert "metres (above 0" in problem.reason
     assert packing.stats(tmp_path).n_bad == 1
 
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.plans import CropConfig, aligned, band_subset, multi_crop, resized_crop, whole
-from ssl_eo.data.types import TileSchema, ViewPlan
+from ssl_eo.data.plans import CropConfig, SourceCrop, aligned, band_subset, multi_crop, resized_crop, whole
+from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
 from ssl_eo.sensors import Band, Sensor
 
 many = settings(max_examples=50, deadline=None)
@@ -16,6 +16,11 @@ def make_schema(dtype="uint16", shape=(8, 8), gsd_m=10.0, no_data=()):
     bands = tuple(Band(n, "optical", gsd_m, 0.5 + 0.1 * i) for i, n in enumerate(("red", "green")))
     sensor = Sensor("demo", "demo", bands, dtype, "dn", "demo", no_data=no_data)
     return TileSchema(sensor, sensor.band_names, dtype, shape, gsd_m, (0.0, 0.0), (1.0, 1.0))
+
+
+def sample_of(shape, gsd_m=10.0, limits=None):
+    tile = Tile(np.broadcast_to(np.uint16(1), (2, *shape)), ("red", "green"), gsd_m)
+    return Sample("demo", {"demo": tile}, limits=limits or ViewLimits())
 
 
 @many
@@ -28,7 +33,7 @@ def make_schema(dtype="uint16", shape=(8, 8), gsd_m=10.0, no_data=()):
 )
 def test_crops_lie_inside_with_the_area_and_aspect_asked_for(shape, scale, aspect, seed):
     cfg = CropConfig(32, scale=tuple(sorted(scale)), aspect=tuple(sorted(aspect)))
-    plan = resized_crop("demo", shape, cfg, np.random.default_rng(seed))
+    plan = resized_crop(sample_of(shape), "demo", cfg, np.random.default_rng(seed))
     top, left, height, width = plan.box
     assert top >= 0
     assert left >= 0
@@ -48,8 +53,8 @@ def test_crops_lie_inside_with_the_area_and_aspect_asked_for(shape, scale, aspec
 
 def test_draws_follow_the_stated_distributions():
     cfg = CropConfig(8, scale=(0.2, 0.6), brightness=0.3, contrast=0.2, jitter_prob=0.25)
-    rng = np.random.default_rng(0)
-    plans = [resized_crop("demo", (100, 100), cfg, rng) for _ in range(4000)]
+    rng, sample = np.random.default_rng(0), sample_of((100, 100))
+    plans = [resized_crop(sample, "demo", cfg, rng) for _ in range(4000)]
     area = np.array([p.box[2] * p.box[3] / 1e4 for p in plans])
     assert area.mean() == pytest.approx(0.4, abs=0.01)
     assert np.mean([np.log(p.box[3] / p.box[2]) for p in plans]) == pytest.approx(0, abs=0.01)
@@ -64,15 +69,73 @@ def test_draws_follow_the_stated_distributions():
 @pytest.mark.parametrize("shape", [(64, 64), (30, 90)])
 def test_full_scale_is_the_whole_tile_exactly(shape):
     cfg = CropConfig(16, scale=(1.0, 1.0), flip=False, rot90=False)
-    assert resized_crop("demo", shape, cfg, np.random.default_rng(0)) == whole("demo", shape, 16)
+    assert resized_crop(sample_of(shape), "demo", cfg, np.random.default_rng(0)) == whole("demo", shape, 16)
 
 
 def test_the_same_generator_draws_the_same_views():
     crops = {"global": (CropConfig(16), 2), "local": (CropConfig(8, scale=(0.05, 0.2)), 5)}
-    first, second = (multi_crop("demo", (64, 64), crops, np.random.default_rng(3)) for _ in range(2))
+    first, second = (multi_crop(sample_of((64, 64)), "demo", crops, np.random.default_rng(3)) for _ in range(2))
     assert first == second
     assert {role: len(plans) for role, plans in first.items()} == {"global": 2, "local": 5}
     assert len({p.box for plans in first.values() for p in plans}) == 7
+
+
+@many
+@given(
+    st.tuples(st.integers(4, 300), st.integers(4, 300)),
+    st.floats(0.3, 60),
+    st.tuples(st.floats(5, 5000), st.floats(5, 5000)),
+    st.tuples(st.floats(0.1, 200), st.floats(0.1, 200)),
+    st.integers(0, 2**32 - 1),
+)
+def test_views_keep_to_the_window_and_the_ground_sampling_of_their_source(shape, tile_gsd_m, extent_m, gsd_m, seed):
+    crop = SourceCrop(tuple(sorted(extent_m)), tuple(sorted(gsd_m)))
+    rng = np.random.default_rng(seed)
+    sample = sample_of(shape, tile_gsd_m, crop.draw(rng))
+    cfg = CropConfig(16, scale=(0.05, 0.8), aspect=(1.0, 1.0))
+    plans = [resized_crop(sample, "demo", cfg, rng) for _ in range(5)]
+    tops, lefts = [p.box[0] for p in plans], [p.box[1] for p in plans]
+    bottoms, rights = [p.box[0] + p.box[2] for p in plans], [p.box[1] + p.box[3] for p in plans]
+    assert min(tops) >= -1e-9
+    assert min(lefts) >= -1e-9
+    assert max(bottoms) <= shape[0] * (1 + 1e-9)
+    assert max(rights) <= shape[1] * (1 + 1e-9)
+    window = max(extent_m) * (1 + 1e-9) / tile_gsd_m  # pixels
+    assert max(bottoms) - min(tops) <= window + 1e-6
+    assert max(rights) - min(lefts) <= window + 1e-6
+    side = min(sample.limits.extent_m / tile_gsd_m, *shape)  # of the largest square box
+    for plan in plans:
+        found = np.sqrt(plan.box[2] * plan.box[3]) * tile_gsd_m / cfg.size_px
+        assert found <= crop.gsd_m[1] * (1 + 1e-6)
+        assert found >= min(crop.gsd_m[0], side * tile_gsd_m / cfg.size_px) * (1 - 1e-6)
+
+
+def test_limits_leave_draws_alone_where_they_do_not_bind():
+    cfg = CropConfig(16)
+    for limits in (ViewLimits(gsd_m=(1e-3, 1e6)), ViewLimits(extent_m=1e6, corner=(0.7, 0.2))):
+        free, bound = (
+            resized_crop(s, "demo", cfg, np.random.default_rng(4))
+            for s in (sample_of((64, 80)), sample_of((64, 80), 10.0, limits))
+        )
+        assert bound == free
+
+
+def test_a_window_covers_the_same_ground_of_tiles_of_one_footprint():
+    limits = ViewLimits(extent_m=320.0, corner=(0.25, 1.0))
+    cfg = CropConfig(8, scale=(1.0, 1.0))
+    boxes = [
+        np.array(resized_crop(sample_of((s, s), g, limits), "demo", cfg, np.random.default_rng(0)).box) * g
+        for s, g in ((64, 10.0), (32, 20.0), (640, 1.0))
+    ]
+    for box in boxes:
+        np.testing.assert_allclose(box, (80, 320, 320, 320))
+
+
+@pytest.mark.parametrize("key", ["extent_m", "gsd_m"])
+@pytest.mark.parametrize("value", [(0.0, 1.0), (2.0, 1.0), (1.0, float("inf"))])
+def test_wrong_limits_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"{key} must be \[low, high\] in metres"):
+        SourceCrop(**{key: value})
 
 
 @pytest.mark.parametrize(

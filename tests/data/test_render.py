@@ -37,6 +37,10 @@ def random_pixels(rng, n, schema):
     return rng.integers(info.min, info.max, shape, dtype=schema.dtype, endpoint=True)
 
 
+def sample_of(tile, shape=(16, 16)):
+    return Sample("a", {tile: Tile(np.zeros((2, *shape), np.uint16), ("b0", "b1"), 10.0)})
+
+
 def tile_batch(pixels, gsd_m=10.0, has_no_data=False):
     return TileBatch(torch.from_numpy(pixels), torch.full((len(pixels),), gsd_m), has_no_data)
 
@@ -96,6 +100,17 @@ def test_strong_reduction_of_a_large_tile(interpolation):
     torch.testing.assert_close(render(pixels, schema, plans, interpolation).pixels, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(70, 61), (64, 128)])
+def test_large_views(size, interpolation):
+    schema = make_schema(dtype="uint16", shape=(90, 131), std=(2e4,) * 3)
+    pixels = random_pixels(np.random.default_rng(0), 8, schema)
+    boxes = [(0.0, 0.0, 90.0, 131.0), (3.0, 40.0, 81.0, 77.0)]
+    plans = [ViewPlan("demo", boxes[i % 2], size, i > 3, i % 4) for i in range(8)]
+    expected = torch.stack([reference(p, plan, interpolation) for p, plan in zip(pixels, plans, strict=True)]) / 2e4
+    torch.testing.assert_close(render(pixels, schema, plans, interpolation).pixels, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_whole_tile_at_its_own_size_is_exact(dtype):
     schema = make_schema(dtype=dtype)
@@ -116,7 +131,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
     pixels[:3] |= 1
     pixels[3, :, 4:9, 4:9] = 0
     rng = np.random.default_rng(1)
-    plans = [resized_crop("demo", (16, 16), CropConfig(12), rng) for _ in pixels]
+    plans = [resized_crop(sample_of("demo"), "demo", CropConfig(12), rng) for _ in pixels]
     clean, mixed = render(pixels[:3], schema, plans[:3]), render(pixels, schema, plans)
     assert clean.valid is None
     assert mixed.valid is not None
@@ -192,7 +207,7 @@ def test_several_views_of_several_sources_on_one_renderer():
     schemas = [{"a": make_schema(std=(2.0,) * 3)}, {"a": make_schema(std=(4.0,) * 3), "b@1.5m": make_schema(1)}]
     rng = np.random.default_rng(0)
     tiles = {name: tile_batch(random_pixels(rng, 2, s)) for name, s in schemas[1].items()}
-    plans = [[resized_crop("a", (16, 16), CropConfig(8), rng) for _ in range(2)] for _ in range(3)]
+    plans = [[resized_crop(sample_of("a"), "a", CropConfig(8), rng) for _ in range(2)] for _ in range(3)]
     views = {"crop": stack_views(plans), "other": stack_views([[whole("b@1.5m", (16, 16), 4)] * 2])}
     renderer = Renderer(schemas, "bilinear")
     assert not renderer.state_dict()
@@ -291,6 +306,22 @@ def by_the_rule(pixels, hole, plan, interpolation):
     return torch.rot90(both.flip(2) if plan.flip else both, plan.rot90, (1, 2)).chunk(2)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_rule_in_large_views(interpolation):
+    schema = make_schema(n_bands=2, dtype="float32", shape=(70, 90), no_data=(-9999.0,))
+    rng = np.random.default_rng(0)
+    pixels = random_pixels(rng, 4, schema)
+    hole = rng.random(pixels.shape) < 0.4
+    pixels[hole] = -9999.0
+    plans = [ViewPlan("demo", (2.0, 5.0, 61.0, 80.0), (66, 58), turns > 1, turns) for turns in range(4)]
+    view = render(pixels, schema, plans, interpolation)
+    for row, plan in enumerate(plans):
+        values, share = by_the_rule(pixels[row], hole[row], plan, interpolation)
+        decided, shown = (share - 0.5).abs() > 1e-4, share > 0.5 + 1e-4
+        assert torch.equal(view.valid[row][decided], shown[decided])
+        torch.testing.assert_close(view.pixels[row][shown].double(), values[shown], atol=1e-4, rtol=0)
+
+
 def test_the_rule_beside_no_data():
     """A half empty tile, enlarged twice: plain far from the edge, convex near it, valid up to the edge."""
     schema = make_schema(n_bands=1, dtype="float32", shape=(8, 8), no_data=(0.0,))
@@ -356,7 +387,7 @@ def test_aligned_sensors_agree_in_metres(gsds_m, seed):
         schemas[name] = make_schema(2, "float32", (n, n), gsd_m, name=name)
         y, x = (np.mgrid[0:n, 0:n].astype(np.float32) + 0.5) * gsd_m
         tiles[name] = tile_batch(np.stack([y, x])[None], gsd_m)
-    plan = resized_crop("one", schemas["one"].shape, CropConfig(96, scale=(0.3, 1.0)), rng)
+    plan = resized_crop(sample_of("one", schemas["one"].shape), "one", CropConfig(96, scale=(0.3, 1.0)), rng)
     views = {p.tile: stack_views([[p]]) for p in (plan, aligned(plan, schemas["one"], "other", schemas["other"]))}
     out = Renderer([schemas], "bilinear").render(Batch(0, 0, ["0"], tiles, views))
     # Both are enlarged, which keeps a ramp, except beside the box's edges where the kernel sees one side only.
@@ -382,7 +413,7 @@ def test_device_equals_cpu(dtype):
     pixels = random_pixels(rng, 8, schema)
     pixels[0, :, 3:7, 2:9] = 0
     tiles = {"demo": tile_batch(pixels, has_no_data=True)}
-    plans = [resized_crop("demo", (16, 16), CropConfig(12), rng, bands=(2, 0)) for _ in pixels]
+    plans = [resized_crop(sample_of("demo"), "demo", CropConfig(12), rng, bands=(2, 0)) for _ in pixels]
     batch, renderer = Batch(0, 0, [], tiles, {"image": stack_views([plans])}), Renderer([{"demo": schema}])
     expected = renderer.render(batch)["image"]
     batch, renderer = move_to(batch, "cuda"), renderer.cuda()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import multiprocessing
-import os
 import pickle
 import tarfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -21,13 +22,16 @@ from ssl_eo.data.members import (
     CODECS,
     check_tile_names,
     decode_meta,
+    drop_constant_bands,
     encode_array,
     encode_meta,
     escape_key,
+    restore_constant_bands,
     tile_member,
     unescape_key,
 )
-from ssl_eo.data.shards import ShardError, ShardIndex, ShardReader, ShardWriter, atomic_file, index_path
+from ssl_eo.data.shard_reader import LocalShard, ShardReader
+from ssl_eo.data.shards import ShardError, ShardIndex, ShardWriter, index_path
 from ssl_eo.data.tar import tar_end, tar_header
 
 DTYPES = ["bool", "int8", "uint8", "int16", "uint16", ">u2", "int32", "int64", "float16", "float32", "float64", "c16"]
@@ -76,11 +80,57 @@ def test_every_array_comes_back_bit_for_bit(tmp_path, array, codec, fortran, acc
     suffix = tile_member("t", codec)
     with ShardWriter.create(path) as shard:
         shard.add("k", {suffix: encode_array(np.asarray(array, order="F" if fortran else "C"), codec)})
-    back = ShardReader(path, access=access, verify=True).array(0, suffix)
+    back = ShardReader(LocalShard(path, access=access), verify=True).array(0, suffix)
     assert back.dtype == array.dtype
     assert back.shape == array.shape
     assert back.tobytes() == array.tobytes()
     assert not back.flags.writeable
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from(["bool", "uint8", "int16", ">u2", "float16", "float32", "float64"]),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)),
+    constant=st.sets(st.integers(0, 4)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_constant_bands_come_back_bit_for_bit(dtype, shape, constant, seed):
+    rng = np.random.default_rng(seed)
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = rng.integers(0, 2 if dtype == "bool" else 256, n_bytes, np.uint8).tobytes()
+    pixels = np.frombuffer(raw, dtype).reshape(shape).copy()  # NaNs with any payload among them
+    bits = pixels.view(f"u{pixels.itemsize}")
+    for i in constant:
+        if i < len(bits):
+            bits[i] = bits[i].flat[0]
+    stored, constants = drop_constant_bands(pixels)
+    assert constants.keys() == {i for i, band in enumerate(bits) if (band == band.flat[0]).all()}
+    assert len(stored) + len(constants) == len(pixels)
+    meta = decode_meta(encode_meta(None, {}, {}, constant={"t": constants} if constants else None))
+    back = restore_constant_bands(stored, meta["constant"]["t"]) if constants else stored
+    assert back.dtype == pixels.dtype
+    assert back.tobytes() == pixels.tobytes()
+
+
+def test_minus_zero_and_zero_are_no_constant_band():
+    pixels = np.zeros((1, 2, 2), np.float32)
+    pixels[0, 1, 1] = -0.0
+    assert drop_constant_bands(pixels) == (pixels, {})
+
+
+@pytest.mark.parametrize(
+    "constant", [[], {"t": {}}, {"t": {"-1": "00"}}, {"t": {"x": "00"}}, {"t": {"0": 3}}, {"t": {"0": "0"}}]
+)
+def test_damaged_constants_are_refused(constant):
+    content = json.dumps({"label": None, "meta": {}, "constant": constant}).encode()
+    with pytest.raises(ValueError, match="constant in a sample's JSON is an object"):
+        decode_meta(content)
+
+
+@pytest.mark.parametrize("constants", [{2: "0000"}, {0: "00"}])
+def test_constants_that_do_not_fit_are_refused(constants):
+    with pytest.raises(ValueError, match="do not fit 1 stored bands of uint16"):
+        restore_constant_bands(np.zeros((1, 2, 2), np.uint16), constants)
 
 
 @settings(max_examples=100, deadline=None)
@@ -200,7 +250,7 @@ def test_foreign_tars_with_folders_long_names_and_optional_members(tmp_path, tar
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(data), 1.5  # a fraction: pax needs an extended header for it
             tar.addfile(info, io.BytesIO(data))
-    reader = ShardReader(path, ShardIndex.build(path))
+    reader = ShardReader(LocalShard(path, ShardIndex.build(path)))
     found = {
         f"{reader.key(row)}.{suffix}": reader.read(row, suffix)
         for row in range(len(reader))
@@ -214,10 +264,9 @@ def test_foreign_tars_with_folders_long_names_and_optional_members(tmp_path, tar
         reader.read(1, "jgp")
 
 
-@pytest.mark.skipif("SSL_EO_SAMPLES" not in os.environ, reason="needs the sample files (SSL_EO_SAMPLES)")
-def test_real_jpeg_shards():
-    path = Path(os.environ["SSL_EO_SAMPLES"]) / "eurosat_rgb" / "val-000000.tar"
-    reader = ShardReader(path, ShardIndex.build(path))
+def test_real_jpeg_shards(real_samples):
+    path = real_samples("eurosat_rgb/val-000000.tar")
+    reader = ShardReader(LocalShard(path, ShardIndex.build(path)))
     assert len(reader) == 654
     for row in range(len(reader)):
         assert reader.read(row, "jpg").startswith(b"\xff\xd8")
@@ -236,7 +285,7 @@ def _sum_of(reader: ShardReader, row: int) -> int:
 def test_an_open_reader_survives_fork_and_pickle(tmp_path, access, method):
     path = tmp_path / "a.tar"
     written = write_shard(path)
-    reader = ShardReader(path, access=access)
+    reader = ShardReader(LocalShard(path, access=access))
     expected = [int(tiles["optical@10m.npy"].astype(np.int64).sum()) for tiles in written.values()]
     assert _sum_of(reader, 0) == expected[0]
     with multiprocessing.get_context(method).Pool(1) as pool:
@@ -280,17 +329,6 @@ def test_nothing_is_left_of_a_shard_that_failed(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         write_half()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_atomic_file_keeps_the_old_content_until_the_end(tmp_path):
-    path = tmp_path / "f"
-    path.write_bytes(b"old")
-    with atomic_file(path) as file:
-        file.write(b"new")
-        file.flush()
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bad_names_are_refused_before_anything_is_written(tmp_path):
@@ -475,3 +513,17 @@ def test_pickled_objects_are_never_loaded(tmp_path):
         ShardReader(path).array(0, "t.npy")
     with pytest.raises(ValueError, match="Python objects"):
         encode_array(np.array([None]))
+
+
+def test_an_index_that_would_swell_is_refused(tmp_path):
+    path = tmp_path / "s.tar"
+    with ShardWriter.create(path) as shard:
+        shard.add("k", {"json": encode_meta(0, {}, {})})
+    arrays = dict(np.load(index_path(path)))
+    arrays["keys"] = np.zeros(1 << 26, "S1")
+    np.savez_compressed(index_path(path), **arrays)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="its arrays are compressed"):
+        ShardIndex.load(index_path(path))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()

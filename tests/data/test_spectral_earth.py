@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from archives.spectral_earth import name_of, pixels_of, write_patch, write_split
-from archives.tiffs import write_tiff
+from archives.tiffs import write_raster
 
 from ssl_eo.data.sources.spectral_earth import Config, Source
 from ssl_eo.data.stacking import check_sample
@@ -17,10 +18,6 @@ from ssl_eo.sensors import load_sensor
 
 pytest.importorskip("rasterio")
 
-SAMPLES = Path(os.environ.get("SSL_EO_SAMPLES", "none"))
-needs_samples = pytest.mark.skipif(
-    not (SAMPLES / "hyspecnet11k").is_dir(), reason="set SSL_EO_SAMPLES to the folder that holds hyspecnet11k"
-)
 N = 4
 
 
@@ -74,7 +71,7 @@ def test_statistics_are_measured_as_stored(archive: Path) -> None:
 def test_values_outside_the_usual_range_stay_and_no_data_is_left_out_of_statistics(root: Path) -> None:
     pixels = pixels_of(3)
     pixels[:, :5], pixels[:, 5:9], pixels[:, 9:20] = -300, 15_000, -32_768
-    write_tiff(root / "enmap" / "scene_1" / f"{name_of(3)}.tif", pixels)
+    write_raster(root / "enmap" / "scene_1" / f"{name_of(3)}.tif", pixels, crs=None)
     patches = source(root, split="val")
     np.testing.assert_array_equal(patches.read(0).tiles["enmap"].pixels, pixels)
     measured = np.delete(pixels, range(9, 20), axis=1).astype(np.float64)
@@ -143,9 +140,9 @@ def test_damaged_patches_raise_what_the_loader_quarantines(root: Path) -> None:
     paths = [root / "enmap" / f"scene_{n // 2}" / f"{name_of(n)}.tif" for n in range(9)]
     data = paths[4].read_bytes()
     paths[4].write_bytes(data[: len(data) // 2])
-    write_tiff(paths[5], pixels_of(5, n_bands=198))
-    write_tiff(paths[6], pixels_of(6, side=64))
-    write_tiff(paths[7], pixels_of(7, dtype="float32"))
+    write_raster(paths[5], pixels_of(5, n_bands=198), crs=None)
+    write_raster(paths[6], pixels_of(6, side=64), crs=None)
+    write_raster(paths[7], pixels_of(7, dtype="float32"), crs=None)
     paths[8].unlink()
     write_split(root, "train", range(9))
     patches = source(root)
@@ -197,7 +194,7 @@ def test_other_dtypes_and_constant_bands_are_refused(tmp_path: Path) -> None:
         source(tmp_path, split="all")
     pixels = pixels_of(0)
     pixels[5:7] = 3
-    write_tiff(tmp_path / "enmap" / "scene_0" / f"{name_of(0)}.tif", pixels)
+    write_raster(tmp_path / "enmap" / "scene_0" / f"{name_of(0)}.tif", pixels, crs=None)
     with pytest.raises(ValueError, match=r"2 bands have no data, or one value only: B006, B007"):
         source(tmp_path, split="all")
 
@@ -207,7 +204,7 @@ def test_fingerprint_follows_the_content_not_the_place(root: Path) -> None:
     moved = root.rename(root.with_name("moved"))
     assert source(moved).fingerprint() == before
     assert source(moved, split="all").fingerprint() != before
-    write_tiff(moved / "enmap" / "scene_0" / f"{name_of(0)}.tif", pixels_of(9))
+    write_raster(moved / "enmap" / "scene_0" / f"{name_of(0)}.tif", pixels_of(9), crs=None)
     assert source(moved).fingerprint() != before
 
 
@@ -224,9 +221,8 @@ def test_wrong_values_are_refused() -> None:
         Config("x", n_statistics_samples=0)
 
 
-@needs_samples
-def test_a_real_enmap_patch_of_all_bands(tmp_path: Path) -> None:
-    (real,) = SAMPLES.glob("hyspecnet11k/*/*SPECTRAL_IMAGE.TIF")
+def test_a_real_enmap_patch_of_all_bands(tmp_path: Path, real_samples: Callable[[str], Path]) -> None:
+    (real,) = real_samples("hyspecnet11k").glob("*/*SPECTRAL_IMAGE.TIF")
     (tmp_path / "enmap").mkdir()
     (tmp_path / "enmap" / real.name).symlink_to(real)
     patches = source(tmp_path, split="all")

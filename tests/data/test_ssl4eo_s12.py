@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,10 @@ from ssl_eo.data.sources.ssl4eo_s12 import Config, Source, _seasons_of
 from ssl_eo.data.stacking import check_sample, cut_to_views, loaded
 
 pytest.importorskip("rasterio")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
-SAMPLES = Path(os.environ.get("SSL_EO_SAMPLES", "none"))
-needs_samples = pytest.mark.skipif(
-    not (SAMPLES / "s1_s2_pairs" / "ssl4eo_s12").is_dir(),
-    reason="set SSL_EO_SAMPLES to the folder that holds s1_s2_pairs",
-)
 SIZES = {"sentinel1_grd": 264, "10m": 264, "20m": 132, "60m": 44}
 SENSORS = {"s1": "sentinel1_grd", "s2c": "sentinel2_l1c", "s2a": "sentinel2_l2a"}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return cache
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +202,15 @@ def test_more_scenes_than_seasons_are_a_bad_sample(root: Path) -> None:
         source.read(1)
 
 
+def test_a_scene_of_no_date_spoils_its_place_only(root: Path) -> None:
+    scene = root / "s2c" / "0000001" / scene_name("s2c", 2)
+    scene.rename(scene.with_name("20209904T054639_20209904T054831_T43RCP"))
+    source = open_all(root)
+    loaded(source.read(0))
+    with pytest.raises(ValueError, match=r"0000001/20209904T.*: no time in its name \(month must be in 1\.\.12\)"):
+        source.read(1)
+
+
 def test_a_wrong_root_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"root: .* holds none of the folders s2c, s2a, s1 \(found: no such folder\)"):
         open_all(tmp_path / "nowhere")
@@ -298,9 +297,8 @@ def test_fingerprint_follows_the_content_not_the_place(root: Path, tmp_path: Pat
     assert open_all(moved).fingerprint() != before
 
 
-@needs_samples
-def test_the_real_place_in_two_seasons() -> None:
-    root = SAMPLES / "s1_s2_pairs" / "ssl4eo_s12"
+def test_the_real_place_in_two_seasons(real_samples: Callable[[str], Path]) -> None:
+    root = real_samples("s1_s2_pairs/ssl4eo_s12")
     source = open_all(root, metadata=["orbitProperties_pass", "CLOUDY_PIXEL_PERCENTAGE"])
     assert len(source) == 1
     assert len(source.schema) == 2 * 7

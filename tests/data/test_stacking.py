@@ -50,6 +50,22 @@ def test_mismatched_samples_are_refused_by_name(sample, message):
         assert "'k7'" in str(caught.value)
 
 
+@pytest.mark.parametrize(("shape", "box"), [((8, 8), (0.0, 0.0, 8.0, 8.0)), (None, (2.0, 2.0, 6.0, 6.0))])
+def test_pixels_that_are_read_are_what_they_said_they_would_be(shape, box):
+    class Shifted:
+        """Says that it has two bands, and gives one."""
+
+        shape, dtype = (2, 8, 8), np.dtype("uint16")
+
+        def __getitem__(self, part):
+            return np.ones((2, 8, 8), np.uint16)[part][:1]
+
+    sample, schema = make_sample(Shifted()), {"demo": make_schema(shape=shape)}
+    check_sample(sample, schema)
+    with pytest.raises(ValueError, match=r"tile 'demo' of sample 'k7' has shape \(1, .*expected \(2, "):
+        cut_to_views(sample, [ViewPlan("demo", box, (4, 4))], schema)
+
+
 @pytest.mark.parametrize(
     ("dtype", "no_data", "empty"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,8 +117,10 @@ def test_shipped_benchmarks_load_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
         assert build(TaskConfig, name, "eval.tasks[0]").name == name
 
 
-def test_eurosat_splits_are_apart_in_space(samples_dir: Any) -> None:
+def test_eurosat_splits_are_apart_in_space(real_samples: Callable[[str], Path]) -> None:
     from ssl_eo.config import build
+
+    real_samples("eurosat_rgb")  # where the task's file looks for it
 
     task = Task(replace(build(TaskConfig, "eurosat_rgb_geo", "task"), max_train=200, max_test=100))
     assert task.n_classes == 10

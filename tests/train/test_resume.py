@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,9 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
     ]
 
 
-def test_kill_9_on_real_data_with_two_workers(samples_dir: Path, tmp_path: Path) -> None:
+def test_kill_9_on_real_data_with_two_workers(real_samples: Callable[[str], Path], tmp_path: Path) -> None:
     """EuroSAT JPEGs from WebDataset tars: 20 steps equal 10, a kill, and 10, in weights, optimiser and keys seen."""
-    recipe = ("pretrain/mae_vitmicro4_eurosat", f"data.sources[0].root={samples_dir / 'eurosat_rgb'}")
+    recipe = ("pretrain/mae_vitmicro4_eurosat", f"data.sources[0].root={real_samples('eurosat_rgb')}")
     short = (*SHORT, "data.n_workers=2", "eval.every_n_steps=0", "train.precision=float32", "run.name=debug_mae")
     status, output = train(recipe[0], tmp_path / "whole", *short, recipe[1])
     assert status == 0, output

@@ -5,7 +5,6 @@ C bands, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import import_extra
+from ssl_eo.data.sources._rasters import Box, ground_of, open_raster, read_box
 
-__all__ = ["BandFiles", "place_of", "places_of"]
+__all__ = ["BandFiles", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -35,39 +34,23 @@ class BandFiles:
 
     def __getitem__(self, part: tuple[slice, slice, slice]) -> NDArray[Any]:
         paths, rows, columns = self.paths[part[0]], part[1].indices(self.size[0]), part[2].indices(self.size[1])
-        window = ((rows[0], rows[1]), (columns[0], columns[1]))
-        pixels = np.stack([self._read(path, window) for path in paths])  # [C, H, W]
+        box = rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0]
+        pixels = np.concatenate([self._read(path, box) for path in paths])  # [C, H, W]
         return pixels[:, :: rows[2], :: columns[2]]
 
-    def _read(self, path: Path, window: tuple[tuple[int, int], tuple[int, int]]) -> NDArray[Any]:
-        with _rasterio().open(path) as file:
+    def _read(self, path: Path, box: Box) -> NDArray[Any]:
+        with open_raster(path) as file:
             found = (file.count, file.height, file.width, file.dtypes[0])
             expected = (1, *self.size, self.dtype.name)
             if found != expected:  # before decoding: a damaged header may say anything
                 raise ValueError(f"{path} has bands, height, width, dtype {found}; expected {expected}")
-            try:
-                pixels: NDArray[Any] = file.read(1, window=window)  # [H, W]
-            except OSError as error:
-                raise OSError(f"{path} is truncated or damaged: {error.__cause__ or error}") from None
-            return pixels
+            return read_box(file, [0], box)  # [1, H, W]
 
 
 def place_of(path: Path) -> tuple[float, float]:
-    """Latitude and longitude (degrees) of the centre of a raster, from its header."""
-    with _rasterio().open(path) as file:
-        if file.crs is None:
+    """Latitude and longitude (degrees) of the centre of a raster, from its header. Raises as reading it does."""
+    with open_raster(path) as file:
+        ground = ground_of(file, (0, 0, file.height, file.width))
+        if ground is None:
             raise ValueError(f"{path} has no coordinate reference system")
-        longitude, latitude = file.lnglat()
-    return latitude, longitude
-
-
-def places_of(epsg: int, eastings: Sequence[float], northings: Sequence[float]) -> tuple[Any, Any]:
-    """Latitudes and longitudes (degrees) of points in the coordinate reference system `epsg`."""
-    from rasterio.warp import transform
-
-    longitudes, latitudes = transform(f"EPSG:{epsg}", "EPSG:4326", eastings, northings)
-    return latitudes, longitudes
-
-
-def _rasterio() -> Any:
-    return import_extra("geo", "rasterio", "reading GeoTIFFs")
+        return ground.latitude, ground.longitude

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import import_extra
-from ssl_eo.data.sources._band_files import places_of
+from ssl_eo.components import import_extra, one_line
 from ssl_eo.data.sources._columns import Columns, cached_columns
+from ssl_eo.data.sources._rasters import to_degrees
 from ssl_eo.data.sources._side_files import read_json_object
 
 __all__ = ["IGNORED", "SPLITS", "Nomenclature", "columns_v1", "columns_v2", "labels_of"]
@@ -34,15 +34,19 @@ SPLITS = ("train", "val", "test")
 LABELS_JSON = "_labels_metadata.json"
 
 _T = TypeVar("_T")
-_PATCH_V1 = re.compile(r"S2[A-D]_MSIL2A_\d{8}T\d{4,6}_\d{1,3}_\d{1,3}")  # the time of day may lack its leading zero
-_PATCH_V2 = re.compile(r"S2[A-D]_MSIL2A_\d{8}T\d{6}_N\d{4}_R\d{3}_T[0-9A-Z]{5}_\d{1,3}_\d{1,3}")
-_RADAR = re.compile(r"S1[A-D]_IW_GRDH_1SDV_\d{8}T\d{6}_[0-9A-Z]{5}_\d{1,3}_\d{1,3}")
+# The time of day may lack its leading zero.
+_PATCH_V1 = re.compile(r"S2[A-D]_MSIL2A_\d{8}T\d{4,6}_\d{1,3}_\d{1,3}", re.ASCII)
+_PATCH_V2 = re.compile(r"S2[A-D]_MSIL2A_\d{8}T\d{6}_N\d{4}_R\d{3}_T[0-9A-Z]{5}_\d{1,3}_\d{1,3}", re.ASCII)
+_RADAR = re.compile(r"S1[A-D]_IW_GRDH_1SDV_\d{8}T\d{6}_[0-9A-Z]{5}_\d{1,3}_\d{1,3}", re.ASCII)
 _SNOW_OR_CLOUD_V1 = ("patches_with_seasonal_snow.csv", "patches_with_cloud_and_shadow.csv")
 _TABLES_V2 = ("metadata.parquet", "metadata_for_patches_with_snow_cloud_or_shadow.parquet")
 _COLUMNS_V2 = ["patch_id", "labels", "split", "country", "s1_name"]
 _SPLIT_NAMES_V2 = ("train", "validation", "test")
 _HALF_PATCH_M = 600.0
+_UTM_NORTH = range(32601, 32661)  # EPSG codes
+_MAX_EASTING_M, _MAX_NORTHING_M = 1e6, 1e7  # of a zone of UTM
 _MAX_JSON_BYTES = 1 << 20  # they have one or two thousand
+_MAX_ROWS = 5_000_000  # v2 has half a million patches
 _FORMAT = "1"  # of the index file: another number makes it anew
 
 _ROW = np.dtype(
@@ -113,10 +117,13 @@ def labels_of(path: Path, nomenclature: Nomenclature) -> tuple[int, int, float, 
     try:
         bits = nomenclature.bits(found["labels"], 43)
         epsg = int(re.findall(r'"EPSG","(\d+)"', found["projection"])[-1])
-        corner = found["coordinates"]
-        return bits, epsg, float(corner["ulx"]) + _HALF_PATCH_M, float(corner["uly"]) - _HALF_PATCH_M
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no label file of BigEarthNet v1: {type(error).__name__}: {error}") from None
+        left, top = (float(found["coordinates"][edge]) for edge in ("ulx", "uly"))
+        if epsg not in _UTM_NORTH or not (0 < left < _MAX_EASTING_M and 0 < top < _MAX_NORTHING_M):
+            raise ValueError(f"corner {left}, {top} of EPSG:{epsg} lies in no zone of UTM")
+        return bits, epsg, left + _HALF_PATCH_M, top - _HALF_PATCH_M
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = one_line(error)[:200]
+        raise ValueError(f"{path} is no label file of BigEarthNet v1: {type(error).__name__}: {reason}") from None
 
 
 def columns_v1(root: Path, sentinel2: Path, sentinel1: Path | None, nomenclature: Nomenclature) -> Columns:
@@ -156,7 +163,9 @@ def columns_v2(root: Path, nomenclature: Nomenclature) -> Columns:
 def _table_v2(path: Path, snow_or_cloud: bool, nomenclature: Nomenclature) -> NDArray[Any]:
     parquet = import_extra("parquet", "pyarrow.parquet", "reading the metadata of BigEarthNet v2")
     try:
-        known = parquet.read_schema(path).names
+        n_rows, known = parquet.read_metadata(path).num_rows, parquet.read_schema(path).names
+        if n_rows > _MAX_ROWS:
+            raise ValueError(f"it has {n_rows:,} rows, expected at most {_MAX_ROWS:,}")
         if missing := [name for name in _COLUMNS_V2 if name not in known]:
             raise ValueError(f"it has no column {', '.join(missing)} (columns: {', '.join(known)})")
         columns = parquet.read_table(path, columns=_COLUMNS_V2).to_pydict()
@@ -209,7 +218,7 @@ def _read_labels(rows: NDArray[Any], paths: Sequence[Path], nomenclature: Nomenc
             centres.setdefault(epsg, []).append((n, easting, northing))
     for epsg, placed in centres.items():
         at = [n for n, _, _ in placed]
-        latitude, longitude = places_of(epsg, [x for _, x, _ in placed], [y for _, _, y in placed])
+        latitude, longitude = to_degrees(f"EPSG:{epsg}", [x for _, x, _ in placed], [y for _, _, y in placed])
         rows["latitude"][at], rows["longitude"][at] = latitude, longitude
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.data.sources._splits import cell_split
+from ssl_eo.files import atomic_file
 
 __all__ = ["Columns", "cached_columns", "rows_in_cells"]
 
@@ -70,13 +71,8 @@ def _save(path: Path, rows: NDArray[Any]) -> Columns:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.stat().st_mode & 0o222:  # root may write anywhere, and an archive may be read-only on purpose
         raise PermissionError(EACCES, "read-only", str(path.parent))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # of this process: ranks may write at once
-    try:
-        with partial.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        np.save(file, rows, allow_pickle=False)
     return Columns(path)
 
 

@@ -20,6 +20,7 @@ _LISTS = ("path", "sensor", "gsd", "timestamp", "img_height", "img_width")
 _PLACE = ("latitude", "longitude")
 _BATCH = 16_384  # rows at a time
 _MAX_PATH = 1024  # bytes
+_MAX_ROWS = 20_000_000  # the release has some hundred thousand
 _OTHER = 255  # a sensor that was not asked for
 
 
@@ -33,7 +34,7 @@ def read_footprints(path: Path, sensors: Sequence[str]) -> NDArray[Any]:
     arrow = import_extra("parquet", "pyarrow", "a list in Parquet")
     try:
         with parquet.ParquetFile(path) as table:
-            _check_columns(path, table.schema_arrow)
+            _check_columns(path, table.schema_arrow, table.metadata.num_rows)
             parts = list(_batches(path, table, sensors))
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no readable Parquet file: {one_line(error)}; download it again") from None
@@ -48,7 +49,9 @@ def read_footprints(path: Path, sensors: Sequence[str]) -> NDArray[Any]:
     return images
 
 
-def _check_columns(path: Path, schema: Any) -> None:
+def _check_columns(path: Path, schema: Any, n_rows: int) -> None:
+    if n_rows > _MAX_ROWS:
+        raise ValueError(f"{path} has {n_rows:,} rows, expected at most {_MAX_ROWS:,}")
     if missing := [name for name in _LISTS if name not in schema.names]:
         raise ValueError(f"{path} has no column {', '.join(missing)} (it has {', '.join(schema.names)})")
     for name in _LISTS:

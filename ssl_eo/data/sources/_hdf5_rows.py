@@ -26,10 +26,10 @@ from ssl_eo.components import one_line, suggest
 
 __all__ = ["HDF5Rows"]
 
-_Codec = tuple[Callable[..., bytes], type[Exception]]  # `decompress(data, bufsize=...)` and the error that it raises
-_ZLIB: _Codec = (zlib.decompress, zlib.error)
+_Codec = tuple[Callable[[], Any], type[Exception]]  # a decompressor like zlib's, and the error that it raises
+_ZLIB: _Codec = (zlib.decompressobj, zlib.error)
 _DEFLATE = 1  # HDF5's number of the filter
-_CACHE_BYTES = 16 << 20  # of HDF5's chunks, for each array whose chunks hold several rows
+_MAX_ROW_BYTES = 64 << 20  # inflated; those of the archives have up to half a megabyte
 
 
 @dataclass
@@ -56,10 +56,14 @@ class _Array:
 class HDF5Rows:
     """The file `path`. It is opened on first use in every process, and travels to other processes closed."""
 
-    def __init__(self, path: Path, allow_direct: bool = True) -> None:
-        """With `allow_direct` False every row is read through HDF5, as for a comparison."""
+    def __init__(self, path: Path, allow_direct: bool = True, cache_bytes: int = 16 << 20) -> None:
+        """With `allow_direct` False every row is read through HDF5, as for a comparison.
+
+        `cache_bytes` are for HDF5's chunks, for each array whose chunks hold several rows.
+        """
         self.path = path
         self._allow_direct = allow_direct
+        self._cache_bytes = cache_bytes
         self._handle: Any = None
         self._arrays: dict[str, _Array] = {}
         self._pid = 0
@@ -72,7 +76,7 @@ class HDF5Rows:
         if self._handle is None:
             import h5py
 
-            self._handle = h5py.File(self.path, "r", rdcc_nbytes=_CACHE_BYTES)
+            self._handle = h5py.File(self.path, "r", rdcc_nbytes=self._cache_bytes)
             self._codec = _fastest_codec()
         return self._handle
 
@@ -90,6 +94,14 @@ class HDF5Rows:
         if not isinstance(found, h5py.Dataset):
             known = sorted(self.open())
             raise ValueError(f"{self.path} has no array {name!r}{suggest(name, known)} (it has {', '.join(known)})")
+        if found.file.filename != self.open().filename or found.external or found.is_virtual:
+            raise ValueError(f"{self.path} has {name} in another file, which is not followed; copy the array into it")
+        n_bytes = found.dtype.itemsize * math.prod(found.shape[1:])
+        if n_bytes > _MAX_ROW_BYTES:
+            raise ValueError(
+                f"{self.path}: rows of {name} have shape {found.shape[1:]}, {n_bytes:,} bytes; expected at most"
+                f" {_MAX_ROW_BYTES:,}"
+            )
         return found
 
     def rows_per_chunk(self, name: str) -> int:
@@ -107,18 +119,23 @@ class HDF5Rows:
         Raises `OSError` that names file, array and row when it cannot be read or inflated.
         """
         array = self._array(name)
-        inflate, inflate_error = self._codec
+        decompressor, inflate_error = self._codec
         try:
             if not array.is_direct:
                 pixels: NDArray[Any] = array.dataset[row]
                 return pixels
             skipped, data = array.dataset.id.read_direct_chunk((row, *[0] * len(array.shape)))
             if array.is_deflated and not skipped & 1:
-                data = inflate(data, bufsize=array.n_bytes)
+                stream = decompressor()
+                data = stream.decompress(data, array.n_bytes + 1)  # no more, whatever the chunk would swell to
+                if not stream.eof and len(data) <= array.n_bytes:
+                    raise OSError(f"its chunk is truncated after {len(data)} bytes")
             if len(data) != array.n_bytes:
-                raise OSError(f"{len(data)} bytes, expected {array.n_bytes}")
-        except (OSError, RuntimeError, inflate_error) as error:
-            raise OSError(f"{self.path}: row {row} of {name} cannot be read: {one_line(error)}") from None
+                found = f"more than {array.n_bytes}" if len(data) > array.n_bytes else len(data)
+                raise OSError(f"{found} bytes, expected {array.n_bytes}")
+        except (OSError, RuntimeError, MemoryError, inflate_error) as error:  # no memory: a chunk that is not there
+            reason = one_line(error) or "its chunk is missing"
+            raise OSError(f"{self.path}: row {row} of {name} cannot be read: {reason}") from None
         return np.frombuffer(data, array.dtype).reshape(array.shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,4 +155,4 @@ def _fastest_codec() -> _Codec:
         module = importlib.import_module("isal.isal_zlib")
     except ImportError:
         return _ZLIB
-    return module.decompress, module.error
+    return module.decompressobj, module.error

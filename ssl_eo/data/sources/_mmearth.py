@@ -35,6 +35,7 @@ Table = NDArray[np.void]
 _FORMAT = 1  # of the table; with another number it is made anew
 _MAX_RECORD_CHARACTERS = 1 << 20  # a record has about 1000
 _BLOCK_CHARACTERS = 4 << 20
+_MAX_ROWS = 20_000_000  # the release has 1.2 million
 _MAX_STATISTICS_BYTES = 4 << 20  # the file has about 10 thousand
 _DECODER, _SEPARATOR, _COLON = json.JSONDecoder(), re.compile(r"[\s,]*"), re.compile(r"\s*:\s*")
 _ERA5_PARTS = ("month1", "month2", "year")  # of the previous month, of this one, of the year
@@ -196,6 +197,8 @@ def _ids_and_levels(file: HDF5Rows) -> tuple[list[str], list[str | None]]:
             f"root: metadata in {file.path} must be a list of (tile id, S2 type) in bytes, it has shape"
             f" {metadata.shape} and dtype {metadata.dtype}"
         )
+    if metadata.size > _MAX_ROWS:
+        raise ValueError(f"root: metadata in {file.path} has {metadata.size:,} rows, expected at most {_MAX_ROWS:,}")
     try:
         columns = metadata[:]
         ids = [tile_id.decode() for tile_id in columns[names[0]].tolist()]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_eo.components import one_line
+
 __all__ = ["PngBands"]
 
 _MODES = {1: "L", 3: "RGB"}
@@ -36,12 +38,12 @@ class PngBands:
 
         for path in files:
             try:
-                with Image.open(path) as image:
+                with Image.open(path, formats=["PNG"]) as image:
                     width, height = image.size
             except FileNotFoundError:
                 continue
-            except (SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{path}: {error}") from None
+            except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
+                raise _damaged(path, error) from None
             if height != width or width > _MAX_SIDE:
                 raise ValueError(f"{path} has {height} x {width} pixels, expected a square of at most {_MAX_SIDE}")
             return cls(files, (sum(files.values()), height, width))
@@ -65,16 +67,19 @@ class PngBands:
         """`[n_bands, H, W]`, None for a file that is missing."""
         from PIL import Image
 
+        expected = _MODES[n_bands], *self.shape[1:]
         try:
-            with Image.open(path) as image:
-                found = (image.mode, image.height, image.width)
-                if found != (expected := (_MODES[n_bands], *self.shape[1:])):  # before decoding
-                    raise ValueError(f"{path} has mode, height, width {found}, expected {expected}")
-                pixels = np.asarray(image)
+            with Image.open(path, formats=["PNG"]) as image:
+                found = image.mode, image.height, image.width
+                pixels = np.asarray(image) if found == expected else None  # decodes
         except FileNotFoundError:
             return None
-        except (SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: {error}") from None
-        except OSError as error:
-            raise OSError(f"{path}: {error}") from None
+        except (SyntaxError, ValueError, EOFError, OSError, Image.DecompressionBombError) as error:
+            raise _damaged(path, error) from None
+        if pixels is None:
+            raise ValueError(f"{path} has mode, height, width {found}, expected {expected}")
         return np.atleast_3d(pixels).transpose(2, 0, 1)  # [n_bands, H, W]
+
+
+def _damaged(path: Path, error: Exception) -> OSError:
+    return OSError(f"{path} is not a readable PNG: {one_line(error)}")

@@ -9,24 +9,20 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssl_eo.data.sources._patterns import parse_date
 from ssl_eo.data.sources._rasters import Box, Ground, Part, Rasters, ground_of
-from ssl_eo.data.sources._side_files import read_json_object
+from ssl_eo.data.sources._side_files import read_statistics
 from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.types import Tile, TileSchema
 from ssl_eo.sensors import load_sensor
 
 __all__ = ["RasterTile", "TileConfig"]
 
-_MAX_JSON_BYTES = 4 << 20  # of a file with statistics
 _STATISTICS_VALUES = 1 << 22  # of all bands of a window, at most, for statistics
-
-Pairs = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of C bands
 
 
 @dataclass
@@ -34,14 +30,14 @@ class TileConfig:
     """Rasters of one sensor. `{key}` in the pattern names the place, `{date}` and `{label}` what they say."""
 
     sensor: str  # a sensor's name, or the path of its YAML file
-    pattern: str = "**/{key}.tif"  # paths below root; * and ? within a folder, **/ any folders
+    pattern: str = "**/{key}.tif"  # paths below root; `*` and `?` within a folder, `**/` any folders
     what: str | None = None  # the tile is named sensor@what; needed where several tiles have one sensor
     bands: list[str] | None = None  # names of the C bands in file order; None: as the file says, else the sensor's
     drop_bands: list[str] = field(default_factory=list)  # bands left out, for instance those without any data
     optional: bool = False  # whether places may lack it; not the first tile
     gsd_m: float | None = None  # ground size of a pixel in metres; None: as georeferenced, else of the finest band
     no_data: list[float] | None = None  # stored values that mean nothing; None: those of the file and of the sensor
-    date_tag: str | None = None  # TIFF tag with the time of acquisition, where {date} does not say it
+    date_tag: str | None = None  # TIFF tag with the time of acquisition (ACQUISITIONDATETIME), unless {date} says it
     statistics: str | None = None  # JSON file with lists `bands`, `mean`, `std`; None: measured when opening
 
     def __post_init__(self) -> None:
@@ -58,7 +54,6 @@ class RasterTile:
         self.cfg = cfg
         self.sensor = load_sensor(cfg.sensor)
         self.name = self.sensor.name if cfg.what is None else f"{self.sensor.name}@{cfg.what}"
-        self._given = None if cfg.statistics is None else _read_statistics(Path(cfg.statistics))
 
     def learn(self, file: Any) -> None:
         """Bands, dtype, no-data and ground sampling from one raster. Raises `ValueError` for one that does not fit."""
@@ -96,8 +91,8 @@ class RasterTile:
     def measure(self, tiles: Iterable[Tile], rng: np.random.Generator) -> None:
         """Puts statistics into the schema: those on file, else of a part, drawn by `rng`, of each of `tiles`."""
         bands = self.schema.bands
-        if self._given is not None:
-            mean, std = self._given_statistics(self._given, bands)
+        if self.cfg.statistics is not None:
+            mean, std = read_statistics(self.cfg.statistics, bands)
             self.schema = replace(self.schema, mean=mean, std=std)
         elif not self.sensor.is_categorical:  # classes are not normalised
             total, n = BandStatistics.empty(len(bands)), 0
@@ -156,25 +151,6 @@ class RasterTile:
             return parse_date(date) if date else None
         except ValueError as error:
             raise ValueError(f"{file.name}: {error}") from None
-
-    def _given_statistics(self, raw: dict[str, Any], bands: Sequence[str]) -> Pairs:
-        try:
-            rows = zip(raw["bands"], raw["mean"], raw["std"], strict=True)
-            table = {band: (float(mean), float(std)) for band, mean, std in rows}
-            pairs = [table[band] for band in bands]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"statistics: {self.cfg.statistics} must hold lists `bands`, `mean` and `std` of one length that cover"
-                f" {', '.join(bands)}; problem: {error!r}"
-            ) from None
-        return tuple(mean for mean, _ in pairs), tuple(std for _, std in pairs)
-
-
-def _read_statistics(path: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(path, _MAX_JSON_BYTES, "lists `bands`, `mean` and `std`")
-    except ValueError as error:
-        raise ValueError(f"statistics: {error}") from None
 
 
 def _no_data_of(file: Any) -> list[float]:

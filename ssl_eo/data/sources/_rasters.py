@@ -21,7 +21,18 @@ from numpy.typing import NDArray
 from ssl_eo.components import import_extra, one_line
 from ssl_eo.data.sources._side_files import printable
 
-__all__ = ["Box", "Ground", "Part", "Rasters", "ground_of", "matching_box"]
+__all__ = [
+    "Box",
+    "Ground",
+    "Part",
+    "Rasters",
+    "check_utf8",
+    "ground_of",
+    "matching_box",
+    "open_raster",
+    "read_box",
+    "to_degrees",
+]
 
 Box = tuple[int, int, int, int]
 
@@ -29,7 +40,7 @@ _GDAL = {
     "GDAL_CACHEMAX": 64 << 20,  # bytes of decoded blocks in a process; GDAL would take 5 % of the memory in each
     "GDAL_DISABLE_READDIR_ON_OPEN": "TRUE",  # else every opening lists the folder, however many files are in it
 }
-_MAX_VALUES = 1 << 28  # of a box that is read at once
+_MAX_VALUES = 1 << 28  # of a box that is read at once, and of a block, which GDAL decodes as a whole
 _EQUATOR_M, _FLATTENING = 6378137.0, 1 / 298.257223563  # WGS 84
 _LENGTHS_AGREE = 0.01  # a projection that is off by more is taken at its word no longer
 
@@ -41,7 +52,8 @@ class Rasters:
     """
 
     def __init__(self, root: Path, n_handles: int) -> None:
-        import_extra("geo", "rasterio", "reading GeoTIFFs")
+        _rasterio()  # it may be missing
+        check_utf8(root, "root: ")
         self._root, self._n_handles = root, n_handles
         self._local = threading.local()
 
@@ -54,29 +66,16 @@ class Rasters:
         if name in files:
             files.move_to_end(name)
             return files[name]
-        files[name] = self._opened(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", _rasterio().errors.NotGeoreferencedWarning)
+            files[name] = open_raster(self._root / name)
         if len(files) > self._n_handles:
             files.popitem(last=False)[1].close()
         return files[name]
 
     def read(self, name: str, channels: Sequence[int], box: Box) -> NDArray[Any]:
-        """Pixels `[C, h, w]` of the bands `channels` (from 0) in a box. Raises as `open` does."""
-        import rasterio
-
-        top, left, height, width = box
-        if len(channels) * height * width > _MAX_VALUES:
-            raise ValueError(
-                f"{name}: {len(channels)} bands of {height} x {width} pixels are too many to read at once:"
-                " set window_px"
-            )
-        window = rasterio.windows.Window(left, top, width, height)
-        file = self.open(name)
-        try:
-            with rasterio.Env(**_GDAL):
-                pixels: NDArray[Any] = file.read([c + 1 for c in channels], window=window)  # [C, h, w]
-        except rasterio.errors.RasterioError as error:
-            raise OSError(f"{self._root / name}: {one_line(_reason(error))}") from None
-        return pixels
+        """Pixels `[C, h, w]` of the bands `channels` (from 0) in a box. Raises as `open` and `read_box` do."""
+        return read_box(self.open(name), channels, box)
 
     def size_bytes(self, name: str) -> int:
         return (self._root / name).stat().st_size
@@ -92,18 +91,64 @@ class Rasters:
         files: OrderedDict[str, Any] = self._local.files
         return files
 
-    def _opened(self, name: str) -> Any:
-        import rasterio
 
-        path = str(self._root / name)
-        if (shown := printable(os.fsencode(path))) != path:
-            raise ValueError(f"{shown}: the path is not UTF-8, which GDAL needs; rename it")
-        try:
-            with warnings.catch_warnings(), rasterio.Env(**_GDAL):
-                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-                return rasterio.open(path, driver="GTiff")  # no other: a VRT may name any file or address
-        except rasterio.errors.RasterioError as error:
-            raise OSError(f"{path} is not a readable GeoTIFF: {one_line(_reason(error))}") from None
+def check_utf8(path: Path, where: str = "") -> None:
+    """Raise `ValueError`, which begins with `where`, for a path that GDAL cannot open."""
+    if (shown := printable(os.fsencode(path))) != str(path):
+        raise ValueError(f"{where}{shown}: the path is not UTF-8, which GDAL needs; rename it")
+
+
+def open_raster(path: Path) -> Any:
+    """The GeoTIFF `path`, open. Raises `ValueError` or `OSError` with the path for one that cannot be used."""
+    rasterio = _rasterio()
+    check_utf8(path)
+    try:
+        with rasterio.Env(**_GDAL):
+            file = rasterio.open(path, driver="GTiff")  # no other: a VRT may name any file or address
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:  # GDAL quotes damaged bytes
+        raise OSError(f"{path} is not a readable GeoTIFF: {one_line(_reason(error))}") from None
+    try:
+        _check_header(path, file)
+    except ValueError:
+        file.close()
+        raise
+    return file
+
+
+def read_box(file: Any, channels: Sequence[int], box: Box) -> NDArray[Any]:
+    """Pixels `[C, h, w]` of the bands `channels` (from 0) of an open raster.
+
+    Raises `ValueError` for more than can be held, and `OSError` for what cannot be decoded, with the file's path.
+    """
+    import rasterio
+
+    top, left, height, width = box
+    if len(channels) * height * width > _MAX_VALUES:
+        raise ValueError(
+            f"{file.name}: {len(channels)} bands of {height} x {width} pixels are too many to read at once: set"
+            " crop.extent_m of the source, or of a folder of GeoTIFFs set window_px"
+        )
+    window = rasterio.windows.Window(left, top, width, height)
+    try:
+        with rasterio.Env(**_GDAL):
+            pixels: NDArray[Any] = file.read([c + 1 for c in channels], window=window)  # [C, h, w]
+    except (rasterio.errors.RasterioError, UnicodeDecodeError) as error:
+        raise OSError(f"{file.name} is truncated or damaged: {one_line(_reason(error))}") from None
+    return pixels
+
+
+def _check_header(path: Path, file: Any) -> None:
+    from rasterio.enums import Interleaving
+
+    if complex_dtypes := [dtype for dtype in file.dtypes if dtype.startswith("complex")]:
+        raise ValueError(f"{path} has dtype {complex_dtypes[0]}, expected real numbers")
+    height, width = file.block_shapes[0]
+    n_bands = file.count if file.interleaving == Interleaving.pixel else 1
+    if n_bands * height * width > _MAX_VALUES:
+        raise ValueError(
+            f"{path} has blocks of {n_bands} bands of {height} x {width} pixels, each of which must be decoded as a"
+            " whole; store it anew in small ones (gdal_translate -co TILED=YES)"
+        )
 
 
 @dataclass
@@ -147,16 +192,14 @@ def ground_of(file: Any, box: Box) -> Ground | None:
     The size of a pixel is the root of its area. It is that of the projection where that keeps lengths, else (degrees,
     Mercator away from the equator) it is measured on the WGS 84 ellipsoid.
     """
-    import rasterio.warp
-
     if not _is_georeferenced(file):
         return None
     row, column = box[0] + box[2] / 2, box[1] + box[3] / 2
     corners = [_moved(file.transform, column + i, row + j) for i, j in ((0, 0), (1, 0), (0, 1))]
     try:
-        longitude, latitude = rasterio.warp.transform(file.crs, "EPSG:4326", *zip(*corners, strict=True))
-    except rasterio.errors.RasterioError as error:
-        raise ValueError(f"{file.name}: its coordinates cannot be brought to degrees: {one_line(error)}") from None
+        latitude, longitude = to_degrees(file.crs, *zip(*corners, strict=True))
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
     if not all(map(math.isfinite, (*latitude, *longitude))) or abs(latitude[0]) > 90:
         raise ValueError(f"{file.name}: its centre {corners[0]} in {file.crs} is no place on Earth")
     per_row, per_column = _metres_per_degree(latitude[0])
@@ -168,6 +211,17 @@ def ground_of(file: Any, box: Box) -> Ground | None:
         if abs(gsd_m - nominal) <= _LENGTHS_AGREE * nominal:
             gsd_m = nominal
     return Ground(latitude[0], (longitude[0] + 180) % 360 - 180, gsd_m)
+
+
+def to_degrees(crs: Any, xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Latitudes and longitudes (WGS 84) of points. Raises `ValueError` where the reference system gives none."""
+    from rasterio.warp import transform
+
+    try:
+        longitudes, latitudes = transform(crs, "EPSG:4326", xs, ys)
+    except Exception as error:  # what GDAL raises here is neither a RasterioError nor public
+        raise ValueError(f"its coordinates cannot be brought to degrees: {one_line(error)[:200]}") from None
+    return latitudes, longitudes
 
 
 def matching_box(reference: Any, box: Box, other: Any) -> Box:
@@ -246,3 +300,7 @@ def _reason(error: BaseException) -> Exception:
     """What GDAL said, where rasterio only says that something went wrong."""
     cause = error.__cause__
     return cause if isinstance(cause, Exception) else Exception(str(error))
+
+
+def _rasterio() -> Any:
+    return import_extra("geo", "rasterio", "reading GeoTIFFs")

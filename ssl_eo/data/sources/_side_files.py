@@ -1,4 +1,4 @@
-"""Files beside the pixels: cards of data sets, lists of names, JSON lists.
+"""Files beside the pixels: cards of data sets, lists of names, JSON lists, statistics.
 
 What a side file says is not trusted: its size is looked at before it is parsed, and no name leads out of its folder.
 """
@@ -6,7 +6,7 @@ What a side file says is not trusted: its size is looked at before it is parsed,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +27,10 @@ __all__ = [
     "read_json_list",
     "read_json_object",
     "read_lines",
+    "read_statistics",
 ]
+
+_MAX_STATISTICS_BYTES = 4 << 20
 
 
 def name_inside(root: Path, name: bytes) -> str:
@@ -69,6 +72,27 @@ def read_lines(path: Path, max_bytes: int, what: str) -> list[str]:
     return held
 
 
+def read_statistics(path: str, bands: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of `bands`, from a JSON file with lists `bands`, `mean` and `std`.
+
+    Raises `ValueError` that begins with `statistics`, the key of a config that names such a file.
+    """
+    expected = "lists `bands`, `mean` and `std`"
+    try:
+        raw = read_json_object(Path(path), _MAX_STATISTICS_BYTES, expected)
+    except ValueError as error:
+        raise ValueError(f"statistics: {error}") from None
+    try:
+        rows = zip(raw["bands"], map(float, raw["mean"]), map(float, raw["std"]), strict=True)
+        table = {band: (mean, std) for band, mean, std in rows}
+        mean, std = zip(*(table[band] for band in bands), strict=True)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"statistics: {path} must hold {expected} of one length that cover {', '.join(bands)}; problem: {error!r}"
+        ) from None
+    return mean, std
+
+
 def evenly_spaced(n: int, limit: int) -> list[int]:
     """At most `limit` of the indices below `n`: first and last, and between them as evenly as can be."""
     if n <= limit:
@@ -103,11 +127,12 @@ def card_schema(array: Mapping[str, Any], dtype: str) -> TileSchema:
 
 
 def _read_json(path: Path, kind: type, max_bytes: int, what: str) -> Any:
+    text = _read_text(path, max_bytes, what)
     try:
-        found = json.loads(_read_text(path, max_bytes, what))
+        found = json.loads(text)
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply, expected {what}") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also for a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON ({error}), expected {what}; unpack it again") from None
     if not isinstance(found, kind):
         raise ValueError(f"{path} holds {type(found).__name__}, expected {what}")

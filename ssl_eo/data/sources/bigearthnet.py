@@ -21,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE, import_extra, suggest
+from ssl_eo.components import FREE, suggest
 from ssl_eo.data.sources._band_files import BandFiles, place_of
 from ssl_eo.data.sources._bigearthnet import LABELS_JSON, SPLITS, Nomenclature, columns_v1, columns_v2, labels_of
 from ssl_eo.data.sources._columns import rows_in_cells
+from ssl_eo.data.sources._rasters import check_utf8, open_raster, read_box
 from ssl_eo.data.sources._side_files import dataset_card
 from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
@@ -66,6 +67,7 @@ class Source:
         self._root = Path(cfg.root)
         if not self._root.is_dir():
             raise ValueError(f"root: no such folder: {cfg.root}")
+        check_utf8(self._root, "root: ")
         info = dataset_card("bigearthnet")
         self._is_v2 = cfg.version == "v2" or (cfg.version == "auto" and (self._root / "metadata.parquet").is_file())
         self._nomenclature = Nomenclature.from_info(info)
@@ -225,11 +227,11 @@ class Source:
 
 
 def _read_map(path: Path) -> NDArray[Any]:
-    with import_extra("geo", "rasterio", "reading GeoTIFFs").open(path) as file:
+    with open_raster(path) as file:
         if (file.count, *file.shape) != (1, *_MAP_SIZE) or not np.issubdtype(file.dtypes[0], np.integer):
             found = f"{file.count} bands of {file.height} x {file.width} pixels, {file.dtypes[0]}"
             raise ValueError(f"{path} has {found}; expected one of 120 x 120 pixels, integers")
-        codes: NDArray[Any] = file.read(1)  # [H, W]
+        codes: NDArray[Any] = read_box(file, [0], (0, 0, *_MAP_SIZE))[0]  # [H, W]
         return codes
 
 

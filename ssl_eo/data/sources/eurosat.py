@@ -26,8 +26,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE, import_extra
-from ssl_eo.data.shards import ShardIndex, ShardReader, index_path
+from ssl_eo.components import FREE
+from ssl_eo.data.shard_reader import LocalShard, ShardReader
+from ssl_eo.data.shards import ShardIndex, index_path
+from ssl_eo.data.sources._band_files import place_of
+from ssl_eo.data.sources._rasters import open_raster, read_box
 from ssl_eo.data.sources._side_files import dataset_card
 from ssl_eo.data.sources._splits import cell_split, check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
@@ -132,7 +135,8 @@ class _Shards:
         readers = []
         for path in paths:
             saved = index_path(path)
-            readers.append(ShardReader(path, ShardIndex.load(saved) if saved.is_file() else ShardIndex.build(path)))
+            index = ShardIndex.load(saved) if saved.is_file() else ShardIndex.build(path)
+            readers.append(ShardReader(LocalShard(path, index)))
         self._members = [(reader, row) for reader in readers for row in range(len(reader))]
         self.keys = [reader.key(row) for reader, row in self._members]
         classes = root / "classes.json"
@@ -143,20 +147,20 @@ class _Shards:
 
         reader, i = self._members[row]
         try:
-            with Image.open(io.BytesIO(reader.read(i, "jpg"))) as image:
+            with Image.open(io.BytesIO(reader.read(i, "jpg")), formats=["JPEG"]) as image:
                 if image.mode != "RGB" or image.size != (64, 64):  # before decoding: a damaged header may say anything
                     found = f"mode {image.mode}, {image.width} x {image.height} pixels"
-                    raise ValueError(f"{reader.path}: {self.keys[row]}.jpg has {found}; expected RGB, 64 x 64")
+                    raise ValueError(f"{reader.storage.name}: {self.keys[row]}.jpg has {found}; expected RGB, 64 x 64")
                 pixels = np.asarray(image)  # [H, W, C]
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{reader.path}: {self.keys[row]}.jpg: {error}") from None
+            raise ValueError(f"{reader.storage.name}: {self.keys[row]}.jpg: {error}") from None
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), int(reader.read(i, "cls"))
 
     def place(self, row: int) -> None:
         return None  # a JPEG does not say
 
     def file_name(self, row: int) -> str:
-        return self._members[row][0].path.name
+        return Path(self._members[row][0].storage.name).name
 
     def checksum(self, row: int) -> bytes:
         reader, i = self._members[row]
@@ -175,14 +179,13 @@ class _GeoTiffs:
         self.label_names = tuple(labels)
 
     def read(self, row: int) -> tuple[NDArray[Any], int]:
-        with _rasterio().open(self._paths[row]) as file:
-            return file.read(), self._labels[row]  # [C, H, W]
+        with open_raster(self._paths[row]) as file:
+            pixels = read_box(file, range(file.count), (0, 0, file.height, file.width))
+        return pixels, self._labels[row]  # [C, H, W]
 
     def place(self, row: int) -> tuple[float, float]:
         """Latitude and longitude of the centre, from the file's header."""
-        with _rasterio().open(self._paths[row]) as file:
-            longitude, latitude = file.lnglat()
-        return latitude, longitude
+        return place_of(self._paths[row])
 
     def file_name(self, row: int) -> str:
         return f"{self._paths[row].parent.name}/{self._paths[row].name}"
@@ -253,7 +256,3 @@ def _tile_schema(array: Mapping[str, Any]) -> TileSchema:
         mean=tuple(array["mean"]),
         std=tuple(array["std"]),
     )
-
-
-def _rasterio() -> Any:
-    return import_extra("geo", "rasterio", "EuroSAT as GeoTIFFs")

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE, suggest
+from ssl_eo.components import FREE, check_names, suggest
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._footprints import read_footprints
 from ssl_eo.data.sources._rasters import Rasters
@@ -56,8 +56,7 @@ class Config:
         for key in ("max_images_per_sensor", "min_size", "min_images"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if not self.sensors or len(set(self.sensors)) < len(self.sensors):
-            raise ValueError(f"sensors must name at least one sensor, and each once, got {self.sensors}")
+        check_names("sensors", self.sensors)
         if self.split == "test" and self.split_by == "file":
             raise ValueError("split: the lists have train and val only; take one of them, or split_by: geography")
 

@@ -7,9 +7,7 @@ N samples in the file, C bands, H W pixels.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import FREE, suggest
+from ssl_eo.data.sources._hdf5_rows import HDF5Rows
+from ssl_eo.data.sources._side_files import read_statistics
 from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import Sensor, load_sensor
@@ -63,16 +63,15 @@ class Source:
         self._path = Path(cfg.root)
         if not self._path.is_file():
             raise ValueError(f"root: no such file: {cfg.root}")
-        self._handle: Any = None
-        self._pid = 0
+        self._file = HDF5Rows(self._path, cache_bytes=_CACHE_BYTES)
         try:
-            self._open()
+            self._file.open()
         except OSError as error:
             raise ValueError(f"root: {cfg.root} is not a readable HDF5 file: {error}") from None
         try:
             self._describe(load_sensor(cfg.sensor))
         finally:
-            self._close()  # workers inherit no open handle
+            self._file.close()  # workers inherit no open handle
 
     @property
     def schema(self) -> Mapping[str, TileSchema]:
@@ -90,7 +89,7 @@ class Source:
         return len(self._rows)
 
     def read(self, index: int) -> Sample:
-        file, cfg, row = self._open(), self._cfg, int(self._rows[index])
+        file, cfg, row = self._file.open(), self._cfg, int(self._rows[index])
         label = None
         if cfg.label_dataset is not None:
             label = file[cfg.label_dataset][row]  # [], [H, W] or [K]
@@ -107,23 +106,6 @@ class Source:
         # The schema holds the statistics, and so depends on the pixels.
         content = f"{self._schema!r} {self._path.stat().st_size} {self._rows.tolist()}"
         return blake2b(content.encode(), digest_size=16).hexdigest()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None}
-
-    def _open(self) -> Any:
-        """This process's handle. HDF5 keeps state behind a handle, which must not be used on both sides of a fork."""
-        if self._pid != os.getpid():
-            self._handle, self._pid = None, os.getpid()
-        if self._handle is None:
-            import h5py
-
-            self._handle = h5py.File(self._path, "r", rdcc_nbytes=_CACHE_BYTES)
-        return self._handle
-
-    def _close(self) -> None:
-        self._handle.close()
-        self._handle = None
 
     def _describe(self, sensor: Sensor) -> None:
         """Everything that is known before the first sample is asked for."""
@@ -159,17 +141,17 @@ class Source:
             schema = TileSchema(sensor, bands, str(array.dtype), array.shape[2:], gsd_m, *plain)
         except ValueError as error:
             raise ValueError(f"dataset: {self._where(cfg.dataset)}: {error}") from None
-        mean, std = self._measure(sensor, bands) if cfg.statistics is None else _read_statistics(cfg.statistics, bands)
+        mean, std = self._measure(sensor, bands) if cfg.statistics is None else read_statistics(cfg.statistics, bands)
         self._schema = replace(schema, mean=mean, std=std)
 
     def _dataset(self, key: str, name: str, n_rows: int | None = None) -> Any:
         """The dataset `name`, which the config's `key` asks for."""
         import h5py
 
-        found = self._open().get(name)
+        found = self._file.open().get(name)
         if not isinstance(found, h5py.Dataset):
             known: list[str] = []
-            self._open().visititems(lambda n, item: known.append(n) if isinstance(item, h5py.Dataset) else None)
+            self._file.open().visititems(lambda n, item: known.append(n) if isinstance(item, h5py.Dataset) else None)
             raise ValueError(f"{key}: {self._path} has no dataset {name!r}{suggest(name, known)} (it has {known})")
         if n_rows is not None and len(found) != n_rows:
             raise ValueError(f"{key}: {self._where(name)} has {len(found)} rows, the tiles have {n_rows}")
@@ -220,7 +202,7 @@ class Source:
         return tuple(total.mean.tolist()), tuple(total.std.tolist())
 
     def _read_row(self, row: int) -> NDArray[Any]:
-        pixels: NDArray[Any] = self._open()[self._cfg.dataset][row]  # [C, H, W] of the file
+        pixels: NDArray[Any] = self._file.open()[self._cfg.dataset][row]  # [C, H, W] of the file
         return pixels if len(self._channels) == len(pixels) else pixels[self._channels]
 
     def _where(self, dataset: str) -> str:
@@ -230,21 +212,6 @@ class Source:
 def _run_length(chunk_rows: int) -> int:
     """Samples to read in a row: whole chunks of the file, at least `_RUN`."""
     return chunk_rows * -(-_RUN // chunk_rows)
-
-
-def _read_statistics(path: str, bands: tuple[str, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        table = {b: (float(m), float(s)) for b, m, s in zip(raw["bands"], raw["mean"], raw["std"], strict=True)}
-        pairs = [table[b] for b in bands]
-    except OSError as error:
-        raise ValueError(f"statistics: cannot read {path}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"statistics: {path} must hold lists `bands`, `mean` and `std` of one length that cover"
-            f" {', '.join(bands)}; problem: {error!r}"
-        ) from None
-    return tuple(m for m, _ in pairs), tuple(s for _, s in pairs)
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ N rows of the file, C bands, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE, suggest
+from ssl_eo.components import FREE, check_names, suggest
 from ssl_eo.data.sources._columns import rows_in_cells
 from ssl_eo.data.sources._hdf5_rows import HDF5Rows
 from ssl_eo.data.sources._mmearth import Table, find_archive, published_statistics, tile_columns
@@ -55,12 +56,11 @@ class Config:
     n_statistics_samples: int = 1024  # to measure on
 
     def __post_init__(self) -> None:
-        if not self.tiles or len(set(self.tiles)) != len(self.tiles):
-            raise ValueError(f"tiles must name each tile once, and one at least, got {self.tiles}")
+        check_names("tiles", self.tiles)
+        check_names("polarizations", self.polarizations)
         if extra := [name for name in self.required if name not in self.tiles]:
             raise ValueError(f"required: {', '.join(extra)} must be in tiles too ({', '.join(self.tiles)})")
-        wrong = [name for name in self.polarizations if name not in POLARIZATIONS]
-        if wrong or not self.polarizations or len(set(self.polarizations)) != len(self.polarizations):
+        if not set(self.polarizations) <= set(POLARIZATIONS):
             raise ValueError(f"polarizations must be some of {', '.join(POLARIZATIONS)}, got {self.polarizations}")
         check_cell(self.cell_deg)
         if self.n_statistics_samples < 1:
@@ -261,13 +261,11 @@ def _slice_of(channels: list[int]) -> slice | list[int]:
 
 def _holds_data(pixels: NDArray[Any], no_data: Sequence[float]) -> bool:
     """Whether any of `pixels [C, H, W]` was measured. Mostly the first one was, and then no other is looked at."""
-    return any(_is_any_measured(part, no_data) for part in (pixels[:, 0, 0], pixels))
-
-
-def _is_any_measured(values: NDArray[Any], no_data: Sequence[float]) -> bool:
-    measured = np.isfinite(values)
+    if any(math.isfinite(value) and value not in no_data for value in pixels[:, 0, 0].tolist()):
+        return True
+    measured = np.isfinite(pixels)
     for value in no_data:
-        measured &= values != value
+        measured &= pixels != value
     return bool(measured.any())
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE
+from ssl_eo.components import FREE, check_names
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._mercator import pixel_size_m, places_of_tiles
 from ssl_eo.data.sources._png import PngBands
@@ -51,8 +51,7 @@ class Config:
         check_cell(self.cell_deg)
         if self.max_images_per_sensor < 1:
             raise ValueError(f"max_images_per_sensor must be at least 1, got {self.max_images_per_sensor}")
-        if not self.sensors or len(set(self.sensors)) < len(self.sensors):
-            raise ValueError(f"sensors must name at least one sensor, and each once, got {self.sensors}")
+        check_names("sensors", self.sensors)
         if self.split == "val" and self.split_by == "file":
             raise ValueError("split: the archive has lists of train and test only; val needs split_by: geography")
 

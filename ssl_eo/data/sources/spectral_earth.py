@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ssl_eo.components import FREE
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._patterns import list_files
-from ssl_eo.data.sources._rasters import Rasters
+from ssl_eo.data.sources._rasters import Rasters, ground_of
 from ssl_eo.data.sources._side_files import dataset_card, evenly_spaced, name_inside, printable, read_lines
 from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.statistics import BandStatistics
@@ -86,9 +86,8 @@ class Source:
         pixels = self._read_pixels(name)
         file = self._rasters.open(name)
         meta = {}
-        if file.crs is not None:
-            longitude, latitude = file.lnglat()
-            meta = {"latitude": float(latitude), "longitude": float(longitude)}
+        if (ground := ground_of(file, (0, 0, file.height, file.width))) is not None:
+            meta = {"latitude": ground.latitude, "longitude": ground.longitude}
         tile = Tile(pixels, self._schema.bands, self._schema.gsd_m, _date_of(name))
         return Sample(self.locate(index)[0], {"enmap": tile}, meta)
 
@@ -149,8 +148,8 @@ class Source:
         for i, name in enumerate(names):
             with suppress(ValueError, OSError):
                 file = self._rasters.open(name)
-                if file.crs is not None:
-                    files["longitude"][i], files["latitude"][i] = file.lnglat()
+                if (ground := ground_of(file, (0, 0, file.height, file.width))) is not None:
+                    files["latitude"][i], files["longitude"][i] = ground.latitude, ground.longitude
         if np.isnan(files["latitude"]).all():
             raise ValueError(f"split_by: no file in {self._root / 'enmap'} says where it lies; take split_by: file")
         return files

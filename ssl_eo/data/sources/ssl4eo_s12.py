@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import date
+from datetime import date, datetime
 from hashlib import blake2b
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from ssl_eo.components import FREE, suggest
 from ssl_eo.data.sources._band_files import BandFiles, place_of
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
+from ssl_eo.data.sources._rasters import check_utf8
 from ssl_eo.data.sources._side_files import dataset_card, read_json_object
 from ssl_eo.data.sources._splits import check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
@@ -39,13 +40,13 @@ __all__ = ["Config", "Source"]
 PRODUCTS = ("s2c", "s2a", "s1")
 N_SEASONS = 4
 
-_TIME = r"\d{8}T\d{6}"
+_TIME = r"[0-9]{8}T[0-9]{6}"
 _SCENE = {
     "s1": re.compile(rf"S1[A-D]_IW_GRDH_1S[A-Z]{{2}}_{_TIME}_{_TIME}_[0-9A-F]{{6}}_[0-9A-F]{{6}}_[0-9A-F]{{4}}"),
     "s2c": re.compile(rf"{_TIME}_{_TIME}_T[0-9A-Z]{{5}}"),
     "s2a": re.compile(rf"{_TIME}_{_TIME}_T[0-9A-Z]{{5}}"),
 }
-_PLACE = re.compile(r"\d{1,16}")
+_PLACE = re.compile(r"[0-9]{1,16}")
 _ROW = np.dtype(
     [
         ("place", "S16"),
@@ -100,6 +101,7 @@ class Source:
     def __init__(self, cfg: Config) -> None:
         self._cfg = cfg
         self._root = Path(cfg.root)
+        check_utf8(self._root, "root: ")
         self._kinds = _chosen(_kinds(), cfg.tiles, self._root)
         self._columns = _index(self._root)
         products = {kind.product for kind in self._kinds}
@@ -277,6 +279,11 @@ def _scenes(folder: Path, product: str) -> list[str]:
     found = [path.name for path in folder.iterdir() if _SCENE[product].fullmatch(path.name)]
     if len(found) > N_SEASONS:
         raise ValueError(f"{folder} holds {len(found)} scenes, expected at most {N_SEASONS}, one for each season")
+    for scene in found:
+        try:
+            datetime.fromisoformat(_instant(scene))
+        except ValueError as error:
+            raise ValueError(f"{folder / scene}: no time in its name ({error}); unpack it again") from None
     return sorted(found, key=_instant)
 
 

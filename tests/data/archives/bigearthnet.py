@@ -6,12 +6,12 @@ Every pixel of band b of patch n holds `100 * n + position of b + 1`, radar the 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from archives.tiffs import write_raster
 
 SIZES = {
     **dict.fromkeys(["B02", "B03", "B04", "B08"], 120),
@@ -35,28 +35,9 @@ MAP_CODES = (112, 324, 124, 999)  # quadrants of every reference map: airports a
 _WKT_TAIL = 'UNIT["metre",1,AUTHORITY["EPSG","9001"]],AUTHORITY["EPSG","{epsg}"]]'
 
 
-def write_band(path: Path, pixels: Any, epsg: int = 32633, corner: tuple[float, float] = (404400.0, 5342400.0)) -> None:
+def write_band(path: Path, pixels: Any, corner: tuple[float, float] = (404400.0, 5342400.0)) -> None:
     """One band `[H, W]` of a patch of 1.2 km as a GeoTIFF, uncompressed as the archive's."""
-    import rasterio
-    from rasterio.transform import from_origin
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = pixels.shape
-    transform = from_origin(*corner, 1200 / width, 1200 / height)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a file without reference system, when a test asks for one
-        with rasterio.open(
-            path,
-            "w",
-            driver="GTiff",
-            width=width,
-            height=height,
-            count=1,
-            dtype=pixels.dtype,
-            crs=f"EPSG:{epsg}" if epsg else None,
-            transform=transform,
-        ) as file:
-            file.write(pixels, 1)
+    write_raster(path, pixels[None], crs="EPSG:32633", corner=corner, pixel=1200 / len(pixels))
 
 
 def _write_patch(folder: Path, n: int, bands: Sequence[str], corner: tuple[float, float]) -> None:
@@ -112,7 +93,7 @@ def make_v2(root: Path, n_patches: int = 4) -> Path:
         scene = "S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP"
         _write_patch(root / "BigEarthNet-S2" / scene / s2, n, BANDS, corner)
         _write_patch(root / "BigEarthNet-S1" / "S1A_IW_GRDH_1SDV_20170613T165043" / s1, n, ("VV", "VH"), corner)
-        write_band(root / "Reference_Maps" / scene / s2 / f"{s2}_reference_map.tif", codes, corner=corner)
+        write_band(root / "Reference_Maps" / scene / s2 / f"{s2}_reference_map.tif", codes, corner)
         rows.append(
             {
                 "patch_id": s2,

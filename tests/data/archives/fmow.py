@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from archives.tiffs import write_tiff
+from archives.tiffs import write_raster
 
 LIST = "fmow/metadata_v2/fmow_iwm_onid_{split}.parquet"
 KINDS = {"wv23": (8, "uint16"), "rgb": (3, "uint8"), "s2": (13, "uint16")}
@@ -78,7 +78,7 @@ def write_archive(
     for n, footprint in enumerate(footprints):
         for i, image in enumerate(footprint):
             if image.sensor in KINDS:
-                write_tiff(root / path_of(n, i, image.sensor), pixels_of(n, i, image))
+                write_raster(root / path_of(n, i, image.sensor), pixels_of(n, i, image), crs=None)
     path = root / LIST.format(split=split)
     write_list(path, {**columns_of(footprints), **more})
     return path

@@ -1,42 +1,15 @@
-"""Small GeoTIFFs as tools write them: strips or blocks, any CRS, descriptions, no-data, tags."""
+"""Rasters of which the source `geotiff` is made to read parts: their pixels, and one that is large and nearly empty."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from archives.tiffs import write_raster
 from numpy.typing import NDArray
 
-
-def write_raster(
-    path: Path,
-    pixels: NDArray[Any],
-    *,
-    crs: str | None = "EPSG:32632",
-    corner: tuple[float, float] = (600_000.0, 5_000_000.0),
-    pixel: float = 10.0,
-    no_data: float | None = None,
-    descriptions: Sequence[str] = (),
-    tags: Mapping[str, str] | None = None,
-    **profile: Any,
-) -> Path:
-    """`pixels [C, H, W]`; `corner` is the (x, y) of the top left one, `pixel` its side, both in units of the CRS."""
-    import rasterio
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    georeference = (
-        {} if crs is None else {"crs": crs, "transform": rasterio.transform.from_origin(*corner, pixel, pixel)}
-    )
-    n_bands, height, width = pixels.shape
-    size = {"count": n_bands, "height": height, "width": width, "dtype": pixels.dtype, "nodata": no_data}
-    with rasterio.open(path, "w", driver="GTiff", **size, **georeference, **profile) as file:
-        file.write(pixels)
-        file.update_tags(**(tags or {}))
-        for band, description in enumerate(descriptions, 1):
-            file.set_band_description(band, description)
-    return path
+__all__ = ["tile_pixels", "write_raster", "write_sparse"]
 
 
 def write_sparse(path: Path, size: int, block: tuple[int, int], pixels: NDArray[Any]) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from archives.tiffs import write_tiff
+from archives.tiffs import write_raster
 
 
 def name_of(n: int) -> str:
@@ -25,8 +25,8 @@ def pixels_of(n: int, dtype: str = "int16", n_bands: int = 202, side: int = 128)
 def write_patch(root: Path, n: int, **options: Any) -> Path:
     """Patch n, half a degree of latitude north of patch n - 1."""
     path = root / "enmap" / f"scene_{n // 2}" / f"{name_of(n)}.tif"
-    write_tiff(path, pixels_of(n, **options), (399_960.0, 5_000_000.0 + 55_600.0 * n), compress="deflate", zlevel=1)
-    return path
+    corner = (399_960.0, 5_000_000.0 + 55_600.0 * n)
+    return write_raster(path, pixels_of(n, **options), corner=corner, pixel=30.0, compress="deflate", zlevel=1)
 
 
 def write_split(root: Path, split: str, patches: Iterable[int], pattern: str = "scene_{}/{}.tif") -> Path:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from archives.tiffs import write_raster
 
 L1C = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12")
 BANDS = {"s1": ("VV", "VH"), "s2c": L1C, "s2a": tuple(b for b in L1C if b != "B10")}
@@ -30,17 +31,9 @@ def scene_name(product: str, season: int) -> str:
 
 def write_band(path: Path, pixels: np.ndarray, longitude: float = 73.3) -> None:
     """One band `[H, W]` as a GeoTIFF in degrees, uncompressed as the archive's."""
-    import rasterio
-    from rasterio.transform import from_origin
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = pixels.shape
-    transform = from_origin(longitude, 30.47, 0.0267 / width, 0.0232 / height)
-    with rasterio.open(
-        path, "w", driver="GTiff", width=width, height=height, count=1, dtype=pixels.dtype, crs="EPSG:4326",
-        transform=transform,
-    ) as file:  # fmt: skip
-        file.write(pixels, 1)
+    pixel = (0.0267 / width, 0.0232 / height)
+    write_raster(path, pixels[None], crs="EPSG:4326", corner=(longitude, 30.47), pixel=pixel)
 
 
 def write_scene(root: Path, product: str, place: int, season: int, bands: tuple[str, ...] | None = None) -> Path:

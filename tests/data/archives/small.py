@@ -1,0 +1,255 @@
+"""Every archive at its smallest: eight samples of files in the real layout, one tile of them to look at.
+
+For tests that ask the same of all sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+from archives import bigearthnet, fmow, geotiff, mmearth, satlas, spectral_earth, ssl4eo_s12
+from archives.tiffs import write_raster
+
+from ssl_eo.components import resolve
+from ssl_eo.config import build
+from ssl_eo.data.pack import pack
+from ssl_eo.data.types import Batch, Source, map_tensors
+
+__all__ = ["ARCHIVES", "N_SAMPLES", "Small", "content_of", "cut", "open_small", "raster_of"]
+
+N_SAMPLES = 8
+_SATLAS = [(1867 + n, 3287) for n in range(N_SAMPLES)]
+
+
+@dataclass(frozen=True)
+class Small:
+    """One archive. `damage(root, key)` makes pixels of one sample's `tiles` unreadable, in a file of unchanged name."""
+
+    source: str  # as data.sources names it
+    folder: str  # name of the root
+    write: Callable[[Path], Any]
+    options: Mapping[str, Any]  # of the source, beside root
+    tiles: tuple[str, ...]  # names of the tiles to look at; a sample has one of them
+    damage: Callable[[Path, str], None]
+
+
+def open_small(archive: Small, root: Path, **options: Any) -> Source:
+    """The source of `archive`, opened at `root` with the options of a config."""
+    module = resolve("ssl_eo.data.sources", archive.source)
+    opened: Source = module.Source(build(module.Config, {"root": str(root), **archive.options, **options}, "source"))
+    return opened
+
+
+def content_of(batch: Batch) -> tuple[list[str], str]:
+    """Keys of a batch, and a checksum of all its tensors: tiles, views, masks."""
+    digest = hashlib.sha256()
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        return tensor
+
+    map_tensors(add, batch)
+    return batch.keys, digest.hexdigest()
+
+
+def cut(path: Path) -> None:
+    """Leaves the first half of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def overwrite(path: Path, start: int, size: int) -> None:
+    """Puts junk in place of some bytes of a file."""
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\xaa" * size)
+
+
+# --- mmearth ----------------------------------------------------------------------------------------------------------
+
+
+def _write_mmearth(root: Path) -> None:
+    mmearth.write_mmearth(root, n=N_SAMPLES)
+
+
+def _damage_mmearth(root: Path, key: str) -> None:
+    with h5py.File(root / f"{root.name}.h5") as file:
+        row = [tile_id.decode() for tile_id in file["metadata"]["tile_id"]].index(key)
+        chunk = file["sentinel2"].id.get_chunk_info_by_coord((row, 0, 0, 0))
+    overwrite(root / f"{root.name}.h5", chunk.byte_offset, chunk.size)
+
+
+# --- fmow, satlas, spectral_earth -------------------------------------------------------------------------------------
+
+FOOTPRINTS = [(fmow.Image("wv23", datetime(2010 + n, 3, 4), (40, 50)),) for n in range(N_SAMPLES)]
+
+
+def fmow_image(root: Path, key: str) -> Path:
+    return root / fmow.path_of(int(key.rpartition("_")[2]), 0, "wv23")
+
+
+def _write_satlas(root: Path) -> None:
+    for tile in _SATLAS:
+        satlas.write_images(root, tile, "sentinel2", [0], side=32)
+    satlas.write_metadata(root, [[*tile, satlas.SCENES["sentinel2"][0]] for tile in _SATLAS], _SATLAS, [])
+
+
+def satlas_image(root: Path, key: str, band: str = "b05") -> Path:
+    return root / "sentinel2" / satlas.SCENES["sentinel2"][0] / band / f"{key}.png"
+
+
+def _write_spectral_earth(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        path = root / "enmap" / f"scene_{n // 2}" / f"{spectral_earth.name_of(n)}.tif"
+        corner = 399_960.0, 5_000_000.0 + 55_600.0 * n
+        options = {"interleave": "band", "compress": "deflate", "zlevel": 1}  # the quickest to read
+        write_raster(path, spectral_earth.pixels_of(n), corner=corner, pixel=30.0, **options)
+    spectral_earth.write_split(root, "train", range(N_SAMPLES))
+
+
+def spectral_earth_patch(root: Path, key: str) -> Path:
+    return root / "enmap" / f"{key}.tif"
+
+
+# --- one file a band --------------------------------------------------------------------------------------------------
+
+
+def _write_ssl4eo_s12(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        ssl4eo_s12.write_scene(root, "s2c", *divmod(n, 4), bands=("B2", "B3", "B4", "B8"))
+
+
+def ssl4eo_s12_scene(root: Path, key: str) -> Path:
+    place, season = key.split("_")
+    return root / "s2c" / place / ssl4eo_s12.scene_name("s2c", int(season))
+
+
+def v1_patch(root: Path, key: str) -> Path:
+    return root / "BigEarthNet-v1.0" / key
+
+
+def v2_patch(root: Path, key: str) -> Path:
+    return root / "BigEarthNet-S2" / key.rsplit("_", 2)[0] / key
+
+
+# --- geotiff, shards --------------------------------------------------------------------------------------------------
+
+
+def _write_geotiff(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        pixels = geotiff.tile_pixels(n, (4, 40, 40), "uint16").astype("uint8")
+        write_raster(root / f"scene{n}.tif", pixels, corner=(400_000.0 + 50_000 * n, 5_000_000.0))
+
+
+def _write_shards(root: Path) -> None:
+    scenes = root.with_name(f"{root.name} scenes")
+    _write_geotiff(scenes)
+    pack(open_small(ARCHIVES["geotiff"], scenes), root, samples_per_shard=4)
+
+
+def _damage_shard(root: Path, key: str) -> None:
+    for path in sorted(root.glob("*.tar")):
+        content = path.read_bytes()
+        if (start := content.find(f"{key}.naip.npy".encode())) >= 0:
+            overwrite(path, start + 512, 64)  # the head of the array
+
+
+def raster_of(name: str, root: Path, key: str) -> Path:
+    """A GeoTIFF (of SatlasPretrain a PNG) that holds pixels of a sample's tile."""
+    find: dict[str, Callable[[], Path]] = {
+        "fmow": lambda: fmow_image(root, key),
+        "satlas": lambda: satlas_image(root, key),
+        "spectral_earth": lambda: spectral_earth_patch(root, key),
+        "ssl4eo_s12": lambda: ssl4eo_s12_scene(root, key) / "B3.tif",
+        "bigearthnet v1": lambda: v1_patch(root, key) / f"{key}_B06.tif",
+        "bigearthnet v2": lambda: v2_patch(root, key) / f"{key}_B06.tif",
+        "geotiff": lambda: root / f"{key}.tif",
+    }
+    return find[name]()
+
+
+def _all(**options: Any) -> dict[str, Any]:
+    return {"split": "all", **options}
+
+
+ARCHIVES = {
+    "mmearth": Small(
+        source="mmearth",
+        folder="data_1M_v001_64",
+        write=_write_mmearth,
+        options=_all(cirrus_band=False),
+        tiles=("sentinel2_l1c", "sentinel2_l2a"),
+        damage=_damage_mmearth,
+    ),
+    "fmow": Small(
+        source="fmow",
+        folder="fmow",
+        write=lambda root: fmow.write_archive(root, footprints=FOOTPRINTS),
+        options={"sensors": ["worldview2_3"], "max_images_per_sensor": 1},
+        tiles=("worldview2_3@0",),
+        damage=lambda root, key: cut(raster_of("fmow", root, key)),
+    ),
+    "satlas": Small(
+        source="satlas",
+        folder="satlas",
+        write=_write_satlas,
+        options=_all(sensors=["sentinel2"], max_images_per_sensor=1),
+        tiles=("satlas_sentinel2@0",),
+        damage=lambda root, key: cut(raster_of("satlas", root, key)),
+    ),
+    "spectral_earth": Small(
+        source="spectral_earth",
+        folder="spectral_earth",
+        write=_write_spectral_earth,
+        options={"n_statistics_samples": 2},
+        tiles=("enmap",),
+        damage=lambda root, key: cut(raster_of("spectral_earth", root, key)),
+    ),
+    "ssl4eo_s12": Small(
+        source="ssl4eo_s12",
+        folder="ssl4eo",
+        write=_write_ssl4eo_s12,
+        options=_all(seasons="samples", tiles=["sentinel2_l1c@10m"]),
+        tiles=("sentinel2_l1c@10m",),
+        damage=lambda root, key: cut(raster_of("ssl4eo_s12", root, key)),
+    ),
+    "bigearthnet v1": Small(
+        source="bigearthnet",
+        folder="v1",
+        write=lambda root: bigearthnet.make_v1(root, N_SAMPLES),
+        options=_all(version="v1"),
+        tiles=("sentinel2_l2a@20m",),
+        damage=lambda root, key: cut(raster_of("bigearthnet v1", root, key)),
+    ),
+    "bigearthnet v2": Small(
+        source="bigearthnet",
+        folder="v2",
+        write=lambda root: bigearthnet.make_v2(root, N_SAMPLES),
+        options=_all(version="v2"),
+        tiles=("sentinel2_l2a@20m",),
+        damage=lambda root, key: cut(raster_of("bigearthnet v2", root, key)),
+    ),
+    "geotiff": Small(
+        source="geotiff",
+        folder="scenes",
+        write=_write_geotiff,
+        options={"tiles": [{"sensor": "naip"}]},
+        tiles=("naip",),
+        damage=lambda root, key: cut(raster_of("geotiff", root, key)),
+    ),
+    "shards": Small(
+        source="shards",
+        folder="packed",
+        write=_write_shards,
+        options={},
+        tiles=("naip",),
+        damage=_damage_shard,
+    ),
+}
