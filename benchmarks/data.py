@@ -3,6 +3,7 @@
     python benchmarks/data.py [--quick] [--only SECTION]
 
 reading    samples per second of one core from an MMEarth64 file and from packed shards, beside what research code does
+archives   the same of other archives: files as they were downloaded, and packed shards
 memory     of eight loading processes on a table of 1.2 million samples, beside that of one
 rendering  crop, resize and normalise a batch, beside doing so for each sample
 waiting    share of the time that training waits for data
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import _table
+from _archives import measure_archives
 from _memory import measure_memory
 from _reading import measure_reading
 from _rendering import measure_rendering
@@ -30,6 +32,7 @@ from _waiting import measure_waiting
 
 SECTIONS: dict[str, Callable[[Path, bool], list[_table.Row]]] = {
     "reading": measure_reading,
+    "archives": measure_archives,
     "memory": measure_memory,
     "rendering": measure_rendering,
     "waiting": measure_waiting,

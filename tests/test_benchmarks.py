@@ -37,6 +37,7 @@ def test_every_section() -> None:
         "reading": 13,
         "packing": 3,
         "scenes": 1,
+        "archives": 10,
         "memory": 4,
         "rendering": 4,
         "waiting": 2,
