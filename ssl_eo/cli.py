@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -198,13 +197,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _data_pack(arguments: argparse.Namespace) -> int:
+    from ssl_eo.config import bound_values
     from ssl_eo.data.opening import open_source
     from ssl_eo.data.pack import pack
 
     cfg = _source_config(arguments)
     source = open_source(cfg)
-    free = {f.name for f in fields(cfg.options) if f.metadata.get("free")}  # where it lies and how it is read
-    options = {name: value for name, value in asdict(cfg.options).items() if name not in free}
     with _progress("packing") as progress:
         report = pack(
             source,
@@ -213,7 +211,7 @@ def _data_pack(arguments: argparse.Namespace) -> int:
             codec=_codec(arguments.codec),
             shard_size_mb=arguments.shard_size_mb,
             keep_constant_bands=arguments.keep_constant_bands,
-            source_options=options,
+            source_options=dict(bound_values(cfg.options)),
             max_bad_ratio=arguments.max_bad_ratio,
             n_workers=arguments.workers,
             progress=progress,
@@ -280,8 +278,10 @@ def _codec(chosen: list[str] | None) -> str | dict[str, str]:
     """The codec of all tiles, or codecs by tile name."""
     named = dict(entry.split("=", 1) for entry in chosen or () if "=" in entry)
     plain = [entry for entry in chosen or () if "=" not in entry]
-    if len(plain) > 1 or (plain and named):
-        raise ValueError(f"--codec is one codec for all tiles, or TILE=CODEC for some, got {' '.join(chosen or ())}")
+    if len(plain) > 1 or (plain and named) or len(plain) + len(named) < len(chosen or ()):
+        raise ValueError(
+            f"--codec is one codec for all tiles, or TILE=CODEC for some, once each, got {' '.join(chosen or ())}"
+        )
     return named or (plain[0] if plain else "raw")
 
 

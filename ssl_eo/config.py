@@ -30,6 +30,7 @@ __all__ = [
     "Config",
     "RunConfig",
     "TrainConfig",
+    "bound_values",
     "build",
     "difference",
     "load",
@@ -195,7 +196,7 @@ def to_yaml(config: Config) -> str:
 
 def difference(saved: Config, current: Config) -> list[str]:
     """`key: saved -> current` for every key that must agree for a run to be resumed and does not."""
-    before, after = dict(_bound(saved)), dict(_bound(current))
+    before, after = dict(bound_values(saved)), dict(bound_values(current))
     pairs = {key: (before.get(key, "(absent)"), after.get(key, "(absent)")) for key in sorted(before.keys() | after)}
     return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
@@ -343,17 +344,17 @@ def _with_key(where: str, call: Callable[..., R], *args: Any, **kwargs: Any) -> 
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
-def _bound(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+def bound_values(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and values of a config that a run is bound to: all fields but those marked as free."""
     if is_dataclass(value) and not isinstance(value, type):
         is_component = _component_package(type(value)) is not None
         for f in fields(value):
             if not f.metadata.get("free"):
                 inside = is_component and f.name == "options"
-                yield from _bound(getattr(value, f.name), where if inside else _join(where, f.name))
+                yield from bound_values(getattr(value, f.name), where if inside else _join(where, f.name))
     elif isinstance(value, list) and any(is_dataclass(item) for item in value):
         for i, item in enumerate(value):
-            yield from _bound(item, f"{where}[{i}]")
+            yield from bound_values(item, f"{where}[{i}]")
     else:
         yield where, to_dict(value)
 

@@ -168,6 +168,7 @@ def test_codecs_may_differ_between_tiles(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     for wrong, match in (
         (["--codec", "raw", "--codec", "dem=blosc"], "--codec is one codec for all tiles, or TILE=CODEC for some"),
+        (["--codec", "dem=raw", "--codec", "dem=blosc"], "for some, once each"),
         (["--codec", "zip"], "no codec 'zip' (allowed: ['raw', 'blosc'])"),
         (["--codec", "demm=raw"], "codec: the source has no tiles demm"),
     ):

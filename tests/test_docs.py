@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -232,6 +233,17 @@ def test_keys_exist(page: Path) -> None:
         module = ROOT / "ssl_eo" / key.replace(".", "/")
         is_module = module.is_dir() or module.with_suffix(".py").is_file()
         assert key in KNOWN_KEYS or is_module or key.endswith((".jsonl", ".yaml")), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_python_names_exist(page: Path) -> None:
+    """A dotted name of the package in backticks can be imported."""
+    for name in re.findall(r"`(ssl_eo(?:\.\w+)+)", _prose(page)):
+        parent, _, last = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(parent), last), f"{page.name} names {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KERNELS", "Axis", "Kernel", "apply", "is_alone"]
+__all__ = ["KERNELS", "Axis", "Kernel", "is_row_by_row", "resample"]
 
-_BAND = 28  # outputs of a large view that are made together on the CPU, from the few pixels under their kernels
+# Outputs of a large view that are made together on the CPU, from the few pixels under their kernels: wide enough for a
+# product that is worth its call, narrow enough to leave out most zeros. Views of up to two strips are made as a whole.
+_STRIP = 28
 
 
 @dataclass(frozen=True)
@@ -83,29 +85,29 @@ class Axis:
         return (self.start[:, None] + self.center).long().clamp_(0, n_in - 1)
 
 
-def is_alone(device: torch.device, m: int) -> bool:
+def is_row_by_row(device: torch.device, m: int) -> bool:
     """Whether each row is a group of its own: large views on the CPU, where a look at a tensor does not wait for it."""
-    return device.type == "cpu" and m > 2 * _BAND
+    return device.type == "cpu" and m > 2 * _STRIP
 
 
-def apply(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
+def resample(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
     """`ky . x . kx^T` for every channel: `[R, m, H]`, `[R, H, c, W]`, `[R, m, W]` -> `[R, m, c, m]`."""
     n_rows, _, n_channels, width = x.shape
     m = ky.shape[1]
-    if is_alone(x.device, m):
-        return _apply_by_bands(ky[0], x[0], kx[0])[None]
+    if is_row_by_row(x.device, m):
+        return _resample_by_strips(ky[0], x[0], kx[0])[None]
     y = torch.bmm(ky, x.flatten(2)).view(n_rows, m * n_channels, width)  # [R, m*c, W]
     return torch.bmm(y, kx.transpose(1, 2)).view(n_rows, m, n_channels, m)  # [R, m, c, m]
 
 
-def _apply_by_bands(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
+def _resample_by_strips(ky: Tensor, x: Tensor, kx: Tensor) -> Tensor:
     """The same for one row, without most zeros of the matrices: `[m, H]`, `[H, c, W]`, `[m, W]` -> `[m, c, m]`."""
     m, n_channels = len(ky), x.shape[1]
     taps = _taps(ky)  # [m, T]
     y = F.embedding_bag(taps, x.flatten(1), per_sample_weights=ky.gather(1, taps), mode="sum")  # [m, c*W]
     y = y.view(m * n_channels, -1)  # [m*c, W]
     z = x.new_empty(m * n_channels, m)  # [m*c, m]
-    for outputs, inputs in _bands(kx):
+    for outputs, inputs in _strips(kx):
         torch.mm(y[:, inputs], kx[outputs, inputs].T, out=z[:, outputs])
     return z.view(m, n_channels, m)
 
@@ -118,10 +120,10 @@ def _taps(matrix: Tensor) -> Tensor:
     return torch.from_numpy(np.minimum(first, n - n_taps)[:, None] + np.arange(n_taps))
 
 
-def _bands(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+def _strips(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     """Runs of rows of a `matrix [m, n]` on the CPU, and the columns outside which these are zero."""
     is_used = matrix.numpy() != 0
-    for start in range(0, len(is_used), _BAND):
-        outputs = slice(start, start + _BAND)
+    for start in range(0, len(is_used), _STRIP):
+        outputs = slice(start, start + _STRIP)
         columns = is_used[outputs].any(0).nonzero()[0]
         yield outputs, slice(int(columns[0]), int(columns[-1]) + 1)

@@ -1,7 +1,7 @@
 """A folder of downloaded blocks that the processes of a node share: each is fetched once, and their size is bounded.
 
-Files are named by content, so that what is there is never stale. The block that was not used for longest goes first.
-What a process has open stays readable when its file goes.
+Files are named by content, so that what is there is never stale. The blocks that were not used for longest go first.
+What a process has open stays readable, and keeps its place on the disk, when its file goes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 __all__ = ["BlockCache", "CacheError"]
 
 _N_LOCKS = 256  # files that stand for the locks of all blocks
+_KEPT_RATIO = 0.9  # of the limit, when room is made: looking at every block takes long, and must not be done for each
 _ABANDONED_S = 3600.0  # a partial file of that age belongs to a process that was killed
 _PARTIAL = ".partial"
 
@@ -27,13 +28,18 @@ class CacheError(RuntimeError):
 
 
 class BlockCache:
-    """Blocks below `folder`, of no more than `limit` bytes together. It may be pickled and forked."""
+    """Blocks of about `limit` bytes together, in a folder of their own in `folder`. It may be pickled and forked.
+
+    Every process may exceed the limit by the block that it is writing. All users of a folder must give one limit.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder
+        self.folder = folder / "ssl_eo_blocks"  # the user's own files may lie beside it, never in it
         self.limit = limit
+        self._locks = folder / "ssl_eo_locks"
         try:
-            (folder / "locks").mkdir(parents=True, exist_ok=True)
+            for path in (self.folder, self._locks):
+                path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{folder} cannot hold a cache ({error.strerror}); choose another cache_dir") from None
 
@@ -49,7 +55,7 @@ class BlockCache:
             return self._found(name, size) or self._store(name, fetch())
 
     def prefetch(self, name: str, size: int | None, fetch: Callable[[], bytes]) -> None:
-        """As `get`, but a block that some other process is fetching is left to it."""
+        """As `get`, but a block that some other process is fetching, or one that shares its lock, is left to it."""
         if self._found(name, size) is None:
             with self._lock(name, wait=False) as held:
                 if held and self._found(name, size) is None:
@@ -92,32 +98,36 @@ class BlockCache:
         return path
 
     def _make_room(self, needed: int) -> None:
-        """Remove what was not used for longest until `needed` bytes more stay below the limit."""
+        """Count `needed` bytes more; where that exceeds the limit, remove what was not used for longest."""
         with self._lock("", wait=True):
-            blocks, total = [], 0
-            for path in self.folder.glob("*/*"):
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    continue
-                if path.parent.name == "locks":
-                    continue
-                if path.name.endswith(_PARTIAL) and status.st_mtime > time.time() - _ABANDONED_S:
-                    total += status.st_size
-                    continue
+            counter = self._locks / "total_bytes"
+            total = _read_number(counter) + needed
+            if total > self.limit:
+                total = self._evict(max(0, int(_KEPT_RATIO * self.limit) - needed)) + needed
+            counter.write_text(str(total))
+
+    def _evict(self, limit: int) -> int:
+        """Remove blocks until no more than `limit` bytes are left; how many these are."""
+        blocks, total = [], 0
+        for path in self.folder.glob("*/*"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            total += status.st_size
+            if not path.name.endswith(_PARTIAL) or status.st_mtime < time.time() - _ABANDONED_S:
                 blocks.append((status.st_mtime_ns, status.st_size, path))
-                total += status.st_size
-            for _, size, path in sorted(blocks):
-                if total + needed <= self.limit:
-                    return
-                path.unlink(missing_ok=True)
-                total -= size
+        for _, size, path in sorted(blocks):
+            if total <= limit:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
 
     @contextmanager
     def _lock(self, name: str, wait: bool) -> Iterator[bool]:
         """Hold the lock of `name`; gives whether it is held, which it always is with `wait`. Released by any death."""
-        number = zlib.crc32(name.encode()) % _N_LOCKS if name else "room"
-        path = self.folder / "locks" / str(number)
+        path = self._locks / (str(zlib.crc32(name.encode()) % _N_LOCKS) if name else "room")
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
@@ -131,6 +141,14 @@ class BlockCache:
                 yield True
         finally:
             os.close(handle)
+
+
+def _read_number(path: Path) -> int:
+    """What the file `path` says; 0 when there is none. Too small a number only delays the next look at every block."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def _unusable(path: Path, error: OSError) -> CacheError:

@@ -21,9 +21,9 @@ import threading
 import traceback
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,29 +35,15 @@ from ssl_eo.data.opening import DataConfig
 from ssl_eo.data.order import MixedOrder, Mixture, Order, check_lanes
 from ssl_eo.data.plans import SourceCrop
 from ssl_eo.data.stacking import check_sample, cut_to_views, shown_plans
-from ssl_eo.data.types import Batch, Sample, Source, Views, map_tensors
+from ssl_eo.data.types import Batch, Locates, Prefetches, Sample, Source, Views, map_tensors
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["BadSample", "Loader", "Locates", "Prefetches", "StepDataset"]
+__all__ = ["BadSample", "Loader", "StepDataset"]
 
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 100  # unreadable samples in a row, in one place of a batch, before loading fails
 MIN_BAD_SAMPLES = 10  # a run never stops for fewer, whatever their share
-
-
-@runtime_checkable
-class Locates(Protocol):
-    """A source that knows (key, file) of a sample without reading it. Optional; it completes the quarantine lines."""
-
-    def locate(self, index: int) -> tuple[str | None, str | None]: ...
-
-
-@runtime_checkable
-class Prefetches(Protocol):
-    """A source that can start to fetch samples in the background. Optional; it is told what is needed ahead of time."""
-
-    def prefetch(self, indices: Sequence[int]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ class WorkerTraceback(Exception):
 
 
 class StepDataset(Dataset[Outcome]):
-    """This rank's parts of the global batches, a pure function of its arguments.
+    """This rank's parts of the global batches, a pure function of its arguments; sources are told what they will need.
 
     With n micro-batches to a step, `dataset[i]` is part `i % n` of step `i // n`.
     """
@@ -192,7 +178,8 @@ class StepDataset(Dataset[Outcome]):
             sample = reader.read(index)
             check_sample(sample, reader.schema)
             if (crop := self._crop(source, index)) is not None:
-                sample.limits = crop.draw(numpy_generator(self.seed, "crop", step, slot))
+                limits = crop.draw(sample, numpy_generator(self.seed, "crop", step, slot))
+                sample = replace(sample, limits=limits)
             planned = self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
             return cut_to_views(sample, shown_plans(planned), reader.schema), planned
         except (ValueError, OSError, EOFError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ class ShardEntry:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or Path(self.name).name != self.name or not self.name.endswith(".tar"):
             raise ValueError(f"shard {self.name!r} is not a plain file name that ends in .tar")
+        if not isinstance(self.sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 of shard {self.name} must be 64 hexadecimal digits, got {self.sha256!r:.80}")
         for key, value in (("n_samples", self.n_samples), ("size", self.size)):
             if type(value) is not int or value < 0:
                 raise ValueError(f"{key} of shard {self.name} must be a whole number from 0, got {value!r:.80}")
@@ -87,6 +90,8 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source_options, dict):
+            raise ValueError(f"source.options must be an object, got {self.source_options!r:.80}")
         if not self.tiles:
             raise ValueError("tiles is empty")
         names = [shard.name for shard in self.shards]
@@ -232,6 +237,6 @@ def _advice(folder: Path) -> str:
     if any(folder.glob("*.tar")):
         return (
             "; 'ssl-eo data pack' did not write these tars: 'data check' and the source 'shards' are for packed"
-            " datasets, 'data index' serves ssl_eo.data.shards.ShardReader alone"
+            " datasets, 'data index' serves ssl_eo.data.shard_reader.ShardReader alone"
         )
     return "; write the dataset with 'ssl-eo data pack'"

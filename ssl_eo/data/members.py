@@ -186,9 +186,14 @@ def drop_constant_bands(pixels: NDArray[Any]) -> tuple[NDArray[Any], Constants]:
     return np.delete(pixels, constant, axis=0), {i: flat[i, 0].tobytes().hex() for i in constant}
 
 
-def restore_constant_bands(pixels: NDArray[Any], constants: Constants) -> NDArray[Any]:
-    """What `drop_constant_bands` was given, read-only. Raises `ValueError` for constants that do not fit `pixels`."""
-    n_bands = len(pixels) + len(constants)
+def restore_constant_bands(pixels: NDArray[Any], constants: Constants, n_bands: int) -> NDArray[Any]:
+    """What `drop_constant_bands` was given, read-only.
+
+    Raises `ValueError` unless stored and constant bands are `n_bands` together: else a few bytes could fill memory.
+    """
+    if pixels.ndim != 3 or len(pixels) + len(constants) != n_bands:
+        found = f"{len(constants)} constant bands beside an array of shape {pixels.shape}"
+        raise ValueError(f"{found}, expected {n_bands} in all")
     dtype = pixels.dtype.newbyteorder("<")
     if max(constants) >= n_bands or any(len(value) != 2 * dtype.itemsize for value in constants.values()):
         raise ValueError(f"constant bands {constants} do not fit {len(pixels)} stored bands of {pixels.dtype}")

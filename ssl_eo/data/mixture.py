@@ -12,7 +12,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from itertools import accumulate
 
-from ssl_eo.data.types import Sample, Source, TileSchema
+from ssl_eo.data.types import Locates, Prefetches, Sample, Source, TileSchema
 
 __all__ = ["MixedSource", "scaled_weights"]
 
@@ -74,15 +74,15 @@ class MixedSource:
         for part, index in map(self.place, indices):
             own.setdefault(part, []).append(index)
         for part, found in own.items():
-            prefetch = getattr(self.parts[part], "prefetch", None)
-            if prefetch is not None:
-                prefetch(found)
+            source = self.parts[part]
+            if isinstance(source, Prefetches):
+                source.prefetch(found)
 
     def locate(self, index: int) -> tuple[str | None, str | None]:
         """Key and file of a sample, as far as its part knows them."""
         part, own = self.place(index)
-        locate = getattr(self.parts[part], "locate", None)
-        return (None, None) if locate is None else locate(own)
+        source = self.parts[part]
+        return source.locate(own) if isinstance(source, Locates) else (None, None)
 
     def fingerprint(self) -> str:
         return blake2b(" ".join(p.fingerprint() for p in self.parts).encode(), digest_size=16).hexdigest()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ssl_eo.components import free, resolve
 from ssl_eo.data.mixture import MixedSource
 from ssl_eo.data.plans import SourceCrop
+from ssl_eo.data.remote import RemoteConfig
 from ssl_eo.data.render import Interpolation
 from ssl_eo.data.types import Source
 
@@ -74,6 +76,7 @@ def open_source(cfg: SourceConfig) -> Source:
 
 def open_sources(cfg: DataConfig) -> list[Source]:
     """What feeds a run: every source that `cfg` names, or all of them as one where batches mix them."""
+    _check_caches(cfg)
     opened = []
     for i, source in enumerate(cfg.sources):
         try:
@@ -81,3 +84,18 @@ def open_sources(cfg: DataConfig) -> list[Source]:
         except ValueError as error:
             raise ValueError(f"data.sources[{i}] ({source.name}): {error}") from None
     return [MixedSource(opened)] if cfg.mixing == "sample" else opened
+
+
+def _check_caches(cfg: DataConfig) -> None:
+    """Raise `ValueError` where sources share a cache and do not agree on its size: the smallest would rule."""
+    first: dict[Path, tuple[int, float]] = {}
+    for i, source in enumerate(cfg.sources):
+        remote = getattr(source.options, "remote", None)
+        if not isinstance(remote, RemoteConfig):
+            continue
+        j, size_gb = first.setdefault(remote.folder, (i, remote.cache_gb))
+        if remote.cache_gb != size_gb:
+            raise ValueError(
+                f"data.sources[{i}].remote.cache_gb is {remote.cache_gb:g} and that of data.sources[{j}] {size_gb:g},"
+                f" in one folder ({remote.folder}): give both one size, or another cache_dir"
+            )

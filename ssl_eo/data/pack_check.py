@@ -154,4 +154,4 @@ def _decode_all(path: Path, manifest: Manifest, index: ShardIndex) -> Iterator[P
 def _decode(reader: ShardReader, row: int, suffix: str, schema: TileSchema | None, constant: Constants | None) -> None:
     array = reader.array(row, suffix)
     if schema is not None:
-        schema.check(restore_constant_bands(array, constant) if constant else array)
+        schema.check(restore_constant_bands(array, constant, len(schema.bands)) if constant else array)

@@ -59,10 +59,9 @@ class SourceCrop:
     have a ground size in a range, as far as tile or window are large enough.
     """
 
-    extent_m: tuple[float, float] | None = (
-        None  # range of the window's side, metres, drawn log-uniformly; None: the tile
-    )
-    gsd_m: tuple[float, float] | None = None  # range of the ground size of a view's pixel, metres; None: any
+    # range of the side of the window, metres, drawn log-uniformly; null: the tile
+    extent_m: tuple[float, float] | None = None
+    gsd_m: tuple[float, float] | None = None  # range of the ground size of a view's pixel, metres; null: any
 
     def __post_init__(self) -> None:
         for name in ("extent_m", "gsd_m"):
@@ -70,13 +69,16 @@ class SourceCrop:
             if found is not None and not 0 < found[0] <= found[1] < math.inf:
                 raise ValueError(f"{name} must be [low, high] in metres with 0 < low <= high, got {list(found)}")
 
-    def draw(self, rng: np.random.Generator) -> ViewLimits:
-        """The limits of one sample's views."""
+    def draw(self, sample: Sample, rng: np.random.Generator) -> ViewLimits:
+        """The limits of one sample's views: one window on the ground that all of its tiles cover."""
         if self.extent_m is None:
             return ViewLimits(gsd_m=self.gsd_m)
         u_side, u_top, u_left = rng.random(3).tolist()
         low, high = map(math.log, self.extent_m)
-        return ViewLimits(math.exp(low + u_side * (high - low)), (u_top, u_left), self.gsd_m)
+        side = math.exp(low + u_side * (high - low))
+        height, width = (min(t.pixels.shape[axis] * t.gsd_m for t in sample.tiles.values()) for axis in (-2, -1))
+        h, w = min(side, height), min(side, width)
+        return ViewLimits((u_top * (height - h), u_left * (width - w), h, w), self.gsd_m)
 
 
 def whole(tile: str, shape: tuple[int, int], size_px: int) -> ViewPlan:
@@ -104,11 +106,10 @@ def resized_crop(
 def _room(tile: Tile, limits: ViewLimits) -> tuple[float, float, float, float]:
     """The part of the tile in which views may lie: (top, left, height, width)."""
     height, width = map(float, tile.pixels.shape[-2:])
-    if limits.extent_m is None:
+    if limits.window_m is None:
         return 0.0, 0.0, height, width
-    side = limits.extent_m / tile.gsd_m
-    h, w = min(side, height), min(side, width)
-    return limits.corner[0] * (height - h), limits.corner[1] * (width - w), h, w
+    top, left, h, w = (edge / tile.gsd_m for edge in limits.window_m)
+    return top, left, min(h, height - top), min(w, width - left)
 
 
 def _areas(

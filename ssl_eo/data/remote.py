@@ -34,15 +34,15 @@ def is_remote(root: str) -> bool:
 
 @dataclass
 class RemoteConfig:
-    """How shards are fetched. Credentials belong into the environment, not here: the config is saved with the run."""
+    """How shards are fetched. Credentials belong in the environment, not here: the config is saved with the run."""
 
-    # Shared by the processes of a node; None: ssl_eo/shards in $XDG_CACHE_HOME or ~/.cache.
+    # a local disk of the node, shared by its processes; null: ssl_eo in $XDG_CACHE_HOME or ~/.cache
     cache_dir: str | None = None
-    cache_gb: float = 50.0  # how much is kept; at least all chunks that the lanes of this node shuffle together
+    cache_gb: float = 50.0  # how much is kept; at least twice what the lanes of this node shuffle together
     n_connections: int = 4  # requests of one process at the same time, to read ahead
     request_mb: float = 16.0  # largest range request
     n_retries: int = 8  # of one request; pauses grow from half a second to a minute
-    timeout_s: float = 60.0  # a server that is silent for so long counts as failed
+    timeout_s: float = 60.0  # a server (https://, s3://) that is silent for so long counts as failed
     options: dict[str, Any] = field(default_factory=dict)  # for fsspec's file system: endpoint_url, anon, ...
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class RemoteConfig:
         """Where the cache is."""
         if self.cache_dir is not None:
             return Path(self.cache_dir).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssl_eo" / "shards"
+        return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ssl_eo"
 
 
 class RemoteError(RuntimeError):
@@ -100,15 +100,15 @@ class RemoteFolder:
             ) from None
         return Manifest.parse(content, f"{self.url}/{MANIFEST_NAME}")
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The bytes [start, stop) of a file, to its end by default, in sequential requests.
+    def read(self, name: str, span: tuple[int, int] | None = None) -> bytes:
+        """A whole file in one request, or its bytes [start, stop) in sequential ones of `request_mb` at most.
 
         Raises `FileNotFoundError`, or `RemoteError` when the server refuses or does not give them in time, and
         `ValueError` for an address that fsspec does not know.
         """
-        if stop is None:
+        if span is None:
             return self._request(name, None, None)
-        step = max(1, int(self.cfg.request_mb * 1e6))
+        (start, stop), step = span, max(1, int(self.cfg.request_mb * 1e6))
         return b"".join(self._request(name, at, min(at + step, stop)) for at in range(start, stop, step))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -117,8 +117,8 @@ class RemoteFolder:
     def _request(self, name: str, start: int | None, stop: int | None) -> bytes:
         """One request, repeated until it is answered in full."""
         system, root = self._file_system()
-        pause, n_attempts = _FIRST_PAUSE_S, self.cfg.n_retries + 1
-        for attempt in range(1, n_attempts + 1):
+        attempt, n_attempts, pause = 1, self.cfg.n_retries + 1, _FIRST_PAUSE_S
+        while True:
             try:
                 return self._answer(system, f"{root}/{name}", start, stop)
             except FileNotFoundError:
@@ -128,18 +128,14 @@ class RemoteFolder:
             except Exception as error:  # each file system has errors of its own
                 what = f"{self.url}/{name}: {type(error).__name__} {one_line(error)}".rstrip()
                 if _is_refusal(error):
-                    raise RemoteError(
-                        f"{what}; may it be read from here? See 'options' of the source's 'remote'"
-                    ) from error
+                    hint = "may it be read from here? See 'options' of the source's 'remote'"
+                    raise RemoteError(f"{what}; {hint}") from error
                 if attempt == n_attempts:
-                    raise RemoteError(
-                        f"{what} ({n_attempts} attempts); run the same command when it answers"
-                    ) from error
-                wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # workers should not come back together
-                logger.warning("%s; attempt %d of %d follows in %.1f s", what, attempt + 1, n_attempts, wait)
-                time.sleep(wait)
-                pause = min(2 * pause, _LONGEST_PAUSE_S)
-        raise AssertionError  # the loop ends by return or raise
+                    raise RemoteError(f"{what} ({attempt} attempts); run the same command when it answers") from error
+            wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # workers should not come back together
+            logger.warning("%s; attempt %d of %d follows in %.1f s", what, attempt + 1, n_attempts, wait)
+            time.sleep(wait)
+            attempt, pause = attempt + 1, min(2 * pause, _LONGEST_PAUSE_S)
 
     def _answer(self, system: Any, path: str, start: int | None, stop: int | None) -> bytes:
         try:
@@ -171,11 +167,12 @@ class RemoteFolder:
             timeout = import_extra("remote", "aiohttp", f"reading from {self.url}").ClientTimeout(
                 total=None, sock_connect=self.cfg.timeout_s, sock_read=self.cfg.timeout_s
             )
-            options = {"client_kwargs": {"timeout": timeout}, **options}
+            options["client_kwargs"] = {"timeout": timeout, **options.get("client_kwargs", {})}
         elif protocol == "s3":
             import_extra("s3", "s3fs", f"reading from {self.url}")
-            limits = {"read_timeout": self.cfg.timeout_s, "connect_timeout": self.cfg.timeout_s}
-            options = {"config_kwargs": {**limits, "retries": {"max_attempts": 1}}, **options}
+            limits: dict[str, Any] = {"read_timeout": self.cfg.timeout_s, "connect_timeout": self.cfg.timeout_s}
+            limits["retries"] = {"max_attempts": 1}  # ours are enough
+            options["config_kwargs"] = {**limits, **options.get("config_kwargs", {})}
         try:
             system, root = fsspec.core.url_to_fs(self.url, skip_instance_cache=True, **options)
         except (ValueError, ImportError) as error:  # no such protocol; its package is not installed

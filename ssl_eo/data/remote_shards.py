@@ -102,12 +102,12 @@ class RemoteShards:
 
     def _open(self, file_name: str, name: str, start: int, stop: int) -> mmap:
         while True:
-            path = self.cache.get(name, stop - start, partial(self.folder.read, file_name, start, stop))
+            path = self.cache.get(name, stop - start, partial(self.folder.read, file_name, (start, stop)))
             try:
                 with path.open("rb") as file:
                     return mmap(file.fileno(), 0, access=ACCESS_READ)
-            except FileNotFoundError:  # it had to go for other blocks, right after it came
-                continue
+            except FileNotFoundError:
+                logger.warning("%s had to go for other blocks before it was read: raise remote.cache_gb", path)
 
     def _work(self) -> None:
         wanted = self._wanted
@@ -116,7 +116,7 @@ class RemoteShards:
             try:
                 for name, start, stop in dict.fromkeys(shard.block(row) for row in rows):
                     if name not in self._blocks:
-                        fetch = partial(self.folder.read, shard.entry.name, start, stop)
+                        fetch = partial(self.folder.read, shard.entry.name, (start, stop))
                         self.cache.prefetch(name, stop - start, fetch)
             except (RuntimeError, ValueError, OSError) as error:
                 # Whoever needs the samples meets the same error, and says what is wrong with which of them.

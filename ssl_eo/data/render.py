@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ssl_eo.data._resampling import KERNELS, Axis, Kernel, apply, is_alone
+from ssl_eo.data._resampling import KERNELS, Axis, Kernel, is_row_by_row, resample
 from ssl_eo.data.types import Batch, PixelBatch, TileBatch, TileSchema, ViewBatch
 from ssl_eo.sensors import ChannelMeta, Sensor
 
@@ -86,7 +86,7 @@ class Renderer(nn.Module):
         height, width = tiles.pixels.shape[2:]
         is_resampled = view.resample and not constants.sensor.is_categorical
         matrices = _Geometry.of(view).matrices(KERNELS[self.interpolation], height, width) if is_resampled else ()
-        step = 1 if is_alone(device, max(h, w)) else max(1, budget // (n_bands * height * width))
+        step = 1 if is_row_by_row(device, max(h, w)) else max(1, budget // (n_bands * height * width))
         for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
             valid_rows = None if valid is None else valid[rows]
             matrices_rows = [matrix[rows] for matrix in matrices]
@@ -208,20 +208,20 @@ def _resample(
 ) -> tuple[Tensor, Tensor | None]:
     """Values `[R, c, h, w]` by `Ky [R, m, H]` and `Kx [R, m, W]`, and their validity."""
     ky, kx = matrices
-    if is_alone(raw.device, max(view.size)) and view.rot90.item() % 2:
+    if is_row_by_row(raw.device, max(view.size)) and view.rot90.item() % 2:
         raw, ky, kx = raw.transpose(2, 3), kx, ky  # turned while it is converted, which costs least
     # Rows before channels, so that the product over y and the one over x are one bmm each; the conversion to
     # float32 writes in this order and the last pointwise operation reads in it, so neither costs a copy.
     x = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [R, H, c, W]
     if sensor is None:
-        return _turn(apply(ky, x, kx), view), None
+        return _turn(resample(ky, x, kx), view), None
     ok = sensor.is_measured(x)
     x = torch.where(ok, x, 0.0)
     ky_abs, kx_abs = ky.abs(), kx.abs()
-    weight = apply(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
-    mean = apply(ky_abs, x, kx_abs) / weight
+    weight = resample(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
+    mean = resample(ky_abs, x, kx_abs) / weight
     total = ky_abs.sum(2)[:, :, None, None] * kx_abs.sum(2)[:, None, None, :]  # [R, m, 1, m]
-    values = torch.where(weight > (1 - 1e-5) * total, apply(ky, x, kx), mean)
+    values = torch.where(weight > (1 - 1e-5) * total, resample(ky, x, kx), mean)
     return _turn(values, view), _turn(weight >= 0.5 * total, view)
 
 
@@ -229,7 +229,7 @@ def _turn(x: Tensor, view: ViewBatch) -> Tensor:
     """Transposes the rows with an odd number of turns and cuts to size: `[R, m, c, m]` -> `[R, c, h, w]`."""
     h, w = view.size
     upright, turned = x.permute(0, 2, 1, 3), x.permute(0, 2, 3, 1)
-    if is_alone(x.device, max(h, w)):
+    if is_row_by_row(x.device, max(h, w)):
         return upright[..., :h, :w]
     is_odd = view.rot90 % 2 == 1  # [R]
     return torch.where(is_odd[:, None, None, None], turned[..., :h, :w], upright[..., :h, :w])
@@ -253,7 +253,7 @@ def _nearest(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tenso
 
 def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:
     """The tile and bands of each row in the stored dtype: `[B, C, H, W]` -> `[R, c, H, W]`."""
-    if view.bands is None and is_alone(pixels.device, max(view.size)):
+    if view.bands is None and is_row_by_row(pixels.device, max(view.size)):
         return pixels.narrow(0, int(view.row), 1)  # no copy
     # uint16 has few kernels on devices; moving its bits as int16 needs none of them.
     bits = pixels.view(torch.int16) if pixels.dtype == torch.uint16 else pixels

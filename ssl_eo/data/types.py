@@ -11,9 +11,9 @@ view, K visible patches, M = N - K masked patches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from ssl_eo.sensors import ChannelMeta, Sensor
 __all__ = [
     "Batch",
     "LazyPixels",
+    "Locates",
     "MaskBatch",
     "PixelBatch",
+    "Prefetches",
     "Sample",
     "Source",
     "Tile",
@@ -85,12 +87,11 @@ class Tile:
 class ViewLimits:
     """Where the views of one sample lie, and how coarse they are; drawn once for all of them (`plans.SourceCrop`).
 
-    They lie in a square window with a side of `extent_m` metres, None for the whole tile. `corner` places it: how far
-    down and to the right it is, as shares of the room there is. `gsd_m` is the range of the ground size of view pixels.
+    `window_m` is (top, left, height, width) in metres from the corner that the tiles share, None for whole tiles.
+    `gsd_m` is the range of the ground size of view pixels.
     """
 
-    extent_m: float | None = None
-    corner: tuple[float, float] = (0.0, 0.0)
+    window_m: tuple[float, float, float, float] | None = None
     gsd_m: tuple[float, float] | None = None
 
 
@@ -174,6 +175,20 @@ def is_gsd_m(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+
+
+@runtime_checkable
+class Locates(Protocol):
+    """A source that knows (key, file) of a sample without reading it. Optional; it completes the quarantine lines."""
+
+    def locate(self, index: int) -> tuple[str | None, str | None]: ...
+
+
+@runtime_checkable
+class Prefetches(Protocol):
+    """A source that can start to fetch samples in the background. Optional; it is told what is needed ahead of time."""
+
+    def prefetch(self, indices: Sequence[int]) -> None: ...
 
 
 class Source(Protocol):

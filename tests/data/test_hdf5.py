@@ -110,11 +110,11 @@ def test_wrong_band_counts_and_names_are_refused(path: Path) -> None:
 
 
 def test_missing_datasets_splits_and_rows_are_named(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"dataset: .* no dataset 'sentinel'; did you mean 'sentinel2'"):
+    with pytest.raises(ValueError, match=r"dataset: .* no array 'sentinel'; did you mean 'sentinel2'"):
         Source(config(path, dataset="sentinel"))
     with pytest.raises(ValueError, match=r"split: no sample is in 'val', .* has \['test', 'train'\]"):
         Source(config(path, split="val"))
-    with pytest.raises(ValueError, match=r"split_dataset: .* no dataset 'fold'"):
+    with pytest.raises(ValueError, match=r"split_dataset: .* no array 'fold'"):
         Source(config(path, split="val", split_dataset="fold"))
     with pytest.raises(ValueError, match=r"dataset: latitude in .* must be \[N, C, H, W\], its shape is \(10,\)"):
         Source(config(path, dataset="latitude"))

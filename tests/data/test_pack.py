@@ -483,6 +483,7 @@ def shard(**values: Any) -> Callable[[dict[str, Any]], None]:
         (lambda page: page["shards"].append(page["shards"][0]), r"lists shard-000000\.tar twice"),
         (shard(name="../x.tar"), "not a plain file name"),
         (shard(name=7), "not a plain file name"),
+        (shard(sha256="../../escaped"), r"sha256 of shard shard-000000\.tar must be 64 hexadecimal digits"),
         (shard(n_samples=10**18), r"shard-000000\.tar of \d+ bytes cannot hold 1000000000000000000 samples"),
         (radar(statistics={"count": [10**400, 1]}), "too large"),
         (shard(n_samples="5"), "n_samples of shard shard-000000.tar must be a whole number from 0, got '5'"),

@@ -91,7 +91,8 @@ def test_the_same_generator_draws_the_same_views():
 def test_views_keep_to_the_window_and_the_ground_sampling_of_their_source(shape, tile_gsd_m, extent_m, gsd_m, seed):
     crop = SourceCrop(tuple(sorted(extent_m)), tuple(sorted(gsd_m)))
     rng = np.random.default_rng(seed)
-    sample = sample_of(shape, tile_gsd_m, crop.draw(rng))
+    sample = sample_of(shape, tile_gsd_m)
+    sample.limits = crop.draw(sample, rng)
     cfg = CropConfig(16, scale=(0.05, 0.8), aspect=(1.0, 1.0))
     plans = [resized_crop(sample, "demo", cfg, rng) for _ in range(5)]
     tops, lefts = [p.box[0] for p in plans], [p.box[1] for p in plans]
@@ -103,7 +104,7 @@ def test_views_keep_to_the_window_and_the_ground_sampling_of_their_source(shape,
     window = max(extent_m) * (1 + 1e-9) / tile_gsd_m  # pixels
     assert max(bottoms) - min(tops) <= window + 1e-6
     assert max(rights) - min(lefts) <= window + 1e-6
-    side = min(sample.limits.extent_m / tile_gsd_m, *shape)  # of the largest square box
+    side = min(sample.limits.window_m[2:]) / tile_gsd_m  # of the largest square box
     for plan in plans:
         found = np.sqrt(plan.box[2] * plan.box[3]) * tile_gsd_m / cfg.size_px
         assert found <= crop.gsd_m[1] * (1 + 1e-6)
@@ -112,7 +113,7 @@ def test_views_keep_to_the_window_and_the_ground_sampling_of_their_source(shape,
 
 def test_limits_leave_draws_alone_where_they_do_not_bind():
     cfg = CropConfig(16)
-    for limits in (ViewLimits(gsd_m=(1e-3, 1e6)), ViewLimits(extent_m=1e6, corner=(0.7, 0.2))):
+    for limits in (ViewLimits(gsd_m=(1e-3, 1e6)), ViewLimits(window_m=(0.0, 0.0, 1e6, 1e6))):
         free, bound = (
             resized_crop(s, "demo", cfg, np.random.default_rng(4))
             for s in (sample_of((64, 80)), sample_of((64, 80), 10.0, limits))
@@ -120,15 +121,21 @@ def test_limits_leave_draws_alone_where_they_do_not_bind():
         assert bound == free
 
 
-def test_a_window_covers_the_same_ground_of_tiles_of_one_footprint():
-    limits = ViewLimits(extent_m=320.0, corner=(0.25, 1.0))
-    cfg = CropConfig(8, scale=(1.0, 1.0))
-    boxes = [
-        np.array(resized_crop(sample_of((s, s), g, limits), "demo", cfg, np.random.default_rng(0)).box) * g
-        for s, g in ((64, 10.0), (32, 20.0), (640, 1.0))
-    ]
-    for box in boxes:
-        np.testing.assert_allclose(box, (80, 320, 320, 320))
+def test_a_window_covers_the_same_ground_of_all_tiles():
+    tiles = {  # footprints of 640, 660 and 704 m: sensors rarely agree to the metre
+        name: Tile(np.broadcast_to(np.uint16(1), (1, side, side)), ("b",), gsd_m)
+        for name, side, gsd_m in (("a", 64, 10.0), ("b", 22, 30.0), ("c", 352, 2.0))
+    }
+    sample, cfg = Sample("s", tiles), CropConfig(8, scale=(1.0, 1.0))
+    for seed in range(20):
+        sample.limits = SourceCrop(extent_m=(200.0, 800.0)).draw(sample, np.random.default_rng(seed))
+        top, left, height, width = sample.limits.window_m
+        assert 200 <= height == width <= 640
+        assert min(top, left) >= 0
+        assert max(top + height, left + width) <= 640 + 1e-9
+        for name, tile in tiles.items():
+            box = np.array(resized_crop(sample, name, cfg, np.random.default_rng(0)).box) * tile.gsd_m
+            np.testing.assert_allclose(box, sample.limits.window_m, rtol=1e-12)
 
 
 @pytest.mark.parametrize("key", ["extent_m", "gsd_m"])

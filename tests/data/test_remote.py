@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import signal
-import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +20,7 @@ from range_server import RangeServer
 from ssl_eo.data import remote
 from ssl_eo.data.block_cache import BlockCache, CacheError
 from ssl_eo.data.loader import Loader
-from ssl_eo.data.opening import DataConfig, WeightedSourceConfig
+from ssl_eo.data.opening import DataConfig, WeightedSourceConfig, open_sources
 from ssl_eo.data.pack import pack
 from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.remote import RemoteConfig, RemoteError
@@ -58,6 +57,10 @@ def far(server: RangeServer, cache: Path, **options: Any) -> Source:
 
 def near(packed: Path) -> Source:
     return Source(Config(root=str(packed), split="train", chunk_size=4))
+
+
+def blocks_of(cache: Path) -> list[Path]:
+    return [p for p in (cache / "ssl_eo_blocks").glob("*/*") if p.is_file()]
 
 
 def assert_same(a: Sample, b: Sample) -> None:
@@ -168,9 +171,7 @@ def test_an_index_of_another_shard_is_refused(packed, tmp_path):
 def test_a_cached_block_that_was_damaged_on_disk_is_fetched_anew(packed, tmp_path):
     with RangeServer(packed) as server:
         far(server, tmp_path).read(0)
-        (block,) = (
-            p for p in tmp_path.glob("*/*") if p.parent.name != "locks" and "-" in p.stem and p.suffix != ".npz"
-        )
+        (block,) = (p for p in blocks_of(tmp_path) if p.suffix != ".npz")
         content = bytearray(block.read_bytes())
         for i in range(0, len(content), 512):
             content[i] ^= 1
@@ -213,12 +214,42 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_for_longest(tmp_path):
 
     for name in ("a", "b", "c", "a", "d"):
         assert get(name) == bytes(300)
-    assert sorted(p.name for p in (tmp_path / "shard").iterdir()) == ["a", "c", "d"]
+    assert sorted(p.name for p in blocks_of(tmp_path)) == ["a", "c", "d"]
     get("b")
     assert fetched == ["a", "b", "c", "d", "b"]
-    assert sum(p.stat().st_size for p in (tmp_path / "shard").iterdir()) <= 1000
+    assert sum(p.stat().st_size for p in blocks_of(tmp_path)) <= 1000
     with pytest.raises(CacheError, match=r"does not fit into a cache .* cache_gb"):
         get("huge", 1001)
+
+
+def test_the_users_own_files_in_the_cache_folder_stay(tmp_path):
+    own = tmp_path / "photos" / "mine.tif"
+    (own.parent / "sub").mkdir(parents=True)
+    own.write_bytes(bytes(5000))
+    cache = BlockCache(tmp_path, limit=1000)
+    for name in "abcdef":
+        cache.get(f"shard/{name}", 300, lambda: bytes(300))
+    assert own.stat().st_size == 5000
+    assert len(blocks_of(tmp_path)) == 3
+
+
+def test_a_count_that_was_lost_is_made_anew(tmp_path):
+    cache = BlockCache(tmp_path, limit=1000)
+    for content in ("", "junk", "999999", "0"):
+        (tmp_path / "ssl_eo_locks" / "total_bytes").write_text(content)
+        for i in range(8):
+            cache.get(f"shard/{content}{i}", 300, lambda: bytes(300))
+        assert sum(p.stat().st_size for p in blocks_of(tmp_path)) <= 1000 + 600  # it may be late by what was lost
+
+
+def test_sources_that_share_a_cache_agree_on_its_size(packed, tmp_path):
+    def source(cache_gb: float, folder: str) -> WeightedSourceConfig:
+        remote_cfg = RemoteConfig(cache_dir=str(tmp_path / folder), cache_gb=cache_gb)
+        return WeightedSourceConfig("shards", Config(root=str(packed), split="train", remote=remote_cfg))
+
+    assert len(open_sources(DataConfig([source(1, "a"), source(1, "a"), source(2, "b")]))) == 3
+    with pytest.raises(ValueError, match=r"data\.sources\[1\]\.remote\.cache_gb is 2 and that of data\.sources\[0\] 1"):
+        open_sources(DataConfig([source(1, "a"), source(2, "a")]))
 
 
 def test_samples_stay_readable_when_their_blocks_leave_the_cache(packed, tmp_path):
@@ -227,7 +258,7 @@ def test_samples_stay_readable_when_their_blocks_leave_the_cache(packed, tmp_pat
         held = [there.read(i) for i in range(N)]
         for i, sample in enumerate(held):
             assert_same(sample, here.read(i))
-    size = sum(p.stat().st_size for p in tmp_path.glob("*/*") if p.parent.name != "locks")
+    size = sum(p.stat().st_size for p in blocks_of(tmp_path))
     assert size <= 60_000
 
 
@@ -251,8 +282,8 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_a_block(tmp_path):
     context = multiprocessing.get_context("fork")
 
     def die() -> bytes:
-        (tmp_path / "shard").mkdir()
-        (tmp_path / "shard" / "a.partial").write_bytes(b"half")
+        (cache.folder / "shard").mkdir()
+        (cache.folder / "shard" / "a.partial").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
         return b""
 
@@ -281,12 +312,18 @@ def test_reading_ahead_leaves_errors_to_whoever_needs_the_samples(packed, tmp_pa
         there = far(server, tmp_path, n_retries=0)
         server.fault = lambda path, n: "503"
         there.prefetch([0, 20])
-        time.sleep(0.3)
+        deadline = time.monotonic() + 20
+        while len(server.log) < 3 and time.monotonic() < deadline:  # the manifest, then one refused request each
+            time.sleep(0.02)
+        assert len(server.log) >= 3
         with pytest.raises(RemoteError):
             there.read(0)
         server.fault = lambda path, n: None
+        there.prefetch([36])  # the threads go on after their errors
+        while not any(path.endswith("shard-000003.tar") for path, _ in server.answered):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         assert_same(there.read(20), near(packed).read(20))
-        assert any(t.is_alive() for t in threading.enumerate() if t.daemon)
 
 
 def _batches(root: str, cache: Path, n_workers: int, start_step: int = 0) -> list[Any]:

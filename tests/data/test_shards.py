@@ -107,7 +107,7 @@ def test_constant_bands_come_back_bit_for_bit(dtype, shape, constant, seed):
     assert constants.keys() == {i for i, band in enumerate(bits) if (band == band.flat[0]).all()}
     assert len(stored) + len(constants) == len(pixels)
     meta = decode_meta(encode_meta(None, {}, {}, constant={"t": constants} if constants else None))
-    back = restore_constant_bands(stored, meta["constant"]["t"]) if constants else stored
+    back = restore_constant_bands(stored, meta["constant"]["t"], shape[0]) if constants else stored
     assert back.dtype == pixels.dtype
     assert back.tobytes() == pixels.tobytes()
 
@@ -127,10 +127,18 @@ def test_damaged_constants_are_refused(constant):
         decode_meta(content)
 
 
-@pytest.mark.parametrize("constants", [{2: "0000"}, {0: "00"}])
-def test_constants_that_do_not_fit_are_refused(constants):
-    with pytest.raises(ValueError, match="do not fit 1 stored bands of uint16"):
-        restore_constant_bands(np.zeros((1, 2, 2), np.uint16), constants)
+@pytest.mark.parametrize(
+    ("constants", "shape", "message"),
+    [
+        ({2: "0000"}, (1, 2, 2), "do not fit 1 stored bands of uint16"),
+        ({0: "00"}, (1, 2, 2), "do not fit 1 stored bands of uint16"),
+        ({0: "0000"}, (2, 2, 2), r"1 constant bands beside an array of shape \(2, 2, 2\), expected 2 in all"),
+        ({0: "0000"}, (), r"1 constant bands beside an array of shape \(\), expected 2 in all"),
+    ],
+)
+def test_constants_that_do_not_fit_are_refused(constants, shape, message):
+    with pytest.raises(ValueError, match=message):
+        restore_constant_bands(np.zeros(shape, np.uint16), constants, 2)
 
 
 @settings(max_examples=100, deadline=None)

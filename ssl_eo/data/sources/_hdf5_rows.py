@@ -29,7 +29,7 @@ __all__ = ["HDF5Rows"]
 _Codec = tuple[Callable[[], Any], type[Exception]]  # a decompressor like zlib's, and the error that it raises
 _ZLIB: _Codec = (zlib.decompressobj, zlib.error)
 _DEFLATE = 1  # HDF5's number of the filter
-_MAX_ROW_BYTES = 64 << 20  # inflated; those of the archives have up to half a megabyte
+_MAX_ROW_BYTES = 256 << 20  # inflated; those of MMEarth have up to half a megabyte
 
 
 @dataclass
@@ -92,8 +92,11 @@ class HDF5Rows:
 
         found = self.open().get(name)
         if not isinstance(found, h5py.Dataset):
-            known = sorted(self.open())
+            known: list[str] = []
+            self.open().visititems(lambda n, item: known.append(n) if isinstance(item, h5py.Dataset) else None)
             raise ValueError(f"{self.path} has no array {name!r}{suggest(name, known)} (it has {', '.join(known)})")
+        if not found.shape:
+            raise ValueError(f"{self.path}: {name} holds one value, expected an array with a row for each sample")
         if found.file.filename != self.open().filename or found.external or found.is_virtual:
             raise ValueError(f"{self.path} has {name} in another file, which is not followed; copy the array into it")
         n_bytes = found.dtype.itemsize * math.prod(found.shape[1:])

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -26,12 +27,12 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE
+from ssl_eo.components import FREE, one_line
 from ssl_eo.data.shard_reader import LocalShard, ShardReader
 from ssl_eo.data.shards import ShardIndex, index_path
-from ssl_eo.data.sources._band_files import place_of
-from ssl_eo.data.sources._rasters import open_raster, read_box
-from ssl_eo.data.sources._side_files import dataset_card
+from ssl_eo.data.sources._columns import rows_in_cells
+from ssl_eo.data.sources._rasters import Rasters, ground_of
+from ssl_eo.data.sources._side_files import dataset_card, read_json_list, read_lines
 from ssl_eo.data.sources._splits import cell_split, check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
@@ -39,6 +40,9 @@ from ssl_eo.sensors import load_sensor
 __all__ = ["Config", "Source", "cell_split"]
 
 _NOT_META = ("key", "split", "shard", "cls", "class_name")  # columns that a sample holds elsewhere
+_MAX_CLASSES_BYTES = 1 << 20
+_MAX_METADATA_BYTES = 16 << 20  # a table of 16 columns for all 27,000 scenes has 4 MB
+_NOWHERE = math.nan, math.nan
 
 
 @dataclass
@@ -63,15 +67,14 @@ class Source:
         root = Path(cfg.root)
         layout = _find_layout(root) if cfg.layout == "auto" else cfg.layout
         info = dataset_card("eurosat")
-        metadata = _read_metadata(root / "metadata.csv")
         self._files: _Files
         if layout == "webdataset":
-            self._files = _Shards(root, cfg.split if cfg.split_by == "file" else "all")
             self._schema = _tile_schema(info["arrays"]["rgb"])
+            self._files = _Shards(root, cfg.split if cfg.split_by == "file" else "all", info["labels"])
         else:
-            self._files = _GeoTiffs(root, info["labels"])
             self._schema = _tile_schema(info["arrays"]["multispectral"])
-        self._label_names = self._files.label_names or tuple(info["labels"])
+            self._files = _GeoTiffs(root, info["labels"], self._schema)
+        metadata = _read_metadata(root / "metadata.csv", set(self._files.keys))
         self._rows = _rows_of_split(cfg, self._files, metadata)
         if not self._rows:
             raise ValueError(f"split: no sample of {root} is in {cfg.split!r} (split_by: {cfg.split_by})")
@@ -86,7 +89,7 @@ class Source:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        return self._label_names
+        return self._files.label_names
 
     @property
     def chunk_size(self) -> int:
@@ -120,41 +123,35 @@ class _Files(Protocol):
     label_names: tuple[str, ...]
 
     def read(self, row: int) -> tuple[NDArray[Any], int]: ...
-    def place(self, row: int) -> tuple[float, float] | None: ...
+    def place(self, row: int) -> tuple[float, float] | None: ...  # as its file says; None: files of this layout do not
     def file_name(self, row: int) -> str: ...
     def checksum(self, row: int) -> bytes: ...
 
 
 class _Shards:
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, labels: list[str]) -> None:
         pattern = "*.tar" if split == "all" else f"{split}-*.tar"
         paths = sorted(root.glob(pattern))
         if not paths:
-            found = sorted(p.name for p in root.glob("*")) if root.is_dir() else "no such folder"
-            raise ValueError(f"root: no '{pattern}' in {root} (found: {found})")
+            raise ValueError(f"root: no '{pattern}' in {root} (found: {_content(root)})")
         readers = []
         for path in paths:
             saved = index_path(path)
             index = ShardIndex.load(saved) if saved.is_file() else ShardIndex.build(path)
             readers.append(ShardReader(LocalShard(path, index)))
         self._members = [(reader, row) for reader in readers for row in range(len(reader))]
-        self.keys = [reader.key(row) for reader, row in self._members]
+        self.keys = [_key(reader, row) for reader, row in self._members]
         classes = root / "classes.json"
-        self.label_names = tuple(json.loads(classes.read_text(encoding="utf-8"))) if classes.is_file() else ()
+        self.label_names = _read_classes(classes) if classes.is_file() else tuple(labels)
 
     def read(self, row: int) -> tuple[NDArray[Any], int]:
-        from PIL import Image
-
         reader, i = self._members[row]
-        try:
-            with Image.open(io.BytesIO(reader.read(i, "jpg")), formats=["JPEG"]) as image:
-                if image.mode != "RGB" or image.size != (64, 64):  # before decoding: a damaged header may say anything
-                    found = f"mode {image.mode}, {image.width} x {image.height} pixels"
-                    raise ValueError(f"{reader.storage.name}: {self.keys[row]}.jpg has {found}; expected RGB, 64 x 64")
-                pixels = np.asarray(image)  # [H, W, C]
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{reader.storage.name}: {self.keys[row]}.jpg: {error}") from None
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1)), int(reader.read(i, "cls"))
+        where = f"{reader.storage.name}: {self.keys[row]}"
+        pixels = _decode_jpeg(f"{where}.jpg", reader.read(i, "jpg"))
+        text, n_classes = reader.read(i, "cls").strip(), len(self.label_names)
+        if not text.isdigit() or len(text) > 9 or int(text) >= n_classes:
+            raise ValueError(f"{where}.cls holds {text[:20]!r}, expected the number of a class, 0 to {n_classes - 1}")
+        return pixels, int(text)  # [C, H, W]
 
     def place(self, row: int) -> None:
         return None  # a JPEG does not say
@@ -168,30 +165,76 @@ class _Shards:
 
 
 class _GeoTiffs:
-    def __init__(self, root: Path, labels: list[str]) -> None:
-        self._paths = sorted(root.glob("*/*.tif"))
-        if not self._paths:
+    def __init__(self, root: Path, labels: list[str], schema: TileSchema) -> None:
+        self._rasters, self._schema = Rasters(root, n_handles=1), schema
+        paths = sorted(root.glob("*/*.tif"))
+        if not paths:
             raise ValueError(f"root: no 'CLASS/KEY.tif' in {root}")
-        if unknown := sorted({p.parent.name for p in self._paths} - set(labels)):
-            raise ValueError(f"root: folders of {root} that are no EuroSAT class: {unknown} (classes: {labels})")
-        self._labels = [labels.index(p.parent.name) for p in self._paths]
-        self.keys = [p.stem for p in self._paths]
+        if unknown := sorted({p.parent.name for p in paths} - set(labels)):
+            raise ValueError(f"root: folders of {root} that are no EuroSAT class: {unknown[:10]} (classes: {labels})")
+        self._names = [f"{p.parent.name}/{p.name}" for p in paths]
+        self._labels = [labels.index(p.parent.name) for p in paths]
+        self.keys = [p.stem for p in paths]
         self.label_names = tuple(labels)
 
     def read(self, row: int) -> tuple[NDArray[Any], int]:
-        with open_raster(self._paths[row]) as file:
-            pixels = read_box(file, range(file.count), (0, 0, file.height, file.width))
-        return pixels, self._labels[row]  # [C, H, W]
+        height, width = self._schema.shape or (0, 0)
+        file = self._rasters.open(self._names[row])
+        found = file.count, file.height, file.width, file.dtypes[0]
+        expected = len(self._schema.bands), height, width, self._schema.dtype
+        if found != expected:  # before decoding: a damaged header may say anything
+            raise ValueError(f"{file.name} has bands, height, width, dtype {found}; expected {expected}")
+        return self._rasters.read(self._names[row], range(file.count), (0, 0, height, width)), self._labels[row]
 
     def place(self, row: int) -> tuple[float, float]:
-        """Latitude and longitude of the centre, from the file's header."""
-        return place_of(self._paths[row])
+        """Latitude and longitude of the centre, from the file's header; NaN for a file that does not tell."""
+        try:
+            file = self._rasters.open(self._names[row])
+            ground = ground_of(file, (0, 0, file.height, file.width))
+        except (ValueError, OSError):  # a damaged file: it is in no split
+            return _NOWHERE
+        return _NOWHERE if ground is None else (ground.latitude, ground.longitude)
 
     def file_name(self, row: int) -> str:
-        return f"{self._paths[row].parent.name}/{self._paths[row].name}"
+        return self._names[row]
 
     def checksum(self, row: int) -> bytes:
-        return f"{self.file_name(row)} {self._paths[row].stat().st_size}".encode()
+        return os.fsencode(f"{self._names[row]} {self._rasters.size_bytes(self._names[row])}")
+
+
+def _decode_jpeg(where: str, data: bytes) -> NDArray[np.uint8]:
+    """`[C, H, W]`. Raises `ValueError` or `OSError`, with `where`, for a scene that is damaged or different."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            found = f"{image.mode}, {image.width} x {image.height}"
+            # Only what is expected is decoded: a damaged header may say anything.
+            pixels = np.asarray(image) if found == "RGB, 64 x 64" else None  # [H, W, C]
+    except UnidentifiedImageError:
+        raise OSError(f"{where} is not a readable JPEG: cannot identify its header") from None
+    except (SyntaxError, ValueError, EOFError, OSError, Image.DecompressionBombError) as error:
+        raise OSError(f"{where} is not a readable JPEG: {one_line(error)}") from None
+    if pixels is None:
+        raise ValueError(f"{where} has mode {found} pixels; expected RGB, 64 x 64")
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # [C, H, W]
+
+
+def _key(reader: ShardReader, row: int) -> str:
+    try:
+        return reader.key(row)
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"the index of {reader.storage.name} has a key that is not UTF-8; make it again with 'ssl-eo data index'"
+        ) from None
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    expected = "names of classes in the order of their numbers"
+    names = read_json_list(path, _MAX_CLASSES_BYTES, expected)
+    if not names or not all(isinstance(n, str) and n.isprintable() for n in names) or len(set(names)) < len(names):
+        raise ValueError(f"{path} holds {names!r:.80}, expected {expected}, each once")
+    return tuple(names)
 
 
 def _find_layout(root: Path) -> str:
@@ -199,10 +242,14 @@ def _find_layout(root: Path) -> str:
         return "webdataset"
     if next(root.glob("*/*.tif"), None) is not None:
         return "geotiff"
-    found = sorted(p.name for p in root.glob("*"))[:10] if root.is_dir() else "no such folder"
     raise ValueError(
-        f"root: {root} holds neither EuroSAT shards '<split>-*.tar' nor GeoTIFFs 'CLASS/KEY.tif' (found: {found})"
+        f"root: {root} holds neither EuroSAT shards '<split>-*.tar' nor GeoTIFFs 'CLASS/KEY.tif'"
+        f" (found: {_content(root)})"
     )
+
+
+def _content(root: Path) -> list[str] | str:
+    return sorted(p.name for p in root.glob("*"))[:10] if root.is_dir() else "no such folder"
 
 
 def _rows_of_split(cfg: Config, files: _Files, metadata: Mapping[str, Mapping[str, str]]) -> list[int]:
@@ -211,7 +258,12 @@ def _rows_of_split(cfg: Config, files: _Files, metadata: Mapping[str, Mapping[st
         return list(rows)
     if cfg.split_by == "file":
         return [r for r in rows if _column(metadata, files.keys[r], "split") == cfg.split]
-    return [r for r in rows if cell_split(*_place(files, r, metadata), cfg.cell_deg, cfg.split_seed) == cfg.split]
+    places = np.array([_place(files, r, metadata) for r in rows])  # [N, 2]
+    if np.isnan(places).all():
+        raise ValueError(f"split_by: no file in {cfg.root} says where it lies; take split: all")
+    latitude, longitude = places.T
+    chosen: list[int] = rows_in_cells(latitude, longitude, cfg.split, cfg.cell_deg, cfg.split_seed).tolist()
+    return chosen
 
 
 def _place(files: _Files, row: int, metadata: Mapping[str, Mapping[str, str]]) -> tuple[float, float]:
@@ -219,14 +271,39 @@ def _place(files: _Files, row: int, metadata: Mapping[str, Mapping[str, str]]) -
     key = files.keys[row]
     if key not in metadata and (place := files.place(row)) is not None:
         return place
-    return float(_column(metadata, key, "latitude")), float(_column(metadata, key, "longitude"))
+    found = [_column(metadata, key, column) for column in ("latitude", "longitude")]
+    try:
+        latitude, longitude = map(float, found)
+    except ValueError:
+        latitude, longitude = _NOWHERE
+    if not (abs(latitude) <= 90 and abs(longitude) <= 180):
+        raise ValueError(
+            f"split_by: metadata.csv of the folder `root` gives sample {key!r} latitude and longitude {found!r:.80},"
+            " which are no degrees: correct them, or take split: all"
+        )
+    return latitude, longitude
 
 
-def _read_metadata(path: Path) -> dict[str, dict[str, str]]:
+def _read_metadata(path: Path, keys: Collection[str]) -> dict[str, dict[str, str]]:
+    """Columns by sample of the table, where there is one. Of others than `keys` nothing is kept."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        return {row["key"]: row for row in csv.DictReader(file)}
+    lines = read_lines(path, _MAX_METADATA_BYTES, "columns by key")
+    rows = csv.reader([lines[0].removeprefix("\ufeff"), *lines[1:]])
+    table: dict[str, dict[str, str]] = {}
+    try:
+        columns = next(rows)
+        if "key" not in columns:
+            raise ValueError(f"{path} has no column 'key' (it has {columns!r:.80})")
+        at = columns.index("key")
+        for row in rows:
+            if len(row) != len(columns):  # a few bytes could become any number of cells
+                raise ValueError(f"{path}, line {rows.line_num}: {len(row)} cells, its head has {len(columns)}")
+            if row[at] in keys:
+                table[row[at]] = dict(zip(columns, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
+    return table
 
 
 def _column(metadata: Mapping[str, Mapping[str, str]], key: str, column: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE, suggest
+from ssl_eo.components import FREE
 from ssl_eo.data.sources._hdf5_rows import HDF5Rows
 from ssl_eo.data.sources._side_files import read_statistics
 from ssl_eo.data.statistics import BandStatistics
@@ -146,13 +146,10 @@ class Source:
 
     def _dataset(self, key: str, name: str, n_rows: int | None = None) -> Any:
         """The dataset `name`, which the config's `key` asks for."""
-        import h5py
-
-        found = self._file.open().get(name)
-        if not isinstance(found, h5py.Dataset):
-            known: list[str] = []
-            self._file.open().visititems(lambda n, item: known.append(n) if isinstance(item, h5py.Dataset) else None)
-            raise ValueError(f"{key}: {self._path} has no dataset {name!r}{suggest(name, known)} (it has {known})")
+        try:
+            found = self._file.dataset(name)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
         if n_rows is not None and len(found) != n_rows:
             raise ValueError(f"{key}: {self._where(name)} has {len(found)} rows, the tiles have {n_rows}")
         return found

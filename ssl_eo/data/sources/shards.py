@@ -2,8 +2,8 @@
 
 Layout: `<root>/manifest.json`, `shard-000000.tar`, `shard-000000.index.npz`, ...; with `split`, in `<root>/<split>/`.
 The format is described in `docs/data.md`. `root` is a folder, or the address of one (`https://`, `s3://`): then chunks
-of samples are fetched into a cache on this node. Tiles come back bit for bit as they were packed, as read-only views of
-the mapped files: copy (collating does) before writing to them.
+of samples are fetched into a cache on this node. Tiles come back bit for bit as they were packed, read-only, most
+of them views of mapped files: copy (collating does) before writing to them.
 """
 
 from __future__ import annotations
@@ -205,11 +205,7 @@ def _decoded(where: str, data: bytes) -> dict[str, Any]:
 
 
 def _restored(where: str, pixels: NDArray[Any], constants: Constants, n_bands: int) -> NDArray[Any]:
-    """`pixels` with their constant bands; these must be those that are missing, or a few bytes could fill memory."""
-    if pixels.ndim != 3 or len(pixels) + len(constants) != n_bands:
-        found = f"{len(constants)} constant bands beside an array of shape {pixels.shape}"
-        raise ValueError(f"{where}: {found}, expected {n_bands} in all")
     try:
-        return restore_constant_bands(pixels, constants)
+        return restore_constant_bands(pixels, constants, n_bands)
     except ValueError as error:
         raise ValueError(f"{where}: {one_line(error)}") from None

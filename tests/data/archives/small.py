@@ -6,6 +6,9 @@ For tests that ask the same of all sources.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import torch
 from archives import bigearthnet, fmow, geotiff, mmearth, satlas, spectral_earth, ssl4eo_s12
 from archives.tiffs import write_raster
@@ -22,7 +26,7 @@ from ssl_eo.config import build
 from ssl_eo.data.pack import pack
 from ssl_eo.data.types import Batch, Source, map_tensors
 
-__all__ = ["ARCHIVES", "N_SAMPLES", "Small", "content_of", "cut", "open_small", "raster_of"]
+__all__ = ["ARCHIVES", "N_SAMPLES", "Small", "content_of", "cut", "jpeg", "open_small", "raster_of", "write_tar"]
 
 N_SAMPLES = 8
 _SATLAS = [(1867 + n, 3287) for n in range(N_SAMPLES)]
@@ -33,7 +37,7 @@ class Small:
     """One archive. `damage(root, key)` makes pixels of one sample's `tiles` unreadable, in a file of unchanged name."""
 
     source: str  # as data.sources names it
-    folder: str  # name of the root
+    folder: str  # name of the root, of `hdf5` that of a file
     write: Callable[[Path], Any]
     options: Mapping[str, Any]  # of the source, beside root
     tiles: tuple[str, ...]  # names of the tiles to look at; a sample has one of them
@@ -72,18 +76,36 @@ def overwrite(path: Path, start: int, size: int) -> None:
         file.write(b"\xaa" * size)
 
 
-# --- mmearth ----------------------------------------------------------------------------------------------------------
+# --- mmearth, hdf5 ----------------------------------------------------------------------------------------------------
 
 
 def _write_mmearth(root: Path) -> None:
     mmearth.write_mmearth(root, n=N_SAMPLES)
 
 
-def _damage_mmearth(root: Path, key: str) -> None:
-    with h5py.File(root / f"{root.name}.h5") as file:
-        row = [tile_id.decode() for tile_id in file["metadata"]["tile_id"]].index(key)
-        chunk = file["sentinel2"].id.get_chunk_info_by_coord((row, 0, 0, 0))
-    overwrite(root / f"{root.name}.h5", chunk.byte_offset, chunk.size)
+def _write_hdf5(root: Path) -> None:
+    shape = 13, 16, 16
+    pixels = np.stack([geotiff.tile_pixels(n, shape) for n in range(N_SAMPLES)])  # [N, C, H, W]
+    with h5py.File(root, "w") as file:
+        file.create_dataset("sentinel2", data=pixels, chunks=(1, *shape), compression="gzip")
+        file["label"] = np.arange(N_SAMPLES) % 2
+
+
+def h5_path(root: Path) -> Path:
+    return root if root.is_file() else root / f"{root.name}.h5"
+
+
+def h5_row(file: Any, key: str) -> int:
+    """The row of a sample in the array `sentinel2`."""
+    if "metadata" in file:  # of MMEarth
+        return [tile_id.decode() for tile_id in file["metadata"]["tile_id"]].index(key)
+    return int(key.rpartition("_")[2])
+
+
+def _damage_h5(root: Path, key: str) -> None:
+    with h5py.File(h5_path(root)) as file:
+        chunk = file["sentinel2"].id.get_chunk_info_by_coord((h5_row(file, key), 0, 0, 0))
+    overwrite(h5_path(root), chunk.byte_offset, chunk.size)
 
 
 # --- fmow, satlas, spectral_earth -------------------------------------------------------------------------------------
@@ -139,6 +161,52 @@ def v2_patch(root: Path, key: str) -> Path:
     return root / "BigEarthNet-S2" / key.rsplit("_", 2)[0] / key
 
 
+# --- eurosat ----------------------------------------------------------------------------------------------------------
+
+
+EUROSAT_TAR = "train-000000.tar"
+
+
+def _write_eurosat_webdataset(root: Path) -> None:
+    root.mkdir()
+    samples = {f"River_{n}": {"jpg": jpeg(n), "cls": b"%d" % (n % 2)} for n in range(N_SAMPLES)}
+    write_tar(root / EUROSAT_TAR, samples)
+    (root / "classes.json").write_text(json.dumps(["Forest", "River"]))
+    places = "".join(f"River_{n},{44.25 + n},{10.25 + n}\n" for n in range(N_SAMPLES))
+    (root / "metadata.csv").write_text(f"key,latitude,longitude\n{places}")
+
+
+def jpeg(seed: int, size: tuple[int, int] = (64, 64), mode: str = "RGB") -> bytes:
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(60, 200, (*size, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
+    """A tar of members `<key>.<suffix>`, without an index beside it."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in ((f"{k}.{suffix}", c) for k, members in samples.items() for suffix, c in members.items()):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def _write_eurosat_geotiff(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        pixels = geotiff.tile_pixels(n, (13, 64, 64))
+        write_raster(root / "River" / f"River_{n}.tif", pixels, corner=(600_000.0, 5_000_000.0 + 111_200.0 * n))
+
+
+def _damage_tar(root: Path, key: str, member: str) -> None:
+    for path in sorted(root.glob("*.tar")):
+        content = path.read_bytes()
+        if (start := content.find(f"{key}.{member}".encode())) >= 0:
+            overwrite(path, start + 512, 64)  # the head of the pixels
+
+
 # --- geotiff, shards --------------------------------------------------------------------------------------------------
 
 
@@ -154,13 +222,6 @@ def _write_shards(root: Path) -> None:
     pack(open_small(ARCHIVES["geotiff"], scenes), root, samples_per_shard=4)
 
 
-def _damage_shard(root: Path, key: str) -> None:
-    for path in sorted(root.glob("*.tar")):
-        content = path.read_bytes()
-        if (start := content.find(f"{key}.naip.npy".encode())) >= 0:
-            overwrite(path, start + 512, 64)  # the head of the array
-
-
 def raster_of(name: str, root: Path, key: str) -> Path:
     """A GeoTIFF (of SatlasPretrain a PNG) that holds pixels of a sample's tile."""
     find: dict[str, Callable[[], Path]] = {
@@ -170,6 +231,7 @@ def raster_of(name: str, root: Path, key: str) -> Path:
         "ssl4eo_s12": lambda: ssl4eo_s12_scene(root, key) / "B3.tif",
         "bigearthnet v1": lambda: v1_patch(root, key) / f"{key}_B06.tif",
         "bigearthnet v2": lambda: v2_patch(root, key) / f"{key}_B06.tif",
+        "eurosat geotiff": lambda: root / "River" / f"{key}.tif",
         "geotiff": lambda: root / f"{key}.tif",
     }
     return find[name]()
@@ -186,7 +248,7 @@ ARCHIVES = {
         write=_write_mmearth,
         options=_all(cirrus_band=False),
         tiles=("sentinel2_l1c", "sentinel2_l2a"),
-        damage=_damage_mmearth,
+        damage=_damage_h5,
     ),
     "fmow": Small(
         source="fmow",
@@ -236,6 +298,22 @@ ARCHIVES = {
         tiles=("sentinel2_l2a@20m",),
         damage=lambda root, key: cut(raster_of("bigearthnet v2", root, key)),
     ),
+    "eurosat webdataset": Small(
+        source="eurosat",
+        folder="eurosat_rgb",
+        write=_write_eurosat_webdataset,
+        options=_all(),
+        tiles=("sentinel2_tci",),
+        damage=lambda root, key: _damage_tar(root, key, "jpg"),
+    ),
+    "eurosat geotiff": Small(
+        source="eurosat",
+        folder="eurosat_ms",
+        write=_write_eurosat_geotiff,
+        options=_all(),
+        tiles=("sentinel2_l1c",),
+        damage=lambda root, key: cut(raster_of("eurosat geotiff", root, key)),
+    ),
     "geotiff": Small(
         source="geotiff",
         folder="scenes",
@@ -244,12 +322,20 @@ ARCHIVES = {
         tiles=("naip",),
         damage=lambda root, key: cut(raster_of("geotiff", root, key)),
     ),
+    "hdf5": Small(
+        source="hdf5",
+        folder="tiles.h5",
+        write=_write_hdf5,
+        options={"sensor": "sentinel2_l1c"},
+        tiles=("sentinel2_l1c",),
+        damage=_damage_h5,
+    ),
     "shards": Small(
         source="shards",
         folder="packed",
         write=_write_shards,
         options={},
         tiles=("naip",),
-        damage=_damage_shard,
+        damage=lambda root, key: _damage_tar(root, key, "naip.npy"),
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -19,8 +20,8 @@ from archives import bigearthnet, fmow, satlas, small
 from archives.tiffs import write_raster
 
 from ssl_eo.data.manifest import Manifest, ShardEntry
-from ssl_eo.data.shard_reader import ShardReader
-from ssl_eo.data.shards import ShardWriter
+from ssl_eo.data.shard_reader import LocalShard, ShardReader
+from ssl_eo.data.shards import ShardIndex, ShardWriter, index_path
 
 Spoil = Callable[[Path, str], Path | None]
 
@@ -52,11 +53,11 @@ def without(name: str) -> Spoil:
     return lambda root, key: (root / name.format(key=key)).unlink()
 
 
-def written(name: str, content: str) -> Spoil:
+def written(name: str, content: str | bytes) -> Spoil:
     """A file with other content."""
 
     def spoil(root: Path, key: str) -> None:
-        (root / name.format(key=key)).write_text(content)
+        (root / name.format(key=key)).write_bytes(content.encode() if isinstance(content, str) else content)
 
     return spoil
 
@@ -109,11 +110,11 @@ def raster(name: str, shape: tuple[int, int, int], dtype: str = "uint16") -> Spo
     return spoil
 
 
-def huge_raster(name: str, n_bands: int = 1, dtype: str = "uint16", **layout: Any) -> Spoil:
-    """A GeoTIFF of 20,000 pixels squared, of which no block is on disk."""
+def huge_raster(name: str, n_bands: int = 1, dtype: str = "uint16", side: int = HUGE, **layout: Any) -> Spoil:
+    """A GeoTIFF of `side` pixels squared, of which no block is on disk."""
 
     def spoil(root: Path, key: str) -> None:
-        _write_sparse(small.raster_of(name, root, key), n_bands, dtype, **layout)
+        _write_sparse(small.raster_of(name, root, key), n_bands, dtype, side, **layout)
 
     return spoil
 
@@ -143,43 +144,47 @@ def displaced(name: str, file: str | None = None, **place: Any) -> Spoil:
     return spoil
 
 
-def _write_sparse(path: Path, n_bands: int, dtype: str, **layout: Any) -> None:
+def _write_sparse(path: Path, n_bands: int, dtype: str, side: int = HUGE, **layout: Any) -> None:
     import rasterio
 
-    size = {"count": n_bands, "height": HUGE, "width": HUGE, "dtype": dtype}
+    size = {"count": n_bands, "height": side, "width": side, "dtype": dtype}
     layout = {"tiled": True, "blockxsize": 1024, "blockysize": 1024, **layout}
     place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(600_000.0, 5_000_000.0, 1.0, 1.0)}
     with rasterio.open(path, "w", driver="GTiff", compress="deflate", SPARSE_OK=True, **size, **layout, **place):
         pass
 
 
-# --- mmearth ----------------------------------------------------------------------------------------------------------
+# --- mmearth, hdf5 ----------------------------------------------------------------------------------------------------
 
 
-def h5_array(change: Callable[[h5py.File, Any], Any]) -> Spoil:
-    """The array `sentinel2` after `change(file, pixels)`, which writes it anew."""
+def h5_array(change: Callable[[h5py.File, Any], Any], name: str = "sentinel2") -> Spoil:
+    """The array `name` after `change(file, its values)`, which writes it anew."""
 
     def spoil(root: Path, key: str) -> None:
-        with h5py.File(root / f"{root.name}.h5", "a") as file:
-            pixels = file["sentinel2"][:]
-            del file["sentinel2"]
-            change(file, pixels)
+        with h5py.File(small.h5_path(root), "a") as file:
+            values = file[name][:]
+            del file[name]
+            change(file, values)
 
     return spoil
 
 
 def h5_bomb(root: Path, key: str) -> None:
     """The victim's chunk swells from kilobytes to a quarter of a gigabyte."""
-    with h5py.File(root / f"{root.name}.h5", "a") as file:
-        row = [tile_id.decode() for tile_id in file["metadata"]["tile_id"]].index(key)
+    with h5py.File(small.h5_path(root), "a") as file:
+        row = small.h5_row(file, key)
         file["sentinel2"].id.write_direct_chunk((row, 0, 0, 0), zlib.compress(bytes(256 << 20), 1))
 
 
-def h5_link(root: Path, key: str) -> None:
-    with h5py.File(root.parent / "secret.h5", "w") as other, h5py.File(root / f"{root.name}.h5", "a") as file:
-        file.copy("sentinel2", other)
-        del file["sentinel2"]
-        file["sentinel2"] = h5py.ExternalLink("../secret.h5", "sentinel2")
+def h5_link(name: str = "sentinel2") -> Spoil:
+    def spoil(root: Path, key: str) -> None:
+        path = small.h5_path(root)
+        with h5py.File(root.parent / "secret.h5", "w") as other, h5py.File(path, "a") as file:
+            file.copy(name, other)
+            del file[name]
+            file[name] = h5py.ExternalLink(os.path.relpath(root.parent / "secret.h5", path.parent), name)
+
+    return spoil
 
 
 def h5_raw(root: Path, key: str) -> None:
@@ -191,7 +196,7 @@ def h5_raw(root: Path, key: str) -> None:
 
 
 def h5_virtual(root: Path, key: str) -> None:
-    with h5py.File(root.parent / "secret.h5", "w") as other, h5py.File(root / f"{root.name}.h5", "a") as file:
+    with h5py.File(root.parent / "secret.h5", "w") as other, h5py.File(small.h5_path(root), "a") as file:
         file.copy("sentinel2", other)
         layout = h5py.VirtualLayout(file["sentinel2"].shape, "u2")
         layout[:] = h5py.VirtualSource(other["sentinel2"])
@@ -286,6 +291,53 @@ def _cell(key: str) -> tuple[int, int]:
 def fmow_rows(root: Path, key: str) -> None:
     """A list of very many rows without images, small on disk."""
     _write_empty_rows(root / fmow.LIST.format(split="train"), 20_000_001)
+
+
+# --- eurosat ----------------------------------------------------------------------------------------------------------
+
+
+def retarred(change: Callable[[dict[str, dict[str, bytes]], str], Any]) -> Spoil:
+    """The tar after `change(members by sample, key)`."""
+
+    def spoil(root: Path, key: str) -> None:
+        path = root / small.EUROSAT_TAR
+        samples = _members(ShardReader(LocalShard(path, ShardIndex.build(path))))
+        change(samples, key)
+        small.write_tar(path, samples)
+
+    return spoil
+
+
+def tar_member(suffix: str, content: bytes) -> Spoil:
+    """Other content of one of the victim's members."""
+    return retarred(lambda samples, key: samples[key].update({suffix: content}))
+
+
+def jpeg_head(side: int) -> bytes:
+    """A JPEG whose header says that it has `side` pixels squared."""
+    content = small.jpeg(0)
+    at = content.index(b"\xff\xc0") + 5  # behind marker, length and precision
+    return content[:at] + struct.pack(">HH", side, side) + content[at + 4 :]
+
+
+def tar_index(change: Callable[[ShardIndex], ShardIndex]) -> Spoil:
+    """An index beside the tar, after `change`."""
+
+    def spoil(root: Path, key: str) -> None:
+        path = root / small.EUROSAT_TAR
+        change(ShardIndex.build(path)).save(index_path(path))
+
+    return spoil
+
+
+def table_place(latitude: str, longitude: str = "10.25") -> Spoil:
+    """The table `metadata.csv` with another place of the victim."""
+
+    def spoil(root: Path, key: str) -> None:
+        table = (root / "metadata.csv").read_text()
+        (root / "metadata.csv").write_text(re.sub(rf"{key},.*", f"{key},{latitude},{longitude}", table))
+
+    return spoil
 
 
 # --- bigearthnet ------------------------------------------------------------------------------------------------------
