@@ -61,6 +61,10 @@ class BlockCache:
                 if held and self._found(name, size) is None:
                     self._store(name, fetch())
 
+    def holds(self, name: str) -> bool:
+        """Whether a block is here now."""
+        return (self.folder / name).is_file()
+
     def drop(self, name: str) -> None:
         """Forget a block, so that it is fetched anew."""
         (self.folder / name).unlink(missing_ok=True)
@@ -129,6 +133,7 @@ class BlockCache:
         """Hold the lock of `name`; gives whether it is held, which it always is with `wait`. Released by any death."""
         path = self._locks / (str(zlib.crc32(name.encode()) % _N_LOCKS) if name else "room")
         try:
+            self._locks.mkdir(parents=True, exist_ok=True)  # again: something that cleans up may have taken it
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise _unusable(path, error) from error
@@ -140,6 +145,7 @@ class BlockCache:
             else:
                 yield True
         finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a child that was forked meanwhile holds the handle too
             os.close(handle)
 
 

@@ -49,6 +49,7 @@ LABEL_MEMBER = "label.npy"
 META_MEMBER = "json"
 
 _KEY_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_=+@")
+_MAX_VALUES = 1 << 28  # of a tile that is mostly constant
 _TILE_NAME = re.compile(r"[A-Za-z0-9_@+-]+")
 _MAX_NPY_HEADER = 10_240  # bytes; NumPy itself refuses longer ones
 _BLOSC_HEADER = struct.Struct("<4B3I")  # version, codec version, flags, itemsize, raw, block and compressed bytes
@@ -186,11 +187,17 @@ def drop_constant_bands(pixels: NDArray[Any]) -> tuple[NDArray[Any], Constants]:
     return np.delete(pixels, constant, axis=0), {i: flat[i, 0].tobytes().hex() for i in constant}
 
 
-def restore_constant_bands(pixels: NDArray[Any], constants: Constants, n_bands: int) -> NDArray[Any]:
-    """What `drop_constant_bands` was given, read-only.
+def restore_constant_bands(
+    pixels: NDArray[Any], constants: Constants, n_bands: int, size: tuple[int, int] | None
+) -> NDArray[Any]:
+    """What `drop_constant_bands` was given, read-only: `[n_bands, H, W]`, of the `size` (H, W), None for any.
 
-    Raises `ValueError` unless stored and constant bands are `n_bands` together: else a few bytes could fill memory.
+    Raises `ValueError` for anything else: a few bytes could fill memory.
     """
+    if size is not None and pixels.shape[1:] != size:
+        raise ValueError(f"array of shape {pixels.shape}, expected {size} pixels a band")
+    if n_bands * math.prod(pixels.shape[1:]) > _MAX_VALUES:
+        raise ValueError(f"{n_bands} bands of {pixels.shape[1:]} pixels are more than {_MAX_VALUES} values")
     if pixels.ndim != 3 or len(pixels) + len(constants) != n_bands:
         found = f"{len(constants)} constant bands beside an array of shape {pixels.shape}"
         raise ValueError(f"{found}, expected {n_bands} in all")

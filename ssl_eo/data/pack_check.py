@@ -13,6 +13,7 @@ from ssl_eo.data.manifest import Manifest, ShardEntry
 from ssl_eo.data.members import LABEL_MEMBER, META_MEMBER, Constants, decode_meta, restore_constant_bands, tile_member
 from ssl_eo.data.pack import Progress
 from ssl_eo.data.pool import in_order
+from ssl_eo.data.remote import is_remote
 from ssl_eo.data.shard_reader import LocalShard, ShardReader
 from ssl_eo.data.shards import ShardError, ShardIndex, index_path
 from ssl_eo.data.tar import BLOCK
@@ -54,6 +55,10 @@ def check(root: str | Path, *, n_workers: int = 0, progress: Progress | None = N
 
     Damage is reported, up to 20 problems a shard, not raised; `ValueError` when there is no manifest.
     """
+    if is_remote(str(root)):
+        raise ValueError(
+            f"{root}: only folders on disk are checked; members from a server are verified as they are read"
+        )
     folder = Path(root)
     manifest = Manifest.load(folder)
     n_samples = n_members = n_bytes = 0
@@ -154,4 +159,4 @@ def _decode_all(path: Path, manifest: Manifest, index: ShardIndex) -> Iterator[P
 def _decode(reader: ShardReader, row: int, suffix: str, schema: TileSchema | None, constant: Constants | None) -> None:
     array = reader.array(row, suffix)
     if schema is not None:
-        schema.check(restore_constant_bands(array, constant, len(schema.bands)) if constant else array)
+        schema.check(restore_constant_bands(array, constant, len(schema.bands), schema.shape) if constant else array)

@@ -16,6 +16,7 @@ from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
 __all__ = ["CropConfig", "SourceCrop", "aligned", "band_subset", "multi_crop", "resized_crop", "whole"]
 
 _N_TRIES = 10
+_LEAST_SIDE = 0.01  # of a box, pixels
 
 
 @dataclass
@@ -99,7 +100,7 @@ def resized_crop(
     room = _room(sample.tiles[tile], sample.limits)
     areas = _areas(sample.tiles[tile], sample.limits, room, cfg)
     top, left, height, width = _crop_box(room[2:], areas, cfg.aspect, rng)
-    box = (room[0] + top, room[1] + left, height, width)
+    box = _not_vanishing((room[0] + top, room[1] + left, height, width), sample.tiles[tile])
     return ViewPlan(tile, box, (cfg.size_px, cfg.size_px), flip, rot90, bands, gain, bias)
 
 
@@ -110,6 +111,12 @@ def _room(tile: Tile, limits: ViewLimits) -> tuple[float, float, float, float]:
         return 0.0, 0.0, height, width
     top, left, h, w = (edge / tile.gsd_m for edge in limits.window_m)
     return top, left, min(h, height - top), min(w, width - left)
+
+
+def _not_vanishing(box: tuple[float, float, float, float], tile: Tile) -> tuple[float, float, float, float]:
+    """The box, enlarged where limits made it so small a part of a pixel that float32 would find no pixel under it."""
+    height, width = max(box[2], _LEAST_SIDE), max(box[3], _LEAST_SIDE)
+    return min(box[0], tile.pixels.shape[-2] - height), min(box[1], tile.pixels.shape[-1] - width), height, width
 
 
 def _areas(

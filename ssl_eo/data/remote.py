@@ -23,8 +23,8 @@ __all__ = ["RemoteConfig", "RemoteError", "RemoteFolder", "is_remote"]
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0  # between attempts; doubled each time
-_PASSING = (408, 425, 429)  # of the 4xx states of HTTP, those that go by themselves
-_NOT_IN_FILE = 416
+_NOT_IN_FILE = 416  # HTTP: the file ends before the bytes that were asked for
+_PASSING = (408, _NOT_IN_FILE, 425, 429)  # of the 4xx states of HTTP, those that may go by themselves
 
 
 def is_remote(root: str) -> bool:
@@ -92,7 +92,7 @@ class RemoteFolder:
     def manifest(self) -> Manifest:
         """The manifest of the packed dataset here."""
         try:
-            content = self.read(MANIFEST_NAME)
+            content = self._request(MANIFEST_NAME, None, None, is_listed=False)
         except FileNotFoundError:
             raise ValueError(
                 f"{self.url}/{MANIFEST_NAME}: no such file; the address must be that of a folder that"
@@ -103,8 +103,9 @@ class RemoteFolder:
     def read(self, name: str, span: tuple[int, int] | None = None) -> bytes:
         """A whole file in one request, or its bytes [start, stop) in sequential ones of `request_mb` at most.
 
-        Raises `FileNotFoundError`, or `RemoteError` when the server refuses or does not give them in time, and
-        `ValueError` for an address that fsspec does not know.
+        The file is one that a manifest lists. `FileNotFoundError`, or another `OSError` when it is shorter than that,
+        is raised only when it stays so; `RemoteError` when the server refuses or does not answer in time; `ValueError`
+        for an address that fsspec does not know.
         """
         if span is None:
             return self._request(name, None, None)
@@ -114,7 +115,7 @@ class RemoteFolder:
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFolder, (self.url, self.cfg)
 
-    def _request(self, name: str, start: int | None, stop: int | None) -> bytes:
+    def _request(self, name: str, start: int | None, stop: int | None, is_listed: bool = True) -> bytes:
         """One request, repeated until it is answered in full."""
         system, root = self._file_system()
         attempt, n_attempts, pause = 1, self.cfg.n_retries + 1, _FIRST_PAUSE_S
@@ -122,14 +123,17 @@ class RemoteFolder:
             try:
                 return self._answer(system, f"{root}/{name}", start, stop)
             except FileNotFoundError:
-                raise FileNotFoundError(f"{self.url}/{name}: no such file") from None
-            except _ShorterFileError:
-                raise
+                what = f"{self.url}/{name}: no such file"
+                if attempt == n_attempts or not is_listed:
+                    raise FileNotFoundError(what) from None
+            except _ShorterFileError as error:
+                what = str(error)
+                if attempt == n_attempts:
+                    raise
             except Exception as error:  # each file system has errors of its own
                 what = f"{self.url}/{name}: {type(error).__name__} {one_line(error)}".rstrip()
                 if _is_refusal(error):
-                    hint = "may it be read from here? See 'options' of the source's 'remote'"
-                    raise RemoteError(f"{what}; {hint}") from error
+                    raise RemoteError(f"{what} (access is set by 'options' of the source's 'remote')") from error
                 if attempt == n_attempts:
                     raise RemoteError(f"{what} ({attempt} attempts); run the same command when it answers") from error
             wait = pause * random.SystemRandom().uniform(0.5, 1.0)  # workers should not come back together
@@ -145,11 +149,12 @@ class RemoteFolder:
                 raise _ShorterFileError(f"{path} ends before byte {stop}; copy it there again") from None
             raise
         if start is not None and stop is not None and len(data) != stop - start:
+            if len(data) > stop - start:
+                raise NotImplementedError("the server ignores byte ranges; shards need one that supports them")
             size = system.size(path)
             if size is not None and size < stop:
                 raise _ShorterFileError(f"{path} has {size} bytes, expected {stop} or more; copy it there again")
-            hint = ": it ignores byte ranges" if len(data) > stop - start else ""
-            raise OSError(f"the server sent {len(data)} of {stop - start} bytes from {start} on{hint}")
+            raise OSError(f"the server sent {len(data)} of {stop - start} bytes from {start} on")
         return data
 
     def _file_system(self) -> tuple[Any, str]:

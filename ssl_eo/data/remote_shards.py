@@ -10,6 +10,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _MAX_OPEN_BLOCKS = 256  # per process
 _MAX_OPEN_INDEXES = 256
+_MAX_RENEWALS = 3  # of a damaged block, before its samples are bad
+_FORGIVEN_S = 600.0  # after which earlier renewals do not count
+RENEWAL_PAUSE_S = 2.0
 
 
 class RemoteShards:
@@ -73,6 +77,8 @@ class RemoteShards:
         """The mapped block that holds sample `row`, and the byte of the shard at which it starts."""
         name, start, stop = shard.block(row)
         if name not in self._blocks:
+            for gone in [other for other in self._blocks if not self.cache.holds(other)]:
+                del self._blocks[gone]  # mapped, it would keep its place on the disk
             self._blocks[name] = self._open(shard.entry.name, name, start, stop)
             if len(self._blocks) > _MAX_OPEN_BLOCKS:
                 self._blocks.popitem(last=False)
@@ -131,7 +137,7 @@ class RemoteShard:
         self._shards = shards
         self._first = first
         self._index: ShardIndex | None = None
-        self._renewed: set[str] = set()
+        self._renewed: dict[str, tuple[int, float]] = {}  # block -> how often it was fetched anew, when last
 
     @property
     def name(self) -> str:
@@ -161,10 +167,16 @@ class RemoteShard:
 
     def renew(self, row: int) -> bool:
         name, _, _ = self.block(row)
-        if name in self._renewed:
+        n_times, last = self._renewed.get(name, (0, 0.0))
+        if time.monotonic() - last > _FORGIVEN_S:
+            n_times = 0
+        if n_times == _MAX_RENEWALS:
             return False
-        self._renewed.add(name)
+        time.sleep(n_times * RENEWAL_PAUSE_S)  # at once, then with some patience
+        self._renewed[name] = n_times + 1, time.monotonic()
         self._shards.drop(name)
+        self._shards.cache.drop(self._index_block)  # the damage may be in what the index says
+        self._index = None
         return True
 
     def close(self) -> None:

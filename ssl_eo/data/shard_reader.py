@@ -178,10 +178,10 @@ class ShardReader:
         if column is None:
             name, known = self.storage.name, list(self._columns)
             raise ValueError(f"{name}: no member ends in {suffix!r}{suggest(suffix, known)} (there are {known})")
-        offset, size = index.offset.item(row, column), index.size.item(row, column)
-        if offset < 0:
-            raise ValueError(f"{self.storage.name}: sample {self.key(row)!r} has no member {suffix!r}")
         while True:
+            offset, size = index.offset.item(row, column), index.size.item(row, column)
+            if offset < 0:
+                raise ValueError(f"{self.storage.name}: sample {self.key(row)!r} has no member {suffix!r}")
             buffer, start = self.storage.read(row, offset, size)
             if len(buffer) - start < size:
                 raise self._error(row, suffix, f"the file ends after {len(buffer) - start} of {size} bytes")
@@ -189,6 +189,8 @@ class ShardReader:
                 return buffer, start, size
             if not self.storage.renew(row):
                 raise self._error(row, suffix, f"the CRC-32 of its {size} bytes is not the one in the index")
+            self._index = None  # which may be what was damaged
+            index = self.index
 
     def _error(self, row: int, suffix: str, reason: str) -> ShardError:
         offset = self.index.offset.item(row, self._columns[suffix])

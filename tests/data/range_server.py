@@ -18,8 +18,8 @@ Fault = Callable[[str, int], str | None]  # path, how often it was asked for bef
 class RangeServer:
     """Serves the files below `root`. `fault(path, n)` decides about the request number n for the same bytes.
 
-    Faults: a status such as "503"; "cut" closes the connection in mid-body; "short" sends fewer bytes, and says so;
-    "flip" changes one bit; "whole" ignores the range; "hang" says nothing for a while.
+    Faults: a status such as "503"; "cut" closes the connection in mid-body; "short" and "empty" send fewer bytes, and
+    say so; "flip" changes one bit; "whole" ignores the range; "hang" says nothing for a while.
     `log` lists (path, range) of all requests, `answered` those that got all their bytes.
     """
 
@@ -72,8 +72,8 @@ class RangeServer:
                 self.answer(206, headers, self.spoil(fault, content[start:stop]), body, fault)
 
             def spoil(self, fault: str | None, data: bytes) -> bytes:
-                if fault == "short":
-                    return data[: len(data) // 2]
+                if fault in ("short", "empty"):
+                    return data[: len(data) // 2] if fault == "short" else b""
                 if fault == "flip":
                     at = len(data) // 3  # the middle of a run of samples is where the headers of one are
                     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]

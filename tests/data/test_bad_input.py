@@ -14,7 +14,7 @@ import shutil
 import tarfile
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from archives.tiffs import write_raster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ssl_eo.components import available
 from ssl_eo.data.loader import Loader
 from ssl_eo.data.members import encode_array
 from ssl_eo.data.opening import DataConfig, WeightedSourceConfig
@@ -41,6 +42,7 @@ from ssl_eo.data.plans import CropConfig, SourceCrop
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.shards import ShardError
 from ssl_eo.data.sources._band_files import BandFiles, place_of
+from ssl_eo.data.sources.eurosat import decode_jpeg
 from ssl_eo.data.types import Source
 from ssl_eo.objectives.mae import Config as MaeConfig
 from ssl_eo.objectives.mae import MaskedViews
@@ -83,6 +85,7 @@ class Case:
 DAMAGED = Bad(r"is truncated or damaged|is not a readable GeoTIFF")
 NOT_A_TIFF = Bad(r"is not a readable GeoTIFF: .*not recognized")
 NO_DEGREES = Bad(r"\.tif: its coordinates cannot be brought to degrees: ")
+NOT_A_JPEG = Bad(r"train-000000\.tar: River_3\.jpg is not a readable JPEG: cannot identify its header")
 OUTSIDE = r"leads out of this folder"
 NOT_UTF8 = Refused(r"root: .*\\xff.*: the path is not UTF-8, which GDAL needs; rename it")
 DEEP, LONG = "[" * 200_000, "[" + "9" * 5_000 + "]"
@@ -94,6 +97,13 @@ INFO, STATISTICS = "data_1M_v001_64_tile_info.json", "data_1M_v001_64_band_stats
 SATLAS_LISTS = ("image_times", "train_lowres", "good_images_lowres_all")
 GOOD = "metadata/good_images_lowres_all.json"
 NAIP_STATISTICS = {"sensor": "naip", "statistics": "stats.json"}
+BAD_TABLES = [  # contents of the metadata.csv of EuroSAT
+    ("key,name\nRiver_3,/" + "a" * 200_000, Refused(r"metadata\.csv, line 2: field larger than field limit")),
+    ("key" + 5_000 * ",name" + "\nRiver_3", Refused(r"metadata\.csv, line 2: 1 cells, its head has 5001")),
+    ("id,name\nRiver_3,a", Refused(r"metadata\.csv has no column 'key' \(it has \['id', 'name'\]\)")),
+    ("\n", Refused(r"metadata\.csv is empty, expected columns by key")),
+    ("\ufeffkey,name\nRiver_3,a", Fine()),
+]
 WINDOW = SourceCrop(extent_m=(100.0, 200.0))
 PLAIN = {"label": None, "meta": {}}  # JSON of a sample
 LARGE_BLOCKS = {"tiled": False, "blockxsize": None, "blockysize": 8_000, "interleave": "pixel"}
@@ -138,7 +148,31 @@ TABLE: dict[str, Row] = {
                 Refused(r"root: .*metadata\.parquet is no metadata of BigEarthNet v2"),
             ),
         ],
+        "eurosat webdataset": [
+            Case(
+                spoiling.retarred(lambda samples, key: samples[key].update(jpg=samples[key]["jpg"][:1000])),
+                Bad(r"train-000000\.tar: River_3\.jpg is not a readable JPEG: .*truncated"),
+            ),
+            Case(spoiling.tar_member("jpg", b""), NOT_A_JPEG),
+            Case(
+                lambda root, key: small.cut(root / small.EUROSAT_TAR),
+                Refused(r"train-000000\.tar, member 'River_\d\.\w+', byte \d+: .*truncated"),
+            ),
+            Case(
+                spoiling.tar_index(lambda index: replace(index, tar_size=index.tar_size + 512)),
+                Refused(r"train-000000\.tar: \d+ bytes, its index is of a tar of \d+: the tar was truncated"),
+            ),
+            Case(spoiling.table_place("44", "10,1"), Refused(r"metadata\.csv, line 5: 4 cells, its head has 3")),
+        ],
+        "eurosat geotiff": [
+            Case(spoiling.cut("eurosat geotiff"), DAMAGED),
+            Case(spoiling.written("River/{key}.tif", ""), Bad(r"River_3\.tif is not a readable GeoTIFF")),
+            Case(spoiling.written("River/{key}.tif", ""), Fine(), {"split": "train"}),  # no place: it is in no split
+        ],
         "geotiff": [Case(spoiling.cut("geotiff"), DAMAGED)],
+        "hdf5": [
+            Case(lambda root, key: small.cut(root), Refused(r"tiles\.h5 is not a readable HDF5 file: .*truncated")),
+        ],
         "shards": [Case(spoiling.shard_cut, Refused(r"shard-000000\.tar has .* bytes, the manifest lists .*copy it"))],
     },
     "wrong band count": {
@@ -173,6 +207,30 @@ TABLE: dict[str, Row] = {
                 Bad(r"B06\.tif has bands, .* \(2, 60, 60, 'uint16'\); expected \(1, 60, 60, 'uint16'\)"),
             )
         ],
+        "eurosat webdataset": [
+            Case(
+                spoiling.tar_member("jpg", small.jpeg(3, mode="L")),
+                Bad(r"River_3\.jpg has mode L, 64 x 64 pixels; expected RGB, 64 x 64"),
+            ),
+            Case(spoiling.tar_member("jpg", small.jpeg(3, mode="CMYK")), Bad(r"River_3\.jpg has mode CMYK, 64 x 64")),
+            *(
+                Case(
+                    spoiling.tar_member("cls", content),
+                    Bad(r"River_3\.cls holds .*, expected the number of a class, 0 to 1"),
+                )
+                for content in (b"2", b"-1", b"", b"1.0", b"1_0", b"River")
+            ),
+        ],
+        "eurosat geotiff": [
+            Case(
+                spoiling.raster("eurosat geotiff", (3, 64, 64)),
+                Bad(r"River_3\.tif has bands, .* \(3, 64, 64, 'uint16'\); expected \(13, 64, 64, 'uint16'\)"),
+            ),
+            Case(
+                spoiling.raster("eurosat geotiff", (13, 64, 64), "uint8"),
+                Bad(r"River_3\.tif has .* \(13, 64, 64, 'uint8'\); expected \(13, 64, 64, 'uint16'\)"),
+            ),
+        ],
         "geotiff": [
             Case(
                 spoiling.raster("geotiff", (3, 40, 40), "uint8"),
@@ -181,6 +239,26 @@ TABLE: dict[str, Row] = {
             Case(
                 spoiling.raster("geotiff", (4, 40, 40), "complex64"),
                 Bad(r"scene3\.tif has dtype complex64, expected real numbers"),
+            ),
+        ],
+        "hdf5": [
+            Case(
+                spoiling.h5_array(lambda file, pixels: file.create_dataset("sentinel2", data=pixels[:, :12])),
+                Refused(r"bands: sentinel2 in .*tiles\.h5 holds 12 bands, expected the 13 of sensor sentinel2_l1c"),
+            ),
+            Case(
+                spoiling.h5_array(lambda file, pixels: file.create_dataset("sentinel2", data=pixels[0])),
+                Refused(r"dataset: sentinel2 in .* must be \[N, C, H, W\], its shape is \(13, 16, 16\)"),
+            ),
+            Case(
+                spoiling.h5_array(lambda file, pixels: file.create_dataset("sentinel2", data=7)),
+                Refused(r"dataset: .*tiles\.h5: sentinel2 holds one value"),
+            ),
+            Case(
+                spoiling.h5_array(
+                    lambda file, pixels: file.create_dataset("sentinel2", data=pixels.astype("complex64"))
+                ),
+                Refused(r"dataset: sentinel2 in .*: dtype of sentinel2_l1c must be one of bool, .*, got 'complex64'"),
             ),
         ],
         "shards": [
@@ -226,9 +304,40 @@ TABLE: dict[str, Row] = {
         "bigearthnet v2": [
             Case(spoiling.without("metadata.parquet"), Refused(r"version: v2 needs .*metadata\.parquet")),
         ],
+        "eurosat webdataset": [
+            Case(spoiling.without("classes.json"), Fine()),
+            Case(spoiling.without("metadata.csv"), Fine()),
+            Case(
+                spoiling.without("metadata.csv"),
+                Refused(r"split_by: metadata\.csv .* no latitude for sample 'River_0'.*or take split: all"),
+                {"split": "train"},
+            ),
+            *(
+                Case(
+                    spoiling.retarred(lambda samples, key, member=member: samples[key].pop(member)),
+                    Bad(rf"train-000000\.tar: sample 'River_3' has no member '{member}'"),
+                )
+                for member in ("jpg", "cls")
+            ),
+        ],
+        "eurosat geotiff": [
+            Case(
+                spoiling.nothing,
+                Refused(r"split_by: metadata\.csv .* gives no split for sample 'River_0'.*choose the other split_by"),
+                {"split": "train", "split_by": "file"},
+            ),
+        ],
         "geotiff": [
             Case(spoiling.nothing, Refused(r"label_csv: .*labels\.csv cannot be read"), {"label_csv": "labels.csv"}),
             Case(spoiling.nothing, Refused(r"stats\.json cannot be read"), {"tiles": [NAIP_STATISTICS]}),
+        ],
+        "hdf5": [
+            Case(spoiling.nothing, Refused(r"statistics: stats\.json cannot be read"), {"statistics": "stats.json"}),
+            Case(
+                spoiling.nothing,
+                Refused(r"split_dataset: .*tiles\.h5 has no array 'split' \(it has label, sentinel2\)"),
+                {"split": "train"},
+            ),
         ],
         "shards": [
             Case(spoiling.without("manifest.json"), Refused(r"manifest\.json: no such file; packing was not finished")),
@@ -272,9 +381,46 @@ TABLE: dict[str, Row] = {
             ),  # passed over, as all that is no patch
         ],
         "bigearthnet v2": [Case(spoiling.not_utf8, NOT_UTF8)],
+        "eurosat webdataset": [
+            Case(spoiling.not_utf8, Fine()),
+            Case(
+                lambda root, key: (root / small.EUROSAT_TAR).rename(root / os.fsdecode(b"train-\xff.tar")) and None,
+                Fine(),
+            ),
+            Case(
+                spoiling.retarred(lambda samples, key: samples.update({os.fsdecode(b"a\xff"): samples.pop(key)})),
+                Refused(r"train-000000\.tar, member '.*: the name is not printable UTF-8"),
+            ),
+            Case(
+                spoiling.tar_index(lambda index: replace(index, keys=np.char.replace(index.keys, b"River", b"\xff"))),
+                Refused(r"the index of .*train-000000\.tar has a key that is not UTF-8; make it again"),
+            ),
+            Case(
+                spoiling.written("metadata.csv", b"key,name\nRiver_3,\xff\n"),
+                Refused(r"metadata\.csv is not UTF-8 .*expected columns by key"),
+            ),
+            Case(
+                spoiling.written("classes.json", b'["\xff"]'), Refused(r"classes\.json is not UTF-8 .*names of classes")
+            ),
+            Case(
+                spoiling.written("classes.json", r'["Forest", "\ud800"]'),
+                Refused(r"classes\.json holds \['Forest', '\\ud800'\], expected names of classes"),
+            ),
+        ],
+        "eurosat geotiff": [
+            Case(spoiling.not_utf8, NOT_UTF8),
+            Case(spoiling.renamed_not_utf8("eurosat geotiff"), Bad(r"River_3\\xff\.tif: the path is not UTF-8")),
+            Case(
+                lambda root, key: (root / "River").rename(root / os.fsdecode(b"\xff")) and None,
+                Refused(r"root: folders of .* that are no EuroSAT class: \['\\udcff'\] \(classes: \['AnnualCrop',"),
+            ),
+        ],
         "geotiff": [
             Case(spoiling.not_utf8, NOT_UTF8),
             Case(spoiling.renamed_not_utf8("geotiff"), Bad(r"scene3\\xff\.tif: the path is not UTF-8")),
+        ],
+        "hdf5": [
+            Case(spoiling.not_utf8, Fine()),
         ],
         "shards": [Case(spoiling.not_utf8, Fine())],
     },
@@ -288,8 +434,25 @@ TABLE: dict[str, Row] = {
         ],
         "bigearthnet v1": [Case(spoiling.emptied, Refused(r"root: .* holds no folder .*; unpack the archives there"))],
         "bigearthnet v2": [Case(spoiling.emptied, Refused(r"version: v2 needs .*metadata\.parquet"))],
+        "eurosat webdataset": [
+            Case(
+                spoiling.emptied,
+                Refused(r"root: .* holds neither EuroSAT shards .* nor GeoTIFFs 'CLASS/KEY\.tif' \(found: \[\]\)"),
+            ),
+            Case(spoiling.emptied, Refused(r"root: no '\*\.tar' in .* \(found: \[\]\)"), {"layout": "webdataset"}),
+        ],
+        "eurosat geotiff": [
+            Case(
+                spoiling.emptied,
+                Refused(r"root: .* holds neither EuroSAT shards .* nor GeoTIFFs 'CLASS/KEY\.tif' \(found: \[\]\)"),
+            ),
+            Case(spoiling.emptied, Refused(r"root: no 'CLASS/KEY\.tif' in "), {"layout": "geotiff"}),
+        ],
         "geotiff": [
             Case(spoiling.emptied, Refused(r"tiles\[0\]\.pattern: none of the 0 files of .* \(found: nothing\)"))
+        ],
+        "hdf5": [
+            Case(spoiling.in_empty_folder, Refused(r"root: no such file: .*empty")),
         ],
         "shards": [
             Case(spoiling.emptied, Refused(r"manifest\.json: no such file; write the dataset with 'ssl-eo data"))
@@ -352,6 +515,29 @@ TABLE: dict[str, Row] = {
                 Bad(r"B06\.tif has bands, .* \(1, 20000, .*; expected \(1, 60, 60"),
             )
         ],
+        "eurosat webdataset": [
+            Case(
+                spoiling.tar_member("jpg", spoiling.jpeg_head(20_000)),
+                Bad(r"River_3\.jpg is not a readable JPEG: Image size \(400000000 pixels\) exceeds limit"),
+            ),
+            Case(
+                spoiling.tar_member("jpg", spoiling.jpeg_head(9_000)),
+                Bad(r"River_3\.jpg has mode RGB, 9000 x 9000 pixels; expected RGB, 64 x 64"),
+            ),
+        ],
+        "eurosat geotiff": [
+            Case(
+                spoiling.huge_raster("eurosat geotiff", 13),
+                Bad(r"River_3\.tif has bands, .* \(13, 20000, 20000, .*; expected \(13, 64, 64, 'uint16'\)"),
+            ),
+            Case(
+                spoiling.huge_raster("eurosat geotiff", 1, side=16_000), Bad(r"\(1, 16000, .*; expected \(13, 64, 64")
+            ),
+            Case(
+                spoiling.huge_raster("eurosat geotiff", 13, **LARGE_BLOCKS),
+                Bad(r"River_3\.tif has blocks of 13 bands of 8000 x 20000 pixels"),
+            ),
+        ],
         "geotiff": [
             Case(
                 spoiling.huge_raster("geotiff", 4, "uint8"),
@@ -362,6 +548,28 @@ TABLE: dict[str, Row] = {
                 spoiling.huge_raster("geotiff", 4, "uint8", **LARGE_BLOCKS),
                 Bad(r"scene3\.tif has blocks of 4 bands of 8000 x 20000 pixels, .*gdal_translate"),
                 crop=WINDOW,
+            ),
+        ],
+        "hdf5": [
+            Case(
+                spoiling.h5_array(
+                    lambda file, pixels: file.create_dataset(
+                        "sentinel2", (8, 13, 20_000, 20_000), "u2", chunks=(1, 13, 512, 512), compression="gzip"
+                    )
+                ),
+                Refused(r"tiles\.h5: rows of sentinel2 have shape \(13, 20000, 20000\), 10,400,000,000 bytes"),
+            ),
+            Case(
+                spoiling.h5_array(
+                    lambda file, labels: file.create_dataset(
+                        "label", (8, 200_000, 200_000), "u1", chunks=(1, 512, 512)
+                    ),
+                    "label",
+                ),
+                Refused(
+                    r"label_dataset: .*tiles\.h5: rows of label have shape \(200000, 200000\), 40,000,000,000 bytes"
+                ),
+                {"label_dataset": "label"},
             ),
         ],
         "shards": [
@@ -407,10 +615,39 @@ TABLE: dict[str, Row] = {
                 Bad(r"B06\.tif has bands, .* \(1, 5, 5, .*; expected \(1, 60"),
             ),
         ],
+        "eurosat webdataset": [
+            Case(spoiling.nothing, Fine(), size_px=72),
+            Case(
+                spoiling.tar_member("jpg", small.jpeg(3, (5, 7))),
+                Bad(r"River_3\.jpg has mode RGB, 7 x 5 pixels; expected"),
+            ),
+        ],
+        "eurosat geotiff": [
+            Case(spoiling.nothing, Fine(), size_px=72),
+            Case(
+                spoiling.raster("eurosat geotiff", (13, 5, 7)),
+                Bad(r"\(13, 5, 7, 'uint16'\); expected \(13, 64, 64, 'u"),
+            ),
+        ],
         "geotiff": [
             Case(spoiling.nothing, Fine(), size_px=64),
             Case(spoiling.raster("geotiff", (4, 5, 7), "uint8"), Fine()),
             Case(spoiling.raster("geotiff", (4, 1, 1), "uint8"), Fine()),
+        ],
+        "hdf5": [
+            Case(spoiling.nothing, Fine(), size_px=64),
+            Case(
+                spoiling.h5_array(lambda file, pixels: file.create_dataset("sentinel2", data=pixels[:, :, :1, :1])),
+                Fine(),
+            ),
+            Case(
+                spoiling.h5_array(lambda file, pixels: file.create_dataset("sentinel2", data=pixels[:, :, :, :0])),
+                Refused(r"dataset: sentinel2 in .*: shape of sentinel2_l1c must be \(height, width\) in pixels"),
+            ),
+            Case(
+                spoiling.h5_array(lambda file, pixels: file.create_dataset("sentinel2", data=pixels[:0])),
+                Refused(r"dataset: sentinel2 in .*tiles\.h5 is empty"),
+            ),
         ],
         "shards": [
             Case(spoiling.nothing, Fine(), size_px=64),
@@ -421,7 +658,7 @@ TABLE: dict[str, Row] = {
     "path traversal": {
         "mmearth": [
             Case(spoil, Refused(r"\.h5 has sentinel2 in another file, which is not followed"))
-            for spoil in (spoiling.h5_link, spoiling.h5_raw, spoiling.h5_virtual)
+            for spoil in (spoiling.h5_link(), spoiling.h5_raw, spoiling.h5_virtual)
         ],
         "fmow": [
             Case(spoiling.fmow_list("path", "../secret.tif"), Bad(rf"the name '\.\./secret\.tif' {OUTSIDE}")),
@@ -448,12 +685,40 @@ TABLE: dict[str, Row] = {
             Case(spoiling.virtual_raster("bigearthnet v2"), NOT_A_TIFF),
             Case(spoiling.v2_table("s1_name", "../../secret"), Refused(r"'\.\./\.\./secret' is no name of a patch")),
         ],
+        "eurosat webdataset": [
+            Case(
+                spoiling.retarred(lambda samples, key: samples.update({"../secret": samples.pop(key)})),
+                Refused(r"train-000000\.tar, member '\.\./secret\.jpg', .*names with '\.\.' are refused"),
+            ),
+            Case(spoiling.tar_member("jpg", spoiling.png_file(64, mode=2)), NOT_A_JPEG),
+        ],
+        "eurosat geotiff": [
+            Case(spoiling.virtual_raster("eurosat geotiff"), NOT_A_TIFF),
+        ],
         "geotiff": [
             Case(
                 lambda root, key: (root.with_suffix(".txt").write_text("../secret.tif\n"), root.with_suffix(".txt"))[1],
                 Refused(rf"root: .*the name '\.\./secret\.tif' {OUTSIDE}"),
             ),
             Case(spoiling.virtual_raster("geotiff"), NOT_A_TIFF),
+        ],
+        "hdf5": [
+            *(
+                Case(spoil, Refused(r"dataset: .*tiles\.h5 has sentinel2 in another file, which is not followed"))
+                for spoil in (spoiling.h5_link(), spoiling.h5_raw, spoiling.h5_virtual)
+            ),
+            *(
+                Case(
+                    spoiling.h5_link("label"),
+                    Refused(rf"{option}: .*tiles\.h5 has label in another file, which is not followed"),
+                    {option: value, **others},
+                )
+                for option, value, others in (
+                    ("label_dataset", "label", {}),
+                    ("meta_datasets", ["label"], {}),
+                    ("split_dataset", "label", {"split": "train"}),
+                )
+            ),
         ],
         "shards": [
             Case(
@@ -529,6 +794,34 @@ TABLE: dict[str, Row] = {
                 spoiling.v2_rows, Refused(r"metadata\.parquet is no metadata .*it has 5,000,001 rows, expected at most")
             ),
         ],
+        "eurosat webdataset": [
+            Case(spoiling.written("classes.json", DEEP), Refused(rf"classes\.json is {TOO_DEEP}")),
+            Case(spoiling.written("classes.json", LONG), Refused(rf"classes\.json {TOO_LONG}")),
+            Case(
+                spoiling.written("classes.json", "{}"), Refused(r"classes\.json holds dict, expected names of classes")
+            ),
+            *(
+                Case(
+                    spoiling.written("classes.json", content),
+                    Refused(r"classes\.json holds \[.*, expected names of cla"),
+                )
+                for content in ("[]", "[1, 2]", '["River", "River"]')
+            ),
+            Case(
+                spoiling.swollen("classes.json", 1 << 40), Refused(r"classes\.json has .* bytes, expected names of cla")
+            ),
+            Case(
+                spoiling.tar_member("cls", b"9" * 5000),
+                Bad(r"River_3\.cls holds b'9+', expected the number of a class"),
+            ),
+            *(Case(spoiling.written("metadata.csv", content), refused) for content, refused in BAD_TABLES),
+            Case(spoiling.swollen("metadata.csv", 1 << 40), Refused(r"metadata\.csv has .* bytes, expected columns")),
+            Case(spoiling.written("train-000000.index.npz", "{}"), Refused(r"index\.npz: not a shard index")),
+        ],
+        "eurosat geotiff": [
+            *(Case(spoiling.written("metadata.csv", content), refused) for content, refused in BAD_TABLES),
+            Case(spoiling.swollen("metadata.csv", 1 << 40), Refused(r"metadata\.csv has .* bytes, expected columns")),
+        ],
         "geotiff": [
             Case(
                 spoiling.swollen("labels.csv", 1 << 40),
@@ -540,6 +833,17 @@ TABLE: dict[str, Row] = {
                     spoiling.written("stats.json", content),
                     Refused(rf"tiles\[0\]\.statistics: stats\.json {reason}"),
                     {"tiles": [NAIP_STATISTICS]},
+                )
+                for content, reason in ((DEEP, f"is {TOO_DEEP}"), (LONG, TOO_LONG))
+            ),
+        ],
+        "hdf5": [
+            Case(spoiling.h5_bomb, Bad(r"tiles\.h5: row 3 of sentinel2 cannot be read: more than 6656 bytes")),
+            *(
+                Case(
+                    spoiling.in_folder_of(spoiling.written("stats.json", content)),
+                    Refused(rf"statistics: stats\.json {reason}"),
+                    {"statistics": "stats.json"},
                 )
                 for content, reason in ((DEEP, f"is {TOO_DEEP}"), (LONG, TOO_LONG))
             ),
@@ -595,10 +899,36 @@ TABLE: dict[str, Row] = {
         "bigearthnet v2": [
             Case(spoiling.displaced("bigearthnet v2", "{key}_B02.tif", crs=spoiling.LOCAL_CRS), NO_DEGREES),
         ],
+        "eurosat webdataset": [
+            *(
+                Case(
+                    spoiling.table_place(latitude, longitude),
+                    Refused(r"split_by: metadata\.csv .* gives sample 'River_3' latitude and longitude .* no degrees"),
+                    {"split": "train"},
+                )
+                for latitude, longitude in (
+                    ("91", "10"),
+                    ("44", "181"),
+                    ("1e308", "10"),
+                    ("nan", "10"),
+                    ("", "10"),
+                    ("N", "10"),
+                )
+            ),
+            Case(spoiling.table_place("91"), Fine()),  # without a split by place it is not looked at
+        ],
+        "eurosat geotiff": [
+            Case(spoiling.displaced("eurosat geotiff", crs=spoiling.LOCAL_CRS), Fine()),
+            *(
+                Case(spoiling.displaced("eurosat geotiff", **place), Fine(), {"split": "train"})  # in no split
+                for place in ({"crs": spoiling.LOCAL_CRS}, {"crs": None}, {"corner": (1e30, 1e30)})
+            ),
+        ],
         "geotiff": [
             Case(spoiling.displaced("geotiff", crs=spoiling.LOCAL_CRS), NO_DEGREES),
             Case(spoiling.displaced("geotiff", corner=(1e30, 1e30)), NO_DEGREES),
         ],
+        "hdf5": "a place is a column like any other of `meta_datasets`, and none is looked at",
         "shards": "a place is not looked at: it comes back as it was packed",
     },
 }
@@ -614,6 +944,7 @@ CELLS = [
 
 
 def test_the_table_has_no_holes() -> None:
+    assert {archive.source for archive in ARCHIVES.values()} == {*available("ssl_eo.data.sources")} - {"synthetic"}
     for row in TABLE.values():
         assert list(row) == list(ARCHIVES)
         assert all(row.values())
@@ -643,6 +974,8 @@ def copied(written: Callable[[str], tuple[Path, list[str]]], tmp_path: Path) -> 
 
     def copy(name: str) -> tuple[Path, list[str]]:
         root, keys = written(name)
+        if root.is_file():
+            return Path(shutil.copy(root, tmp_path)), keys
         return shutil.copytree(root, tmp_path / root.name, ignore=shutil.ignore_patterns(".*")), keys
 
     return copy
@@ -835,6 +1168,20 @@ def test_a_damaged_raster_is_named_or_read(changes: list[tuple[int, int]], tmp_p
         check_line(str(error), re.escape(str(path)))
     else:
         assert pixels.shape == (1, 60, 60)
+
+
+@settings(max_examples=50, deadline=None)
+@given(changes=st.lists(st.tuples(st.integers(0, 700), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_damaged_jpeg_is_named_or_read(changes: list[tuple[int, int]]) -> None:
+    content = bytearray(small.jpeg(0))
+    for at, value in changes:
+        content[at] = value
+    try:
+        pixels = decode_jpeg("River_0.jpg", bytes(content))
+    except (ValueError, OSError) as error:
+        check_line(str(error), r"^River_0\.jpg (is not a readable JPEG: |has mode )")
+    else:
+        assert pixels.shape == (3, 64, 64)
 
 
 # --- tars of other tools ----------------------------------------------------------------------------------------------

@@ -193,8 +193,19 @@ def test_geotiffs_that_lead_out_or_are_huge_are_bad_samples(tmp_path: Path) -> N
     check_sample(source.read(0), source.schema)
     with pytest.raises(OSError, match=r"River_1\.tif is not a readable GeoTIFF"):
         source.read(1)
-    with pytest.raises(ValueError, match=r"River_2\.tif: 13 bands of 20000 x 20000 pixels are too many to read"):
+    with pytest.raises(ValueError, match=r"River_2\.tif has bands, .* \(13, 20000, 20000, .*; expected \(13, 64, 64"):
         source.read(2)
+
+
+def test_geotiffs_of_which_none_says_where_it_lies_have_no_geographic_split(tmp_path: Path) -> None:
+    pytest.importorskip("rasterio")
+    for i in range(2):
+        write_raster(tmp_path / "River" / f"River_{i}.tif", np.ones((13, 64, 64), np.uint16), crs=None)
+    with pytest.raises(ValueError, match=r"split_by: no file in .* says where it lies; take split: all"):
+        Source(Config(str(tmp_path)))
+    (tmp_path / "metadata.csv").write_text("key,latitude,longitude\nRiver_0,44.25,10.25\nRiver_9,north,0\n")
+    assert cell_split(44.25, 10.25, 0.5, 0) == "test"
+    assert keys(Source(Config(str(tmp_path), split="test"))) == ["River_0"]
 
 
 def test_geographic_split_of_the_real_scenes(real_samples: Callable[[str], Path]) -> None:

@@ -138,6 +138,14 @@ def test_a_window_covers_the_same_ground_of_all_tiles():
             np.testing.assert_allclose(box, sample.limits.window_m, rtol=1e-12)
 
 
+def test_a_box_of_next_to_nothing_is_enlarged():
+    sample = sample_of((64, 64), 1e6, ViewLimits(window_m=(37e6, 63.9999999e6, 5.0, 5.0)))
+    top, left, height, width = resized_crop(sample, "demo", CropConfig(8), np.random.default_rng(0)).box
+    assert min(height, width) == 0.01
+    assert top == pytest.approx(37, abs=1e-5)
+    assert left + width <= 64
+
+
 @pytest.mark.parametrize("key", ["extent_m", "gsd_m"])
 @pytest.mark.parametrize("value", [(0.0, 1.0), (2.0, 1.0), (1.0, float("inf"))])
 def test_wrong_limits_are_refused(key, value):

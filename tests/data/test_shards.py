@@ -107,7 +107,7 @@ def test_constant_bands_come_back_bit_for_bit(dtype, shape, constant, seed):
     assert constants.keys() == {i for i, band in enumerate(bits) if (band == band.flat[0]).all()}
     assert len(stored) + len(constants) == len(pixels)
     meta = decode_meta(encode_meta(None, {}, {}, constant={"t": constants} if constants else None))
-    back = restore_constant_bands(stored, meta["constant"]["t"], shape[0]) if constants else stored
+    back = restore_constant_bands(stored, meta["constant"]["t"], shape[0], shape[1:]) if constants else stored
     assert back.dtype == pixels.dtype
     assert back.tobytes() == pixels.tobytes()
 
@@ -133,12 +133,18 @@ def test_damaged_constants_are_refused(constant):
         ({2: "0000"}, (1, 2, 2), "do not fit 1 stored bands of uint16"),
         ({0: "00"}, (1, 2, 2), "do not fit 1 stored bands of uint16"),
         ({0: "0000"}, (2, 2, 2), r"1 constant bands beside an array of shape \(2, 2, 2\), expected 2 in all"),
-        ({0: "0000"}, (), r"1 constant bands beside an array of shape \(\), expected 2 in all"),
+        ({0: "0000"}, (), r"array of shape \(\), expected \(2, 2\) pixels a band"),
+        ({0: "0000", 1: "0000"}, (0, 8192, 8192), r"array of shape \(0, 8192, 8192\), expected \(2, 2\) pixels a band"),
     ],
 )
 def test_constants_that_do_not_fit_are_refused(constants, shape, message):
     with pytest.raises(ValueError, match=message):
-        restore_constant_bands(np.zeros(shape, np.uint16), constants, 2)
+        restore_constant_bands(np.zeros(shape, np.uint16), constants, 2, (2, 2))
+
+
+def test_constants_of_a_tile_of_any_size_are_bounded():
+    with pytest.raises(ValueError, match=r"2 bands of .* pixels are more than"):
+        restore_constant_bands(np.zeros((0, 1 << 20, 1 << 20), np.uint8), {0: "00", 1: "00"}, 2, None)
 
 
 @settings(max_examples=100, deadline=None)

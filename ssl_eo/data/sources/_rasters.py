@@ -215,6 +215,7 @@ def ground_of(file: Any, box: Box) -> Ground | None:
 
 def to_degrees(crs: Any, xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
     """Latitudes and longitudes (WGS 84) of points. Raises `ValueError` where the reference system gives none."""
+    import_extra("geo", "rasterio", "placing coordinates on the globe")
     from rasterio.warp import transform
 
     try:

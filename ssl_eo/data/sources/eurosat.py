@@ -37,7 +37,7 @@ from ssl_eo.data.sources._splits import cell_split, check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
 
-__all__ = ["Config", "Source", "cell_split"]
+__all__ = ["Config", "Source", "cell_split", "decode_jpeg"]
 
 _NOT_META = ("key", "split", "shard", "cls", "class_name")  # columns that a sample holds elsewhere
 _MAX_CLASSES_BYTES = 1 << 20
@@ -147,7 +147,7 @@ class _Shards:
     def read(self, row: int) -> tuple[NDArray[Any], int]:
         reader, i = self._members[row]
         where = f"{reader.storage.name}: {self.keys[row]}"
-        pixels = _decode_jpeg(f"{where}.jpg", reader.read(i, "jpg"))
+        pixels = decode_jpeg(f"{where}.jpg", reader.read(i, "jpg"))
         text, n_classes = reader.read(i, "cls").strip(), len(self.label_names)
         if not text.isdigit() or len(text) > 9 or int(text) >= n_classes:
             raise ValueError(f"{where}.cls holds {text[:20]!r}, expected the number of a class, 0 to {n_classes - 1}")
@@ -202,7 +202,7 @@ class _GeoTiffs:
         return os.fsencode(f"{self._names[row]} {self._rasters.size_bytes(self._names[row])}")
 
 
-def _decode_jpeg(where: str, data: bytes) -> NDArray[np.uint8]:
+def decode_jpeg(where: str, data: bytes) -> NDArray[np.uint8]:
     """`[C, H, W]`. Raises `ValueError` or `OSError`, with `where`, for a scene that is damaged or different."""
     from PIL import Image, UnidentifiedImageError
 

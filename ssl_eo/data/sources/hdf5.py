@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE
+from ssl_eo.components import FREE, one_line
 from ssl_eo.data.sources._hdf5_rows import HDF5Rows
 from ssl_eo.data.sources._side_files import read_statistics
 from ssl_eo.data.statistics import BandStatistics
@@ -68,8 +68,11 @@ class Source:
             self._file.open()
         except OSError as error:
             raise ValueError(f"root: {cfg.root} is not a readable HDF5 file: {error}") from None
+        sensor = load_sensor(cfg.sensor)
         try:
-            self._describe(load_sensor(cfg.sensor))
+            self._describe(sensor)
+        except (TypeError, KeyError, RuntimeError, UnicodeDecodeError, MemoryError) as error:  # of odd or damaged files
+            raise ValueError(f"root: {self._path} is damaged or has odd columns ({one_line(error)})") from None
         finally:
             self._file.close()  # workers inherit no open handle
 
@@ -91,10 +94,13 @@ class Source:
     def read(self, index: int) -> Sample:
         file, cfg, row = self._file.open(), self._cfg, int(self._rows[index])
         label = None
-        if cfg.label_dataset is not None:
-            label = file[cfg.label_dataset][row]  # [], [H, W] or [K]
-            label = int(label) if label.ndim == 0 else label
-        meta = {name: _plain(file[name][row]) for name in cfg.meta_datasets}
+        try:
+            if cfg.label_dataset is not None:
+                label = file[cfg.label_dataset][row]  # [], [H, W] or [K]
+                label = int(label) if label.ndim == 0 else label
+            meta = {name: _plain(file[name][row]) for name in cfg.meta_datasets}
+        except (KeyError, RuntimeError, UnicodeDecodeError) as error:
+            raise OSError(f"{self._path}: row {row} of a column cannot be read: {one_line(error)}") from None
         tile = Tile(self._read_row(row), self._schema.bands, self._schema.gsd_m)
         return Sample(self.locate(index)[0], {self._schema.sensor.name: tile}, meta, label)
 
@@ -199,7 +205,7 @@ class Source:
         return tuple(total.mean.tolist()), tuple(total.std.tolist())
 
     def _read_row(self, row: int) -> NDArray[Any]:
-        pixels: NDArray[Any] = self._file.open()[self._cfg.dataset][row]  # [C, H, W] of the file
+        pixels = self._file.read(self._cfg.dataset, row)  # [C, H, W] of the file
         return pixels if len(self._channels) == len(pixels) else pixels[self._channels]
 
     def _where(self, dataset: str) -> str:

@@ -129,7 +129,7 @@ class Source:
         constant = content.get("constant", {})
         if constant:
             arrays = [
-                _restored(f"{where}, {n}", a, constant[n], len(self._schema[n].bands)) if n in constant else a
+                _restored(f"{where}, {n}", a, constant[n], self._schema[n]) if n in constant else a
                 for n, a in zip(names, arrays, strict=True)
             ]
         tiles = {
@@ -204,8 +204,8 @@ def _decoded(where: str, data: bytes) -> dict[str, Any]:
         raise ValueError(f"{where}: {one_line(error)}") from None
 
 
-def _restored(where: str, pixels: NDArray[Any], constants: Constants, n_bands: int) -> NDArray[Any]:
+def _restored(where: str, pixels: NDArray[Any], constants: Constants, schema: TileSchema) -> NDArray[Any]:
     try:
-        return restore_constant_bands(pixels, constants, n_bands)
+        return restore_constant_bands(pixels, constants, len(schema.bands), schema.shape)
     except ValueError as error:
         raise ValueError(f"{where}: {one_line(error)}") from None

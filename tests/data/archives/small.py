@@ -187,7 +187,7 @@ def jpeg(seed: int, size: tuple[int, int] = (64, 64), mode: str = "RGB") -> byte
 
 def write_tar(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> None:
     """A tar of members `<key>.<suffix>`, without an index beside it."""
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in ((f"{k}.{suffix}", c) for k, members in samples.items() for suffix, c in members.items()):
             member = tarfile.TarInfo(name)
             member.size = len(content)

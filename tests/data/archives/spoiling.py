@@ -44,6 +44,16 @@ def emptied(root: Path, key: str) -> None:
     root.mkdir()
 
 
+def in_empty_folder(root: Path, key: str) -> Path:
+    (root.parent / "empty").mkdir()
+    return root.parent / "empty"
+
+
+def in_folder_of(spoil: Spoil) -> Spoil:
+    """`spoil` of the folder of an archive that is a file."""
+    return lambda root, key: spoil(root.parent, key)
+
+
 def not_utf8(root: Path, key: str) -> Path:
     return root.rename(root.with_name(os.fsdecode(b"\xff" + root.name.encode())))
 
