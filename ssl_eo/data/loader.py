@@ -148,7 +148,7 @@ class StepDataset(Dataset[Outcome]):
         for ahead in range(max(step, self._announced), stop):
             source = self.mixture.source(ahead)
             reader = self.sources[source]
-            if isinstance(reader, Prefetches):
+            if isinstance(reader, Prefetches) and reader.is_remote:
                 ids = self.orders[source].batch(self.mixture.source_step(ahead), self.rank, self.world_size)
                 reader.prefetch(ids.tolist())
         self._announced = max(self._announced, stop)

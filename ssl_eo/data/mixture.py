@@ -68,6 +68,10 @@ class MixedSource:
         names = self._names[part]
         return replace(sample, tiles={names[name]: tile for name, tile in sample.tiles.items()})
 
+    @property
+    def is_remote(self) -> bool:
+        return any(isinstance(part, Prefetches) and part.is_remote for part in self.parts)
+
     def prefetch(self, indices: Sequence[int]) -> None:
         """Hand each part what is its own, if it fetches."""
         own: dict[int, list[int]] = {}

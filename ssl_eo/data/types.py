@@ -186,7 +186,13 @@ class Locates(Protocol):
 
 @runtime_checkable
 class Prefetches(Protocol):
-    """A source that can start to fetch samples in the background. Optional; it is told what is needed ahead of time."""
+    """A source that can start to fetch samples in the background. Optional; it is told what is needed ahead of time.
+
+    `is_remote` says whether there is anything to fetch: else the loader spares itself the telling.
+    """
+
+    @property
+    def is_remote(self) -> bool: ...
 
     def prefetch(self, indices: Sequence[int]) -> None: ...
 

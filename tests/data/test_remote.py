@@ -19,7 +19,8 @@ from range_server import RangeServer
 
 from ssl_eo.data import remote, remote_shards
 from ssl_eo.data.block_cache import BlockCache, CacheError
-from ssl_eo.data.loader import Loader
+from ssl_eo.data.loader import Loader, StepDataset
+from ssl_eo.data.mixture import MixedSource
 from ssl_eo.data.opening import DataConfig, WeightedSourceConfig, open_sources
 from ssl_eo.data.pack import pack
 from ssl_eo.data.plans import CropConfig
@@ -381,6 +382,22 @@ def _batches(root: str, cache: Path, n_workers: int, start_step: int = 0) -> lis
             (b.keys, b.tiles["sentinel2_l2a"].pixels.numpy().tobytes(), b.views["image"][0].box.tolist())
             for b in loader
         ]
+
+
+def test_the_loader_tells_what_it_will_need_only_where_there_is_something_to_fetch(packed, tmp_path):
+    with RangeServer(packed) as server:
+        there, here = far(server, tmp_path), near(packed)
+        told: list[tuple[bool, list[int]]] = []
+        for source in (there, here, MixedSource([there]), MixedSource([here])):
+            source.prefetch = lambda ids, source=source: told.append((source.is_remote, ids))
+            mixing = "sample" if isinstance(source, MixedSource) else "step"
+            cfg = DataConfig([WeightedSourceConfig("shards", None)], mixing=mixing, n_lanes=2, read_ahead_steps=3)
+            dataset = StepDataset(cfg, [source], None, seed=1, global_batch_size=4)
+            for step in (5, 6):
+                dataset._announce(step)
+            if source.is_remote:
+                assert [ids for _, ids in told[-5:]] == [dataset.orders[0].batch(s).tolist() for s in range(5, 10)]
+    assert [is_remote for is_remote, _ in told] == [True] * 10
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])

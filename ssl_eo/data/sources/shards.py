@@ -139,6 +139,11 @@ class Source:
         label = reader.array(row, LABEL_MEMBER) if reader.has(row, LABEL_MEMBER) else content["label"]
         return Sample(unescape_key(reader.key(row)), tiles, content["meta"], label)
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards lie behind an address."""
+        return self._remote is not None
+
     def prefetch(self, indices: Sequence[int]) -> None:
         """Start to fetch what these samples need, in the background. Nothing to do for files on disk."""
         if self._remote is not None:
