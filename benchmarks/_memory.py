@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from _table import Row
 
-__all__ = ["measure_memory"]
+__all__ = ["in_fresh_process", "measure_memory"]
 
 N_WORKERS = (1, 8)
 BATCH = 64
@@ -44,9 +44,9 @@ def measure_memory(folder: Path, quick: bool) -> list[Row]:
     root = folder / "mmearth"
     write_archive(root, n)
     start = time.perf_counter()
-    _in_fresh_process(open_archive, root)
+    in_fresh_process(open_archive, root)
     rows = [Row("memory", f"opening for the first time, {what}", time.perf_counter() - start, "s")]
-    few, many = (_in_fresh_process(loading_mb, root, n_workers, 4 if quick else 16) for n_workers in N_WORKERS)
+    few, many = (in_fresh_process(loading_mb, root, n_workers, 4 if quick else 16) for n_workers in N_WORKERS)
     return [
         *rows,
         Row("memory", f"loader, {N_WORKERS[0]} worker, {what}", few, "MB", 1.0),
@@ -55,7 +55,8 @@ def measure_memory(folder: Path, quick: bool) -> list[Row]:
     ]
 
 
-def _in_fresh_process(call: Any, *arguments: Any) -> Any:
+def in_fresh_process(call: Any, *arguments: Any) -> Any:
+    """What `call`, a function of a module, returns in a Python process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
         return executor.submit(call, *arguments).result()
 

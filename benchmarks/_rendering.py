@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _table import Row
+from _timing import best_processor_seconds
 from torch import Tensor
 
 from ssl_eo.data.plans import CropConfig, resized_crop
@@ -31,19 +32,13 @@ SECTION = "rendering"
 
 def measure_rendering(folder: Path, quick: bool) -> list[Row]:
     """On one thread of the CPU, and beside a training step where there is a GPU. Writes nothing into `folder`."""
-    n_turns = 8 if quick else 40
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        scene = Scene(tile_px=128, view_px=112)
-        calls = {
-            "crop, F.interpolate, flip, turn, normalise each sample": scene.one_by_one,
-            "plan, stack and render the batch": lambda: scene.renderer.render(scene.plan_and_stack()),
-            "  of which plan and stack": scene.plan_and_stack,
-        }
-        seconds = _best_seconds(calls, n_turns)
-    finally:
-        torch.set_num_threads(n_threads)
+    scene = Scene(tile_px=128, view_px=112)
+    calls = {
+        "crop, F.interpolate, flip, turn, normalise each sample": scene.one_by_one,
+        "plan, stack and render the batch": lambda: scene.renderer.render(scene.plan_and_stack()),
+        "  of which plan and stack": scene.plan_and_stack,
+    }
+    seconds = best_processor_seconds(calls, 8 if quick else 40)
     yardstick = next(iter(seconds.values()))
     least = {"plan, stack and render the batch": 1.0}
     rows = [
@@ -86,17 +81,6 @@ class Scene:
             x = torch.rot90(x.flip(2) if plan.flip else x, plan.rot90, (1, 2))
             views.append(x.sub_(self.mean).div_(self.std))
         return torch.stack(views)
-
-
-def _best_seconds(calls: dict[str, Callable[[], object]], n_turns: int) -> dict[str, float]:
-    """Processor time of each call, in turns of which the best counts."""
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(n_turns):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
 
 
 # --- beside a training step ------------------------------------------------------------------------------------------

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -54,15 +52,13 @@ def main() -> None:
 
 def _machine() -> str:
     import h5py
-    import torch
 
     try:
         importlib.import_module("isal")
         inflate = "isal"
     except ImportError:
         inflate = "zlib"
-    system = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}"
-    return f"{system}, torch {torch.__version__}, HDF5 {h5py.version.hdf5_version}, inflate by {inflate}"
+    return f"{_table.machine()}, HDF5 {h5py.version.hdf5_version}, inflate by {inflate}"
 
 
 if __name__ == "__main__":

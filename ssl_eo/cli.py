@@ -1,4 +1,4 @@
-"""The command line: `ssl-eo train | eval | export | data | report | config`.
+"""The command line: `ssl-eo train | eval | export | import | data | report | config`.
 
 Exit status: 0 done, 2 wrong usage or config, 1 failure, 75 stopped on request and resumable. Everything heavy is
 imported inside its command.
@@ -82,10 +82,21 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     export = commands.add_parser("export", help="write the encoder of a checkpoint as a bundle")
-    export.add_argument("--checkpoint", required=True, help="a run directory, or one step_ directory of it")
-    export.add_argument("--out", required=True, help="the bundle folder to write")
-    export.add_argument("--overwrite", action="store_true", help="replace the bundle that is there")
+    export.add_argument(
+        "--checkpoint", required=True, help="a run directory, or one step_ directory of it; with --as a bundle too"
+    )
+    _add_released(export, "write a .pth or .safetensors file that the published code of this encoder loads", False)
+    export.add_argument("--out", required=True, help="the bundle folder to write; with --as the file")
+    export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.set_defaults(run=_export)
+
+    imported = commands.add_parser("import", help="write a bundle from a file of published weights")
+    imported.add_argument("file", metavar="FILE", help="weights in the layout of Panopticon or DINOv2")
+    _add_released(imported, "which encoder it is", True)
+    imported.add_argument("--prefix", default=None, help="which encoder of a file with several: student.backbone")
+    imported.add_argument("--out", required=True, help="the bundle folder to write")
+    imported.add_argument("--overwrite", action="store_true", help="replace the bundle that is there")
+    imported.set_defaults(run=_import)
 
     evaluate = commands.add_parser("eval", help="probe a frozen encoder")
     evaluate.add_argument("--model", required=True, help="a run directory or a bundle folder")
@@ -107,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, help="a YAML file, or a name below configs/ such as 'demo'")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optim.lr=0.001")
+
+
+def _add_released(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
+    names = "panopticon_vitb14, dinov2_vits14, dinov2_vitb14_reg, ..."
+    parser.add_argument("--as", dest="released", metavar="NAME", required=required, help=f"{what}: {names}")
 
 
 def _add_data_commands(parser: argparse.ArgumentParser) -> None:
@@ -167,10 +183,27 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ssl_eo.train.export import export_encoder
+    from ssl_eo.train.export import export_encoder, open_encoder
 
-    step = export_encoder(Path(arguments.checkpoint), Path(arguments.out), arguments.overwrite)
-    print(f"wrote {arguments.out} (encoder after step {step})")
+    checkpoint, out = Path(arguments.checkpoint), Path(arguments.out)
+    if arguments.released is None:
+        step = export_encoder(checkpoint, out, arguments.overwrite)
+    else:
+        from ssl_eo.weights.base import export_released
+
+        encoder, step, _ = open_encoder(checkpoint)
+        export_released(encoder, arguments.released, out, arguments.overwrite)
+    print(f"wrote {out} (encoder after step {step})")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from ssl_eo.weights.base import import_released
+
+    released = import_released(
+        Path(arguments.file), arguments.released, Path(arguments.out), arguments.prefix, arguments.overwrite
+    )
+    print(f"wrote {arguments.out} ({released.name}; its weights are under {released.licence}, see {released.source})")
     return 0
 
 

@@ -9,7 +9,8 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ __all__ = [
     "MissingExtraError",
     "available",
     "check_names",
+    "check_patterns",
     "free",
     "import_extra",
     "one_line",
@@ -50,6 +52,15 @@ def check_names(key: str, names: Sequence[str]) -> None:
     """Raise `ValueError` unless `names`, the value of `key` in a config, are one at least and none comes twice."""
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{key} must name at least one, and each once, got {list(names)}")
+
+
+def check_patterns(key: str, patterns: Iterable[str]) -> None:
+    """Raise `ValueError` unless all `patterns`, of the value of `key` in a config, are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def suggest(word: str, allowed: list[str]) -> str:

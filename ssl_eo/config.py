@@ -22,6 +22,7 @@ from ssl_eo.models.vit import EncoderConfig
 from ssl_eo.objectives.base import ObjectiveConfig
 from ssl_eo.resources import find_resource, resource_dir
 from ssl_eo.train.checkpoint import CheckpointConfig
+from ssl_eo.train.initial import InitialWeights
 from ssl_eo.train.metrics import LogConfig
 from ssl_eo.train.optim import OptimConfig
 from ssl_eo.train.parallel import ParallelConfig
@@ -89,6 +90,7 @@ class Config:
     data: DataConfig
     run: RunConfig = field(default_factory=RunConfig)
     model: EncoderConfig = field(default_factory=EncoderConfig)
+    init: list[InitialWeights] = field(default_factory=list)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=FREE)

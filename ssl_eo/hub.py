@@ -136,6 +136,8 @@ class BundleEncoder(nn.Module):
     def _input(self, sensor: str | None) -> SensorInput:
         if sensor is None and len(self.inputs) == 1:
             return next(iter(self.inputs.values()))
+        if not self.inputs:
+            raise ValueError("this encoder has statistics for no sensor: give normalised images with channels=")
         if sensor not in self.inputs:
             raise ValueError(
                 f"sensor {sensor!r}: this encoder has statistics for {', '.join(self.inputs)}; name one of them, or"

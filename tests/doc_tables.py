@@ -88,6 +88,8 @@ def _config_of(section: str) -> tuple[type, str]:
         cls = resolve(package, name).Config
     else:
         cls, prefix = typing.get_type_hints(Config)[name], name
+        if (entry := _entry(cls)) is not None:
+            cls, prefix = entry, f"{name}[]"
     for field in inner:
         cls, prefix = _entry(typing.get_type_hints(cls)[field]), f"{prefix}.{field}[]"
     return cls, prefix
@@ -152,6 +154,8 @@ def _values(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else _values(a) for a in arguments)
     if origin is list:
         return f"list of {_values(arguments[0])}"
+    if origin is dict:
+        return f"dict of {_values(arguments[1])}"
     if origin is tuple:
         return f"{len(arguments)} x {_values(arguments[0])}"
     return str(hint.__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import tempfile
 from pathlib import Path
 
@@ -25,7 +26,8 @@ MINIMAL = {"objective": {"name": "mae"}, "data": {"sources": [{"name": "syntheti
 
 @pytest.fixture(autouse=True)
 def _samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SSL_EO_SAMPLES", "samples")
+    for name in ("SSL_EO_SAMPLES", "SSL_EO_DATA", "SSL_EO_WEIGHTS"):
+        monkeypatch.setenv(name, name.lower())
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -58,6 +60,16 @@ def test_every_shipped_config_loads_and_round_trips(path: Path) -> None:
         ("modle.size=tiny", r"modle: unknown key; did you mean 'model'\?"),
         ("eval.tasks=[eurosat_gep]", r"eval\.tasks\[0\]: datasets_meta/benchmarks has no 'eurosat_gep'"),
         ("run.name=a/b", r"run: name must be one folder name"),
+        (
+            "optim.lr_multipliers={'^encoder\\.': fast}",
+            r"optim\.lr_multipliers\.\^encoder\\\.: expected float, got 'fast'",
+        ),
+        ("optim.lr_multipliers=0.2", r"optim\.lr_multipliers: expected a mapping, got 0\.2"),
+        ("optim.freeze_steps.last_layer=1.5", r"optim\.freeze_steps\.last_layer: expected int, got 1\.5"),
+        ("optim.lr_multipliers={'a[': 1}", r"optim: lr_multipliers: 'a\[' is not a regular expression"),
+        ("init=[{path: w, renam: {a: b}}]", r"init\[0\]\.renam: unknown key; did you mean 'rename'\?"),
+        ("init=[{path: w, rename: {a: 1}}]", r"init\[0\]\.rename\.a: expected str, got 1"),
+        ("init=[{include: [a]}]", r"init\[0\]\.path: missing"),
     ],
 )
 def test_a_wrong_key_is_one_clear_line(tmp_path: Path, override: str, message: str) -> None:
@@ -75,6 +87,24 @@ def test_includes_come_first_and_lists_are_replaced(tmp_path: Path) -> None:
     assert (config.model.size, config.model.patch_size) == ("tiny", 4)
     assert config.optim.betas == (0.3, 0.4)
     assert config.train.total_steps == 7
+
+
+REGEXES = [r"^encoder\.blocks\.\d+", r"(?<=a)b=[^.]*$", "1e5", "on", "a: b", "'", "a{2}"]
+
+
+def test_regexes_as_keys_come_through_files_and_the_command_line(tmp_path: Path) -> None:
+    """Mappings are merged, the included file first; a key whose dots are its own is written inside braces."""
+    (tmp_path / "base.yaml").write_text("optim: {lr_multipliers: {'^encoder\\.norm': 0.5, bias: 2}}\n")
+    given = {**MINIMAL, "include": "base.yaml", "optim": {"lr_multipliers": dict.fromkeys(REGEXES, 0.25)}}
+    (tmp_path / "run.yaml").write_text(json.dumps(given))
+    overrides = [r"optim.lr_multipliers={'blocks\.3$':0.1}", "optim.lr_multipliers.bias=1"]
+    config = load(tmp_path / "run.yaml", overrides)
+    expected = {r"^encoder\.norm": 0.5, "bias": 1.0, **dict.fromkeys(REGEXES, 0.25), r"blocks\.3$": 0.1}
+    assert list(config.optim.lr_multipliers.items()) == list(expected.items())
+    (tmp_path / "saved.yaml").write_text(to_yaml(config))
+    again = load(tmp_path / "saved.yaml")
+    assert again == config
+    assert list(again.optim.lr_multipliers) == list(expected)
 
 
 def test_include_circle_missing_file_and_broken_yaml(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_keys_exist(page: Path) -> None:
         key = re.sub(r"\[\d*\]", "", name).removesuffix(".")  # all keys of a section end in `.*`
         module = ROOT / "ssl_eo" / key.replace(".", "/")
         is_module = module.is_dir() or module.with_suffix(".py").is_file()
-        assert key in KNOWN_KEYS or is_module or key.endswith((".jsonl", ".yaml")), f"{page.name} names {name}"
+        assert key in KNOWN_KEYS or is_module or key.endswith((".json", ".jsonl", ".yaml")), f"{page.name} names {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

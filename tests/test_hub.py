@@ -121,6 +121,21 @@ def test_intermediate_layers(bundle: Path) -> None:
     assert torch.equal(model.encoder.norm(raw.x), final)
 
 
+def test_intermediate_layers_become_maps(bundle: Path) -> None:
+    """Rows stay rows: moving what is seen in one row of patches moves the map there most."""
+    model = load_bundle(bundle)
+    images = _images()
+    changed = images.clone()
+    changed[:, :, 4:8, 8:12] += 1000  # the last patch of the second row
+    maps = [
+        torch.stack([t.patches.unflatten(1, t.grid).permute(0, 3, 1, 2) for t in model.get_intermediate_layers(x, n=2)])
+        for x in (images, changed)
+    ]
+    assert maps[0].shape == (2, 2, 16, 2, 3)  # layers, samples, channels, height, width
+    moved = (maps[1] - maps[0]).norm(dim=2)  # [2, 2, 2, 3]
+    assert (moved.flatten(2).argmax(2) == 5).all()
+
+
 @pytest.mark.parametrize(
     ("n_bands", "sensor", "message"),
     [

@@ -27,14 +27,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "losses",
         "data.types",
         "data.plans",
+        "data.multicrop",
+        "data.spread_masking",
         "data.masking",
         "data.stacking",
         *LAYER_0,
     ),
     "hub": ("hub", "models", "sensors", "components", "files"),
+    "weights": ("weights", "hub", "models", "sensors", "components", "files"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim", "parallel")},
+    "train.initial": ("hub", "objectives.base", "train.checkpoint", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
 ANYTHING = ("cli", "__main__")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ssl_eo.schedules import Constant, Linear, Trapezoid, WarmupCosine
-from ssl_eo.seeding import derive_seed, numpy_generator, torch_generator
+from ssl_eo.seeding import derive_seed, numpy_generator, torch_generator, uniforms
 
 
 def test_seed_depends_on_every_part_its_type_and_its_place() -> None:
@@ -32,6 +32,20 @@ def test_same_address_same_stream() -> None:
     assert np.array_equal(a, b)
     x, y = (torch.rand(5, generator=torch_generator(0, "mask", 7)) for _ in range(2))
     assert torch.equal(x, y)
+
+
+def test_uniforms_depend_on_seed_and_key_alone() -> None:
+    keys = np.arange(-3, 2000)
+    drawn = uniforms(7, keys, 5)
+    assert drawn.shape == (2003, 5)
+    assert drawn.dtype == np.float32
+    assert np.array_equal(uniforms(7, keys[::-1], 5), drawn[::-1])
+    assert not np.isin(uniforms(8, keys, 5), drawn).mean() > 0.01
+    assert 0 <= drawn.min() < 0.001 < 0.999 < drawn.max() < 1
+    shares, _ = np.histogram(drawn, bins=20, range=(0, 1))
+    assert np.abs(shares / drawn.size - 0.05).max() < 0.01
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(5)).max() < 0.1  # columns do not follow one another
+    assert abs(np.corrcoef(drawn[1:, 0], drawn[:-1, 0])[0, 1]) < 0.1  # nor keys
 
 
 def test_warmup_cosine() -> None:

@@ -100,6 +100,32 @@ def test_bands_of_spectrometers_are_in_order_of_wavelength(name):
     assert (load_sensor(name).channel_meta().wavelength_um.diff() > 0).all()
 
 
+@pytest.mark.parametrize("name", [n for n in SENSOR_NAMES if {"B08", "B8A"} <= set(load_sensor(n).band_names)])
+def test_the_near_infrared_bands_of_sentinel_2_are_not_swapped(name):
+    """B08 is the wide one. A file may hold them in either order: what counts is which name has which wavelength."""
+    sensor = load_sensor(name)
+    wide, narrow = (sensor.bands[i] for i in sensor.index(["B08", "B8A"]))
+    assert wide.wavelength_um == pytest.approx(0.83, abs=0.01)
+    assert narrow.wavelength_um == pytest.approx(0.865, abs=0.002)
+    assert wide.fwhm_um > 3 * narrow.fwhm_um
+    assert (wide.gsd_m, narrow.gsd_m) == (10.0, 20.0)
+
+
+def test_bands_of_one_name_are_the_same_in_every_product_of_sentinel_2():
+    products = [load_sensor(n) for n in SENSOR_NAMES if n.startswith(("sentinel2_l", "satlas_sentinel2"))]
+    assert len(products) == 3
+    reference = {band.name: band for band in load_sensor("sentinel2_l1c").bands}
+    for band in (band for product in products for band in product.bands if band.name in reference):
+        assert band.wavelength_um == pytest.approx(reference[band.name].wavelength_um, rel=1e-4), band.name
+
+
+@pytest.mark.parametrize("name", [n for n in SENSOR_NAMES if load_sensor(n).bands[0].kind == "sar"])
+def test_radar_bands_are_named_by_their_polarisation(name):
+    bands = load_sensor(name).bands
+    assert all(band.polarization == band.name[:2].upper() for band in bands)
+    assert len({(band.polarization, band.orbit) for band in bands}) == len(bands)
+
+
 def test_channel_meta_says_what_each_channel_is():
     radar = load_sensor("sentinel1_grd_descending").channel_meta(["VH"])
     assert KINDS[radar.kind] == "sar"

@@ -177,9 +177,10 @@ class StepDataset(Dataset[Outcome]):
         try:
             sample = reader.read(index)
             check_sample(sample, reader.schema)
+            limits = sample.limits
             if (crop := self._crop(source, index)) is not None:
                 limits = crop.draw(sample, numpy_generator(self.seed, "crop", step, slot))
-                sample = replace(sample, limits=limits)
+            sample = replace(sample, limits=limits, slot=slot)
             planned = self.views.plan(sample, numpy_generator(self.seed, "view", step, slot))
             return cut_to_views(sample, shown_plans(planned), reader.schema), planned
         except (ValueError, OSError, EOFError) as error:

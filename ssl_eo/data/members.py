@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import import_extra, suggest
-from ssl_eo.data.types import is_gsd_m
+from ssl_eo.data.schema import is_gsd_m
 
 __all__ = [
     "CODECS",

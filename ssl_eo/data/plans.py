@@ -13,7 +13,7 @@ import numpy as np
 
 from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
 
-__all__ = ["CropConfig", "SourceCrop", "aligned", "band_subset", "multi_crop", "resized_crop", "whole"]
+__all__ = ["CropConfig", "SourceCrop", "aligned", "band_subset", "carried_box", "multi_crop", "resized_crop", "whole"]
 
 _N_TRIES = 10
 _LEAST_SIDE = 0.01  # of a box, pixels
@@ -187,17 +187,29 @@ def aligned(
         raise ValueError(
             f"tile {other!r} differs in size between samples: give its own shape with replace(schema, ...)"
         )
-    ratio = schema.gsd_m / other_schema.gsd_m
-    top, left, height, width = (ratio * edge for edge in plan.box)
-    (tile_height, tile_width), slack = other_schema.shape, 1.0 + 1e-6
-    if top + height > tile_height + slack or left + width > tile_width + slack:
+    box = carried_box(plan.box, schema.gsd_m, other_schema.gsd_m, other_schema.shape)
+    if box is None:
         raise ValueError(
-            f"tile {other!r} of {tile_height} x {tile_width} pixels of {other_schema.gsd_m:g} m does not cover the box"
-            f" {plan.box} of tile {plan.tile!r} ({schema.gsd_m:g} m a pixel); draw the plan on the smaller footprint"
+            f"tile {other!r} of {other_schema.shape[0]} x {other_schema.shape[1]} pixels of {other_schema.gsd_m:g} m"
+            f" does not cover the box {plan.box} of tile {plan.tile!r} ({schema.gsd_m:g} m a pixel); draw the plan on"
+            " the smaller footprint"
         )
-    box = (top, left, min(height, tile_height - top), min(width, tile_width - left))
     h, w = size or (round(plan.size[0] * size_ratio), round(plan.size[1] * size_ratio))
     return ViewPlan(other, box, (h, w), plan.flip, plan.rot90)
+
+
+def carried_box(
+    box: tuple[float, float, float, float], gsd_m: float, other_gsd_m: float, other_shape: tuple[int, ...]
+) -> tuple[float, float, float, float] | None:
+    """The box of a tile with pixels of `gsd_m` in pixels of another tile of (H, W), which shares its top left corner.
+
+    Up to one pixel of overhang is cut off; None where the other tile does not cover the box.
+    """
+    top, left, height, width = (gsd_m / other_gsd_m * edge for edge in box)
+    (tile_height, tile_width), slack = other_shape, 1.0 + 1e-6
+    if top + height > tile_height + slack or left + width > tile_width + slack:
+        return None
+    return top, left, min(height, tile_height - top), min(width, tile_width - left)
 
 
 def band_subset(rng: np.random.Generator, n_bands: int, low: int, high: int) -> tuple[int, ...]:

@@ -15,13 +15,17 @@ magnitude `|Ky| x |Kx|` (not its signed weights: with the negative lobes of bicu
 extrapolated to anything), and the output counts as valid when these hold at least half of the total weight. The rule
 looks at one row at a time, so how a view looks does not depend on what else is in the batch.
 
+A virtual band is a weighted mean of standardised bands. That is linear in the stored values, so bands are mixed before
+they are resized, each weight divided by the band's standard deviation, and the mean is taken off with the affine. A
+pixel of it is valid where those of all bands that take part are.
+
 B samples, R rows (views x samples) of a role, r of them show one tile, C bands of a tile, c bands of a view, H W tile
 pixels, h w view pixels, m = max(h, w). What is said of R holds for any part r of the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -31,11 +35,12 @@ from torch import Tensor, nn
 
 from ssl_eo.data._resampling import KERNELS, Axis, Kernel, is_row_by_row, resample
 from ssl_eo.data.types import Batch, PixelBatch, TileBatch, TileSchema, ViewBatch
-from ssl_eo.sensors import ChannelMeta, Sensor
+from ssl_eo.sensors import KINDS, ChannelMeta
 
 __all__ = ["Interpolation", "Renderer"]
 
 Interpolation = Literal["bilinear", "bicubic"]
+IsMeasured = Callable[[Tensor], Tensor]  # values of any shape -> True where they are no no-data
 
 # Rows are rendered in groups of about this many tile values: on the CPU a group stays in cache, on a device the
 # float32 copy of a group stays below a gigabyte.
@@ -68,7 +73,7 @@ class Renderer(nn.Module):
         for role, views in batch.views.items():
             with _full_precision(views[0].box.device):
                 parts = [self._render_view(self._of(batch.source, v.tile), batch.tiles[v.tile], v) for v in views]
-                rendered[role] = parts[0] if len(parts) == 1 else _merged(views, parts)
+                rendered[role] = parts[0] if views[0].place is None else _merged(views, parts)
         return rendered
 
     def _of(self, source: int, tile: str) -> _TileConstants:
@@ -78,7 +83,8 @@ class Renderer(nn.Module):
 
     def _render_view(self, constants: _TileConstants, tiles: TileBatch, view: ViewBatch) -> PixelBatch:
         (h, w), device = view.size, view.box.device
-        n_rows, n_bands = view.row.shape[0], tiles.pixels.shape[1] if view.bands is None else view.bands.shape[1]
+        n_rows, n_read = view.row.shape[0], tiles.pixels.shape[1] if view.bands is None else view.bands.shape[1]
+        n_bands = n_read if view.weights is None else view.weights.shape[1]
         real, view = _real_bands(tiles, view)  # [r, c] or None
         pixels = torch.empty(n_rows, n_bands, h, w, device=device)  # [r, c, h, w]
         valid = torch.empty_like(pixels, dtype=torch.bool) if tiles.has_no_data else None
@@ -86,13 +92,14 @@ class Renderer(nn.Module):
         height, width = tiles.pixels.shape[2:]
         is_resampled = view.resample and not constants.sensor.is_categorical
         matrices = _Geometry.of(view).matrices(KERNELS[self.interpolation], height, width) if is_resampled else ()
-        step = 1 if is_row_by_row(device, max(h, w)) else max(1, budget // (n_bands * height * width))
+        step = 1 if is_row_by_row(device, max(h, w)) else max(1, budget // (n_read * height * width))
         for rows in (slice(start, start + step) for start in range(0, n_rows, step)):
             valid_rows = None if valid is None else valid[rows]
             matrices_rows = [matrix[rows] for matrix in matrices]
             _render_rows(constants, tiles, _rows_of(view, rows), matrices_rows, pixels[rows], valid_rows)
         area = view.box[:, 2] * view.box[:, 3]  # [r] in tile pixels
-        channels = constants.channels if view.bands is None else constants.channels.select(view.bands)
+        gsd_m = tiles.gsd_m[view.row]  # [r]
+        channels = constants.channels_of(view, gsd_m)
         if real is not None:
             channels = replace(channels.expand(n_rows), valid=real)
             valid = real[:, :, None, None] if valid is None else valid & real[:, :, None, None]
@@ -101,7 +108,7 @@ class Renderer(nn.Module):
         return PixelBatch(
             pixels=pixels,
             channels=channels,
-            gsd_m=tiles.gsd_m[view.row] * (area / (h * w)).sqrt(),  # [R] geometric mean of the two axes
+            gsd_m=gsd_m * (area / (h * w)).sqrt(),  # [r] geometric mean of the two axes
             valid=valid,
         )
 
@@ -124,12 +131,38 @@ class _TileConstants(nn.Module):
     def _buffer(self, name: str, value: Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)
 
-    @property
-    def channels(self) -> ChannelMeta:
-        return ChannelMeta(**{f.name: getattr(self, f"channel_{f.name}") for f in fields(ChannelMeta)})
+    def channels_of(self, view: ViewBatch, gsd_m: Tensor) -> ChannelMeta:
+        """What the channels of the view measure; virtual ones at the ground sampling `gsd_m [R]` of their tiles."""
+        if view.weights is None:
+            every = ChannelMeta(**{f.name: getattr(self, f"channel_{f.name}") for f in fields(ChannelMeta)})
+            return every if view.bands is None else every.select(view.bands)
+        assert view.wavelength_um is not None
+        assert view.fwhm_um is not None
+        optical = torch.full_like(view.wavelength_um, KINDS.index("optical"), dtype=torch.int64)  # [R, c]
+        none = torch.full_like(optical, -1)
+        gsd_m = gsd_m[:, None].expand_as(optical)
+        return ChannelMeta(view.wavelength_um, view.fwhm_um, optical, none, none, gsd_m)
+
+    def mixed(self, raw: Tensor, weights: Tensor, is_measured: IsMeasured | None) -> Tensor:
+        """Virtual bands `[R, c, H, W]`, whose mean is yet to be taken off, of stored values `raw [R, C, H, W]`.
+
+        `weights` are `[R, c, C]`. NaN where a band that takes part holds no data.
+        """
+        values, scaled = raw.float().flatten(2), weights / self.std  # [R, C, H*W] [R, c, C]
+        if is_measured is None:
+            mixed = torch.bmm(scaled, values)  # [R, c, H*W]
+        else:
+            ok = is_measured(values)
+            n_missing = torch.bmm((weights != 0).float(), (~ok).float())  # [R, c, H*W]
+            mixed = torch.bmm(scaled, torch.where(ok, values, 0.0)).masked_fill_(n_missing > 0, torch.nan)
+        return mixed.view(*weights.shape[:2], *raw.shape[2:])  # [R, c, H, W]
 
     def affine(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
-        """`(scale, shift)`, each `[R, c, 1, 1]`: stored value -> standardised -> jittered."""
+        """`(scale, shift)`, each `[R, c, 1, 1]`: stored or mixed value -> standardised -> jittered."""
+        if view.weights is not None:
+            mean = view.weights @ (self.mean / self.std)  # [R, c]
+            scale = view.gain[:, None].expand_as(mean)
+            return scale[:, :, None, None], (view.bias[:, None] - mean * scale)[:, :, None, None]
         mean, std = self.mean[None], self.std[None]  # [1, C]
         if view.bands is not None:
             mean, std = self.mean[view.bands], self.std[view.bands]  # [R, c]
@@ -190,12 +223,15 @@ def _render_rows(
 ) -> None:
     """Fills `pixels [R, c, h, w]` and `valid [R, c, h, w]` of a group of rows; `matrices` are (Ky, Kx) if resized."""
     raw = _gather(tiles.pixels, view)  # [R, c, H, W]
-    sensor = None if valid is None else constants.sensor
+    is_measured: IsMeasured | None = None if valid is None else constants.sensor.is_measured
+    if view.weights is not None:
+        raw = constants.mixed(raw, view.weights, is_measured)  # [R, c, H, W]
+        is_measured = None if valid is None else torch.isfinite
     if constants.sensor.is_categorical:
-        values, ok = _nearest(raw, view, sensor)
+        values, ok = _nearest(raw, view, is_measured)
         pixels.copy_(values)
     else:
-        values, ok = _resample(raw, view, matrices, sensor) if matrices else _cut(raw, view, sensor)
+        values, ok = _resample(raw, view, matrices, is_measured) if matrices else _cut(raw, view, is_measured)
         scale, shift = constants.affine(view)  # [R, c, 1, 1]
         torch.mul(values, scale, out=pixels).add_(shift)  # twice as fast on the CPU as addcmul, which is not vectorised
     if valid is not None and ok is not None:
@@ -204,7 +240,7 @@ def _render_rows(
 
 
 def _resample(
-    raw: Tensor, view: ViewBatch, matrices: Sequence[Tensor], sensor: Sensor | None
+    raw: Tensor, view: ViewBatch, matrices: Sequence[Tensor], is_measured: IsMeasured | None
 ) -> tuple[Tensor, Tensor | None]:
     """Values `[R, c, h, w]` by `Ky [R, m, H]` and `Kx [R, m, W]`, and their validity."""
     ky, kx = matrices
@@ -213,9 +249,9 @@ def _resample(
     # Rows before channels, so that the product over y and the one over x are one bmm each; the conversion to
     # float32 writes in this order and the last pointwise operation reads in it, so neither costs a copy.
     x = raw.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # [R, H, c, W]
-    if sensor is None:
+    if is_measured is None:
         return _turn(resample(ky, x, kx), view), None
-    ok = sensor.is_measured(x)
+    ok = is_measured(x)
     x = torch.where(ok, x, 0.0)
     ky_abs, kx_abs = ky.abs(), kx.abs()
     weight = resample(ky_abs, ok.float(), kx_abs)  # [R, m, c, m]
@@ -235,20 +271,20 @@ def _turn(x: Tensor, view: ViewBatch) -> Tensor:
     return torch.where(is_odd[:, None, None, None], turned[..., :h, :w], upright[..., :h, :w])
 
 
-def _cut(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
+def _cut(raw: Tensor, view: ViewBatch, is_measured: IsMeasured | None) -> tuple[Tensor, Tensor | None]:
     """The top left pixels `[R, c, h, w]` as they are, float32, and their validity."""
     h, w = view.size
     values = raw[..., :h, :w].float()  # [R, c, h, w]
-    return values, None if sensor is None else sensor.is_measured(values)
+    return values, None if is_measured is None else is_measured(values)
 
 
-def _nearest(raw: Tensor, view: ViewBatch, sensor: Sensor | None) -> tuple[Tensor, Tensor | None]:
+def _nearest(raw: Tensor, view: ViewBatch, is_measured: IsMeasured | None) -> tuple[Tensor, Tensor | None]:
     """Class numbers `[R, c, h, w]` float32 and their validity: class maps are picked from, never mixed."""
     y, x = _Geometry.of(view).nearest(raw.shape[2], raw.shape[3])  # [R, h, w]
     row = torch.arange(raw.shape[0], device=raw.device)[:, None, None, None]
     band = torch.arange(raw.shape[1], device=raw.device)[:, None, None]
     values = raw.float()[row, band, y[:, None], x[:, None]]  # [R, c, h, w]
-    return values, None if sensor is None else sensor.is_measured(values)
+    return values, None if is_measured is None else is_measured(values)
 
 
 def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:
@@ -264,6 +300,13 @@ def _gather(pixels: Tensor, view: ViewBatch) -> Tensor:
 def _real_bands(tiles: TileBatch, view: ViewBatch) -> tuple[Tensor | None, ViewBatch]:
     """Which channels `[r, c]` of each row hold data (None: all), and the view with bands that can be looked up."""
     real = None if tiles.present is None else tiles.present[view.row]  # [r, C]
+    if view.weights is not None:
+        takes_part = view.weights != 0  # [r, c, C]
+        if real is not None:
+            real = (real[:, None] | ~takes_part).all(2)  # [r, c]
+        if view.has_padding:
+            real = takes_part.any(2) if real is None else real & takes_part.any(2)
+        return real, view
     if view.bands is None:
         return real, view
     named = view.bands.clamp(min=0) if view.has_padding else view.bands  # [r, c]
@@ -276,16 +319,37 @@ def _real_bands(tiles: TileBatch, view: ViewBatch) -> tuple[Tensor | None, ViewB
 
 
 def _merged(views: Sequence[ViewBatch], parts: Sequence[PixelBatch]) -> PixelBatch:
-    """The rows of all parts in the order of the role, each with channels of its own."""
-    order = torch.cat([view.place for view in views if view.place is not None]).argsort()  # [R]
-    channels = [part.channels.expand(len(part.pixels)) for part in parts]
-    has_valid = any(part.valid is not None for part in parts)
-    valid = [torch.ones_like(p.pixels, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
+    """The role as one table: each channel of the parts at its place, and channels that are not valid elsewhere."""
+    role_shape, places = views[0].role_shape, [view.place.flatten() for view in views if view.place is not None]
+    assert role_shape is not None
+    n_places = role_shape[0] * role_shape[1]
+    is_full = sum(map(len, places)) == n_places and not any(view.has_padding for view in views)
+
+    def table(columns: Sequence[Tensor]) -> Tensor:
+        """`[r, c, ...]` of each part -> `[R, n_channels, ...]`; 0 or False where no part has a channel."""
+        out = columns[0].new_zeros(n_places + 1, *columns[0].shape[2:])  # the last takes what has no place
+        for place, column in zip(places, columns, strict=True):
+            out.index_copy_(0, place, column.flatten(0, 1))
+        return out[:-1].view(*role_shape, *out.shape[1:])
+
+    def valid_table(valid: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor | None:
+        if is_full and all(part is None for part in valid):
+            return None
+        true = torch.ones((), dtype=torch.bool, device=like[0].device)
+        return table([true.expand_as(x) if part is None else part for part, x in zip(valid, like, strict=True)])
+
+    channels = [part.channels.expand(len(part.pixels)) for part in parts]  # [r, c]
+    kinds = [part.kind for part in channels]
+    columns = {f.name: table([getattr(c, f.name) for c in channels]) for f in fields(ChannelMeta) if f.name != "valid"}
+    is_named = valid_table([None] * len(parts), kinds)  # [R, n_channels]
+    if is_named is not None:  # what only fills up is said to be like the first channel of its row
+        columns = {name: torch.where(is_named, column, column[:, :1]) for name, column in columns.items()}
+    pixels = [part.pixels for part in parts]
     return PixelBatch(
-        pixels=torch.cat([part.pixels for part in parts])[order],
-        channels=ChannelMeta.cat(channels).rows(order),
-        gsd_m=torch.cat([part.gsd_m for part in parts])[order],
-        valid=torch.cat(valid)[order] if has_valid else None,
+        pixels=table(pixels),  # [R, n_channels, h, w]
+        channels=ChannelMeta(**columns, valid=valid_table([part.valid for part in channels], kinds)),
+        gsd_m=table([p.gsd_m[:, None].expand(p.pixels.shape[:2]) for p in parts])[:, 0],  # [R] of a row's first part
+        valid=valid_table([part.valid for part in parts], pixels),
     )
 
 

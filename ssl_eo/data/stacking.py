@@ -9,15 +9,18 @@ r rows that show one tile, C bands of a tile, c bands of a view, H W tile pixels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ssl_eo.data.types import Sample, Tile, TileBatch, TileSchema, ViewBatch, ViewPlan, is_gsd_m
+from ssl_eo.data.schema import TileSchema, is_gsd_m
+from ssl_eo.data.spectral import Synthesis
+from ssl_eo.data.types import Sample, Tile, TileBatch, View, ViewBatch, ViewPlan
 from ssl_eo.sensors import Sensor
 
 __all__ = ["check_sample", "cut_to_views", "loaded", "shown_plans", "stack", "stack_tiles", "stack_views"]
@@ -80,27 +83,29 @@ def cut_to_views(sample: Sample, plans: Iterable[ViewPlan], schema: Mapping[str,
 
 
 def stack(
-    samples: Sequence[Sample], roles: Mapping[str, Sequence[Sequence[ViewPlan]]], schema: Mapping[str, TileSchema]
+    samples: Sequence[Sample], roles: Mapping[str, Sequence[Sequence[View]]], schema: Mapping[str, TileSchema]
 ) -> tuple[dict[str, TileBatch], dict[str, list[ViewBatch]]]:
     """The tiles that the plans of `roles` show, and the plans, as tensors of static shape.
 
-    A role has one row of plans for each of its views (views outermost), each with one plan a sample. Plans of one role
-    may show different tiles, also with different numbers of bands, but share a size. A tile is stacked over the samples
-    whose views show it; where tiles differ in size, the smaller ones are filled up with zeros. `samples` are those that
-    `cut_to_views` has checked.
+    A role has a row for each view of a sample (views outermost), in it the views of all samples: a plan, or several for
+    a joint view. Plans of one role may show different tiles, also with different numbers of bands, but share a size;
+    those of a joint view share flip and quarter turns, too. Raises `ValueError` where they do not. A tile is stacked
+    over the samples whose views show it; where tiles differ in size, the smaller ones are filled up with zeros.
+    `samples` are those that `cut_to_views` has checked.
     """
+    placed = {
+        role: [[_plans_of(view, sample) for view, sample in zip(row, samples, strict=True)] for row in rows]
+        for role, rows in roles.items()
+    }
     shown: dict[str, set[int]] = {}  # tile name -> the samples whose views show it
-    for sample, plan in (pair for views in roles.values() for view in views for pair in enumerate(view)):
-        shown.setdefault(plan.tile, set()).add(sample)
+    for sample, plans in (pair for rows in placed.values() for row in rows for pair in enumerate(row)):
+        for plan in plans:
+            shown.setdefault(plan.tile, set()).add(sample)
     held = {name: sorted(found) for name, found in shown.items()}
     tiles = {
         name: _stack_tile([samples[i].tiles[name] for i in found], schema[name].sensor) for name, found in held.items()
     }
-    placed = {
-        role: [[_from_origin(plan, sample) for plan, sample in zip(view, samples, strict=True)] for view in views]
-        for role, views in roles.items()
-    }
-    return tiles, {role: _stack_role(views, held, schema) for role, views in placed.items()}
+    return tiles, {role: _stack_role(rows, held, schema) for role, rows in placed.items()}
 
 
 def stack_tiles(
@@ -149,6 +154,10 @@ def _cut(tile: Tile, boxes: Sequence[tuple[float, float, float, float]]) -> Tile
     return replace(tile, pixels=pixels, origin=(tile.origin[0] + top, tile.origin[1] + left))
 
 
+def _plans_of(view: View, sample: Sample) -> tuple[ViewPlan, ...]:
+    return tuple(_from_origin(plan, sample) for plan in (view if isinstance(view, tuple) else (view,)))
+
+
 def _from_origin(plan: ViewPlan, sample: Sample) -> ViewPlan:
     """The plan with its box in pixels of what is left of the tile."""
     if plan.tile not in sample.tiles or (origin := sample.tiles[plan.tile].origin) == (0, 0):
@@ -192,50 +201,85 @@ def stack_views(plans_by_view: Sequence[Sequence[ViewPlan]]) -> list[ViewBatch]:
     Raises `ValueError` unless all plans share tile, size and number of bands, and all views have as many samples.
     """
     plans = [plan for view in plans_by_view for plan in view]
-    kinds = {(p.tile, p.size, None if p.bands is None else len(p.bands)) for p in plans}
+    kinds = {(p.tile, p.size, p.synthesis is None, _n_named(p)) for p in plans}
     if len(kinds) > 1:
         raise ValueError(
             f"plans must share tile, size and number of bands, got {sorted(kinds, key=str)}; else use stack"
         )
     every = list(range(len(plans_by_view[0])))
-    return _stack_role(plans_by_view, {plans[0].tile: every}, {})
+    return _stack_role([[(plan,) for plan in view] for view in plans_by_view], {plans[0].tile: every}, {})
+
+
+class _Part(NamedTuple):
+    """A plan, and where it belongs: the sample it is of, its row of the role, and its channels of this row."""
+
+    plan: ViewPlan
+    sample: int
+    row: int
+    first: int
+    n_channels: int
 
 
 def _stack_role(
-    plans_by_view: Sequence[Sequence[ViewPlan]], held: Mapping[str, Sequence[int]], schema: Mapping[str, TileSchema]
+    views: Sequence[Sequence[tuple[ViewPlan, ...]]], held: Mapping[str, Sequence[int]], schema: Mapping[str, TileSchema]
 ) -> list[ViewBatch]:
-    """One `ViewBatch` for each tile that the plans show; `held` says which samples are stacked for it."""
-    if len({len(view) for view in plans_by_view}) > 1:
-        raise ValueError(f"views of one role need as many plans each, got {[len(view) for view in plans_by_view]}")
-    plans = [(i, plan) for view in plans_by_view for i, plan in enumerate(view)]  # R of (sample, plan)
-    if len(sizes := {plan.size for _, plan in plans}) > 1:
+    """The `ViewBatch`es of the tiles that the plans show; `held` says which samples are stacked for a tile."""
+    if len({len(view) for view in views}) > 1:
+        raise ValueError(f"views of one role need as many plans each, got {[len(view) for view in views]}")
+    rows = [pair for view in views for pair in enumerate(view)]  # R of (sample, plans)
+    parts = [part for row, (sample, plans) in enumerate(rows) for part in _parts(plans, sample, row, schema)]
+    if len(sizes := {part.plan.size for part in parts}) > 1:
         raise ValueError(f"plans of one role must share a size, got {sorted(sizes)}")
-    counts = [len(schema[p.tile].bands if p.bands is None else p.bands) if schema or p.bands else 0 for _, p in plans]
-    n_bands = max(counts) if len(set(counts)) > 1 else None  # None: all alike, nothing to fill up
+    alike: dict[tuple[str, bool], list[_Part]] = {}  # what is rendered together
+    for part in parts:
+        alike.setdefault((part.plan.tile, part.plan.synthesis is None), []).append(part)
+    shape = (len(rows), max(part.first + part.n_channels for part in parts))
+    is_whole = len(alike) == 1 and len(parts) == len(rows)
     batches = []
-    for name in dict.fromkeys(plan.tile for _, plan in plans):
-        place = [r for r, (_, plan) in enumerate(plans) if plan.tile == name]
+    for (name, _), group in alike.items():
         position = {sample: row for row, sample in enumerate(held[name])}
-        these = [plans[r][1] for r in place]
-        batch = _view_batch(these, [position[plans[r][0]] for r in place], schema.get(name), n_bands)
-        if len(place) < len(plans):
-            batch.place = torch.tensor(place)  # [r]
+        batch = _view_batch([p.plan for p in group], [position[p.sample] for p in group], schema.get(name))
+        if not is_whole:
+            batch.place, batch.role_shape = _places(group, shape), shape
         batches.append(batch)
     return batches
 
 
-def _view_batch(
-    plans: Sequence[ViewPlan], rows: Sequence[int], schema: TileSchema | None, n_bands: int | None
-) -> ViewBatch:
-    """`plans` of one tile, which show its stacked `rows`; with `n_bands` every row names as many, -1 filled up."""
+def _parts(plans: tuple[ViewPlan, ...], sample: int, row: int, schema: Mapping[str, TileSchema]) -> Iterator[_Part]:
+    """The `plans` of one view, which is a `row` of its role, with their places in it."""
+    if len(plans) != 1 and len(kinds := {(p.size, p.flip, p.rot90 % 4) for p in plans}) != 1:
+        raise ValueError(f"plans of a joint view must share size, flip and rot90, got {sorted(kinds) or 'no plan'}")
+    first = 0
+    for plan in plans:
+        if plan.synthesis is not None and plan.bands is not None:
+            raise ValueError(f"a plan of tile {plan.tile!r} has both bands and a synthesis; bands must be None")
+        named = _n_named(plan)
+        # Without a schema there is one tile, and one plan a view, so its channels need no places.
+        n_channels = named if named is not None else len(schema[plan.tile].bands) if schema else 0
+        yield _Part(plan, sample, row, first, n_channels)
+        first += n_channels
+
+
+def _n_named(plan: ViewPlan) -> int | None:
+    """How many channels the plan asks for; None for all bands of the tile."""
+    if plan.synthesis is not None:
+        return len(plan.synthesis.weights)
+    return None if plan.bands is None else len(plan.bands)
+
+
+def _places(parts: Sequence[_Part], shape: tuple[int, int]) -> Tensor:
+    """Where each channel of the parts goes in a role of `shape` (R, channels), see `ViewBatch`: `[r, c]`."""
+    n_rows, n_channels = shape
+    row, first, count = np.array([(p.row, p.first, p.n_channels) for p in parts]).T[:, :, None]  # [r, 1] each
+    channel = np.arange(count.max())  # [c]
+    return torch.from_numpy(np.where(channel < count, row * n_channels + first + channel, n_rows * n_channels))
+
+
+def _view_batch(plans: Sequence[ViewPlan], rows: Sequence[int], schema: TileSchema | None) -> ViewBatch:
+    """`plans` of one tile, which show its stacked `rows`; rows of fewer bands than others are filled up."""
     (h, w) = size = plans[0].size
-    bands: list[tuple[int, ...]] | None = None
-    if n_bands is not None or any(p.bands is not None for p in plans):
-        every = () if schema is None else tuple(range(len(schema.bands)))
-        named = [every if p.bands is None else p.bands for p in plans]
-        bands = [b + (-1,) * ((n_bands or len(b)) - len(b)) for b in named]
     as_stored = (0.0, 0.0, float(h), float(w))
-    return ViewBatch(
+    batch = ViewBatch(
         tile=plans[0].tile,
         size=size,
         row=torch.tensor(rows),  # [r]
@@ -244,7 +288,32 @@ def _view_batch(
         rot90=torch.tensor([p.rot90 for p in plans]),
         gain=torch.tensor([p.gain for p in plans], dtype=torch.float32),
         bias=torch.tensor([p.bias for p in plans], dtype=torch.float32),
-        bands=None if bands is None else torch.tensor(bands),  # [r, c]
         resample=any(p.box != as_stored or p.flip or p.rot90 % 4 != 0 for p in plans),
-        has_padding=bands is not None and any(-1 in b for b in bands),
+    )
+    if mixes := [p.synthesis for p in plans if p.synthesis is not None]:
+        return _with_mixes(batch, mixes)
+    if all(p.bands is None for p in plans):
+        return batch
+    every = () if schema is None else tuple(range(len(schema.bands)))
+    named = [every if p.bands is None else p.bands for p in plans]
+    n_bands = max(map(len, named))
+    bands = torch.tensor([b + (-1,) * (n_bands - len(b)) for b in named])  # [r, c]
+    return replace(batch, bands=bands, has_padding=any(len(b) < n_bands for b in named))
+
+
+def _with_mixes(batch: ViewBatch, mixes: Sequence[Synthesis]) -> ViewBatch:
+    """The batch with virtual bands; where a row has fewer, others of no weight follow, said to be like its first."""
+    n_bands = max(len(mix.weights) for mix in mixes)
+    missing = [n_bands - len(mix.weights) for mix in mixes]
+
+    def filled(rows: Iterable[tuple[float, ...]]) -> Tensor:
+        return torch.tensor([row + row[:1] * n for row, n in zip(rows, missing, strict=True)], dtype=torch.float32)
+
+    weights = [np.pad(mix.weights, ((0, n), (0, 0))) for mix, n in zip(mixes, missing, strict=True)]
+    return replace(
+        batch,
+        weights=torch.from_numpy(np.stack(weights)),  # [r, c, C]
+        wavelength_um=filled(mix.wavelength_um for mix in mixes),  # [r, c]
+        fwhm_um=filled(mix.fwhm_um for mix in mixes),  # [r, c]
+        has_padding=any(missing),
     )

@@ -10,7 +10,6 @@ view, K visible patches, M = N - K masked patches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -20,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ssl_eo.data.schema import LazyPixels, TileSchema
+from ssl_eo.data.spectral import Synthesis
 from ssl_eo.sensors import ChannelMeta, Sensor
 
 __all__ = [
@@ -29,36 +30,23 @@ __all__ = [
     "MaskBatch",
     "PixelBatch",
     "Prefetches",
+    "RaggedMaskBatch",
     "Sample",
     "Source",
+    "Synthesis",
     "Tile",
     "TileBatch",
     "TileSchema",
+    "View",
     "ViewBatch",
     "ViewLimits",
     "ViewPlan",
     "Views",
-    "is_gsd_m",
     "map_tensors",
     "move_to",
 ]
 
 T = TypeVar("T")
-
-_UNSIGNED, _SIGNED = ("uint8", "uint16", "uint32", "uint64"), ("int8", "int16", "int32", "int64")
-_DTYPES = ("bool", *_UNSIGNED, *_SIGNED, "float16", "float32", "float64")  # of pixels: what NumPy and torch share
-
-
-class LazyPixels(Protocol):
-    """Pixels `[C, H, W]` that are read when they are sliced, and only those: a file that may be larger than memory."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-    def __getitem__(self, part: tuple[slice, slice, slice]) -> NDArray[Any]: ...
 
 
 @dataclass
@@ -100,7 +88,8 @@ class Sample:
     """One place, seen through one or more tiles. Tile names are keys of `Source.schema`: all but the optional ones.
 
     `label` is an integer class, a `[H, W]` integer map, a `[K]` multi-hot vector, or None. `meta` holds plain values
-    (`latitude`, `longitude`, `date`, ...). `limits` come from `data.sources`, not from the source.
+    (`latitude`, `longitude`, `date`, ...). `limits` come from `data.sources`, not from the source. `slot` is the
+    position in the global batch, set by the loader.
     """
 
     key: str
@@ -108,73 +97,7 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     label: Any = None
     limits: ViewLimits = ViewLimits()
-
-
-@dataclass(frozen=True)
-class TileSchema:
-    """What every tile of one name looks like in a source, and the statistics that normalise it.
-
-    `mean` and `std` are per band, in stored units, over valid pixels. `shape` is (H, W), None where tiles differ in
-    size. `gsd_m` is what a tile has that does not say otherwise. A sample may lack an `optional` tile. A tile name is
-    the sensor's name unless a source holds several tiles of one sensor (resolutions, dates, products with statistics
-    of their own): then `sensor_name@what`.
-    """
-
-    sensor: Sensor
-    bands: tuple[str, ...]
-    dtype: str
-    shape: tuple[int, int] | None
-    gsd_m: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    optional: bool = False
-
-    def __post_init__(self) -> None:
-        name, n = self.sensor.name, len(self.bands)
-        self.sensor.index(self.bands)
-        if not n or len(set(self.bands)) != n:
-            raise ValueError(f"bands of {name} are none, or named twice: {', '.join(self.bands) or 'none'}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype of {name} must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
-        shape = (1, 1) if self.shape is None else self.shape
-        if len(shape) != 2 or not all(isinstance(s, (int, np.integer)) and s > 0 for s in shape):
-            raise ValueError(f"shape of {name} must be (height, width) in pixels or None, got {self.shape}")
-        if not isinstance(self.optional, bool):
-            raise ValueError(f"optional of {name} must be true or false, got {self.optional!r}")
-        if not is_gsd_m(self.gsd_m):
-            raise ValueError(f"gsd_m of {name} must be metres, above 0 and up to 1e6, got {self.gsd_m!r:.80}")
-        if len(self.mean) != n or len(self.std) != n:
-            raise ValueError(
-                f"statistics of {name}: {len(self.mean)} means and {len(self.std)} standard deviations for {n} bands"
-            )
-        if not all(map(_is_number, self.mean)) or not all(_is_number(s) and s > 0 for s in self.std):
-            raise ValueError(f"statistics of {name} must be finite and std positive, got std {self.std}")
-
-    def check(self, pixels: NDArray[Any] | LazyPixels, bands: tuple[str, ...] | None = None) -> None:
-        """Raise `ValueError` unless `pixels [C, H, W]`, and their `bands` where they are known, are as stated here.
-
-        The message says what was found and what is expected; whoever calls adds whose pixels they are.
-        """
-        has_any_size = self.shape is None and len(pixels.shape) == 3 and min(pixels.shape) > 0
-        size = pixels.shape[1:] if has_any_size else self.shape
-        shape, dtype = (len(self.bands), *(size or ("height", "width"))), np.dtype(self.dtype)
-        for what, found, expected in (
-            ("bands", self.bands if bands is None else bands, self.bands),
-            ("shape", pixels.shape, shape),
-            ("dtype", pixels.dtype, dtype),
-        ):
-            if found != expected:
-                raise ValueError(f"{what} {found}, expected {expected}")
-
-
-def is_gsd_m(value: Any) -> bool:
-    """Whether `value` can be the ground size of a pixel: metres above 0, up to a thousand kilometres."""
-    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return is_number and bool(0 < value <= 1e6)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+    slot: int = 0
 
 
 @runtime_checkable
@@ -226,8 +149,9 @@ class ViewPlan:
 
     `box` is (top, left, height, width) in pixels of the tile, fractions allowed. The box is resized to `size` (h, w),
     flipped left-right if `flip`, then turned by `rot90` quarter turns counter-clockwise (`torch.rot90` on (H, W); with
-    an odd count `size` is the size after turning). `bands` are positions in the tile, None for all. A normalised
-    value v becomes `v * gain + bias`.
+    an odd count `size` is the size after turning). `bands` are positions in the tile, None for all. With `synthesis`
+    the view shows virtual bands, mixed from those of the tile, and `bands` is None. A normalised value v becomes
+    `v * gain + bias`.
     """
 
     tile: str
@@ -238,6 +162,12 @@ class ViewPlan:
     bands: tuple[int, ...] | None = None
     gain: float = 1.0
     bias: float = 0.0
+    synthesis: Synthesis | None = None
+
+
+# One plan; or a joint view: plans of the same ground, size, flip and quarter turns, whose channels follow one another
+# (bands of several resolutions, several sensors).
+View = ViewPlan | tuple[ViewPlan, ...]
 
 
 @dataclass
@@ -259,10 +189,17 @@ class TileBatch:
 class ViewBatch:
     """The plans of one role that show one tile, as tensors of r rows in the order of the role's R (views outermost).
 
-    All rows of a role share view size and c. `place [r]`: which rows of the role these are, None for all of them.
-    `row [r]`: which of the stacked tiles each view shows; `bands [r, c]` or None, -1 where a row has fewer bands than
-    c; `box [r, 4]`; `flip [r]` bool; `rot90 [r]`; `gain [r]`, `bias [r]`. `resample` is False when every row shows the
-    top left pixels of its tile as they are: then rendering only normalises them. `has_padding`: some `bands` are -1.
+    All rows of a role share the view size. `row [r]`: which of the stacked tiles each view shows; `bands [r, c]` or
+    None, -1 where a row has fewer bands than c; `box [r, 4]`; `flip [r]` bool; `rot90 [r]`; `gain [r]`, `bias [r]`.
+    `resample` is False when every row shows the top left pixels of its tile as they are: then rendering only normalises
+    them. `has_padding`: some rows have fewer bands than c.
+
+    Virtual bands: `weights [r, c, C]`, all 0 where a row has fewer, with `wavelength_um [r, c]` and `fwhm_um [r, c]`.
+    Plans of a tile with and without virtual bands make two of these.
+
+    `place [r, c]` and `role_shape`, both None where rows and channels of the role are just these: the role is a table
+    of `role_shape` (R, channels), and `place` says where in it, counted row after row, each channel goes; R * channels
+    where there is none to go. A joint view has as many rows as parts, which go to one row of the role.
     """
 
     tile: str
@@ -275,8 +212,19 @@ class ViewBatch:
     bias: Tensor
     bands: Tensor | None = None
     resample: bool = True
-    place: Tensor | None = None
     has_padding: bool = False
+    weights: Tensor | None = None
+    wavelength_um: Tensor | None = None
+    fwhm_um: Tensor | None = None
+    place: Tensor | None = None
+    role_shape: tuple[int, int] | None = None
+
+    def of_role(self, values: Tensor) -> Tensor:
+        """The part `[r, c, ...]` of `values [R, channels, ...]` of the role that is of this tile."""
+        if self.place is None:
+            return values
+        flat = values.flatten(0, 1)  # [R * channels, ...]
+        return flat[self.place.clamp(max=len(flat) - 1)]
 
 
 @dataclass
@@ -289,6 +237,19 @@ class MaskBatch:
     mask: Tensor
     ids_keep: Tensor
     ids_masked: Tensor
+
+
+@dataclass
+class RaggedMaskBatch:
+    """Patch masks of one role whose rows differ in how many patches they hide, none included; M are hidden in all.
+
+    `mask [R, N]` bool, True = hidden. `ids_masked [M]`: ascending positions in the flat mask. `weight [M]`: one over
+    the number of patches that the row hides.
+    """
+
+    mask: Tensor
+    ids_masked: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -306,9 +267,9 @@ class PixelBatch:
 
 @dataclass
 class Batch:
-    """One rank's part of a global batch. `views`, `masks` and `pixels` are keyed by role ("image", "global", ...).
+    """One rank's part of a global batch. All but `tiles` are keyed by role ("image", "global", ...).
 
-    A role has one `ViewBatch` for each tile that its views show. `source` is the index of the source in `data.sources`.
+    A role has a `ViewBatch` for each tile that its views show. `source` is the index of the source in `data.sources`.
     `pixels` is empty until `render` fills it.
     """
 
@@ -319,6 +280,7 @@ class Batch:
     views: dict[str, list[ViewBatch]]
     masks: dict[str, MaskBatch] = field(default_factory=dict)
     pixels: dict[str, PixelBatch] = field(default_factory=dict)
+    ragged_masks: dict[str, RaggedMaskBatch] = field(default_factory=dict)
 
 
 class Views(Protocol):

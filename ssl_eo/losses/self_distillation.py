@@ -9,13 +9,11 @@ B samples of a rank, S student views, T teacher views (the first T of the S), M 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_eo.distributed import gather, rank, world_size
+from ssl_eo.distributed import gather, rank
 
 __all__ = ["centered_targets", "dino_loss", "ibot_loss", "koleo_loss", "sinkhorn_targets"]
 
@@ -28,16 +26,14 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 def sinkhorn_targets(logits: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
     """Rows of `logits [N, K]` as distributions that together use every prototype equally, over all ranks.
 
-    Every rank holds the same N. Computed with logarithms: exp(logit / temperature) overflows once a head's weights
-    grow.
+    Ranks may hold different N. Computed with logarithms: exp(logit / temperature) overflows once a head's weights grow.
+    Masses are relative, each row's being 1: the constants of the original (1 / K, 1 / N) cancel.
     """
-    n_rows, n_prototypes = logits.shape
-    n_total = n_rows * world_size()
     log_q = logits / temperature  # [N, K]
     for _ in range(n_iterations):
-        log_q = log_q - _logsumexp_over_ranks(log_q) - math.log(n_prototypes)  # each prototype has mass 1 / K
-        log_q = log_q - log_q.logsumexp(1, keepdim=True) - math.log(n_total)  # each sample has mass 1 / N
-    return (log_q + math.log(n_total)).exp()
+        log_q = log_q - _logsumexp_over_ranks(log_q)  # prototypes of equal mass
+        log_q = log_q.log_softmax(1)  # rows of equal mass
+    return log_q.exp()
 
 
 def _logsumexp_over_ranks(x: Tensor) -> Tensor:

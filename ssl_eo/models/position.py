@@ -60,19 +60,23 @@ def sincos_metres(grid: tuple[int, int], dim: int, gsd_ratio: Tensor) -> Tensor:
     return torch.cat((columns, rows), dim=-1).float()
 
 
-def interpolate_table(table: Tensor, native: int, grid: tuple[int, int]) -> Tensor:
+def interpolate_table(table: Tensor, native: int, grid: tuple[int, int], antialias: bool = False) -> Tensor:
     """Stretch a learned table `[M*M, D]` to `grid`: `[N, D]`, float32 at least. The native grid is returned as it is.
 
-    Bicubic without antialiasing, with the scale factors (h + 0.1) / M and (w + 0.1) / M of DINOv2: the offset moves
-    the sampling points, so asking for an output size instead gives other numbers than the released models expect.
+    Bicubic. Without antialiasing the scale factors are (h + 0.1) / M and (w + 0.1) / M, as in DINOv2: the offset moves
+    the sampling points, so asking for an output size instead gives other numbers than the released models expect. Its
+    models with registers have no offset, and average where the grid is coarser (`antialias`).
     """
     table = table.to(torch.promote_types(table.dtype, torch.float32))
     if grid == (native, native):
         return table
     h, w = grid
     image = table.view(1, native, native, -1).permute(0, 3, 1, 2)  # [1, D, M, M]
-    scale = ((h + 0.1) / native, (w + 0.1) / native)
-    image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=False)  # [1, D, h, w]
+    if antialias:
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)  # [1, D, h, w]
+    else:
+        scale = ((h + 0.1) / native, (w + 0.1) / native)
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=False)  # [1, D, h, w]
     assert image.shape[-2:] == grid
     return image.flatten(2).squeeze(0).T
 

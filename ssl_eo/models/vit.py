@@ -66,6 +66,8 @@ class EncoderConfig:
     # Of patches: by index in the grid, by metres on the ground, a learned table, or rotary in two dimensions.
     position: Literal["sincos", "sincos_metres", "learned", "rope"] = "sincos"
     image_size: int = 224  # pixels, square; native size of the learned table
+    # How the learned table is stretched to other sizes: as in DINOv2 without registers, or in DINOv2 with registers.
+    position_resize: Literal["offset", "antialias"] = "offset"
     reference_gsd_m: float = 10.0  # sincos_metres: pixel size at which a position is the patch index
     mask_token: bool = False  # for objectives that hide tokens inside the encoder
     # conv: one fixed set of bands; channel_attention (Panopticon) and dynamic (DOFA): any sensor.
@@ -264,7 +266,8 @@ class Encoder(nn.Module):
         """What is added to patch tokens: `[N, D]`, or `[B, N, D]` where it depends on the sample."""
         device = item.pixels.device
         if self.pos_embed is not None:
-            return interpolate_table(self.pos_embed[0, 1:], self.native_grid, grid)
+            antialias = self.cfg.position_resize == "antialias"
+            return interpolate_table(self.pos_embed[0, 1:], self.native_grid, grid, antialias)
         if self.cfg.position == "sincos":
             return sincos_grid(grid, self.embed_dim, device)
         if self.cfg.position == "sincos_metres":

@@ -33,10 +33,15 @@ class ObjectiveConfig:
 
 @dataclass
 class Losses:
-    """`total` is minimised; `parts` are logged as `loss/<name>`. Scalars, float32, on the device."""
+    """`total` is minimised; `parts` are logged as `loss/<name>`, `metrics` as `<name>`. Float32 scalars on the device.
+
+    `state` is what `after_step` needs of this batch, equal on all ranks: a running mean moves by it, a queue takes it.
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -70,6 +75,10 @@ class Objective(nn.Module):
         """Fill every parameter and buffer of the student, then copy the student to the teacher."""
         for module in self.student.values():
             module.init_weights()  # type: ignore[operator]
+        self.copy_to_teacher()
+
+    def copy_to_teacher(self) -> None:
+        """Make the teacher equal to the student, as it is before the first step."""
         if self.teacher is not None:
             for name, module in self.teacher.items():
                 module.load_state_dict(self.student[name].state_dict())
@@ -78,8 +87,11 @@ class Objective(nn.Module):
         """Scheduled scalars by name; the trainer evaluates them and passes them as `now`."""
         return {}
 
-    def after_step(self, now: Mapping[str, float], finite: Tensor) -> None:
-        """Called after the optimiser. `finite` is a 0-d float, 1 when the step was taken and 0 when it was skipped."""
+    def after_step(self, now: Mapping[str, float], finite: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Called after the optimiser, with the `Losses.state` of the step.
+
+        `finite` is a 0-d float, 1 when the step was taken and 0 when it was skipped: then nothing may change.
+        """
 
     def encode(self, inputs: EncoderInput, layers: Sequence[int] | None = None) -> list[Tokens]:
         """What evaluation sees: the published encoder's tokens, of the last layer or of each of `layers`."""

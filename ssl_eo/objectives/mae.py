@@ -171,7 +171,7 @@ class Objective(base.Objective):
     def schedules(self, total_steps: int) -> dict[str, Schedule]:
         return {} if self.cfg.ema_momentum is None else {"momentum": Constant(self.cfg.ema_momentum)}
 
-    def after_step(self, now: Mapping[str, float], finite: Tensor) -> None:
+    def after_step(self, now: Mapping[str, float], finite: Tensor, state: Mapping[str, Tensor]) -> None:
         if self.teacher is not None:
             ema_update_(self.teacher, self.student, now["momentum"], finite)
 

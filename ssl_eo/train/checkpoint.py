@@ -37,7 +37,9 @@ __all__ = [
     "Checkpointer",
     "holds_checkpoints",
     "load_weights",
+    "locate",
     "newest",
+    "read_weights",
     "verify",
 ]
 
@@ -243,6 +245,20 @@ def newest(root: Path) -> Path | None:
     return None
 
 
+def locate(path: Path) -> Path:
+    """The whole checkpoint that `path` names: itself a `step_` directory, or a run directory, whose newest it is.
+
+    Raises `ValueError` when `path` is neither, `CheckpointError` when the checkpoint is damaged.
+    """
+    if _NAME.fullmatch(path.name) and path.is_dir():
+        if (problem := verify(path)) is not None:
+            raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
+        return path
+    if (found := newest(path / "checkpoints")) is None:
+        raise ValueError(f"{path}: no run with a whole checkpoint here; give a run directory or one of its checkpoints")
+    return found
+
+
 def holds_checkpoints(root: Path) -> bool:
     """Whether something was saved below `root`, whole or not."""
     return bool(_candidates(root))
@@ -273,6 +289,18 @@ def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
     _load({"objective": state}, path, alone=True)
     objective.load_state_dict(state)
     return _read_seal(path)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All weights of a whole checkpoint by their names in the objective, whichever that is; no process group."""
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name.removeprefix("objective."): torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("objective.") and isinstance(entry, TensorStorageMetadata)
+    }
+    _load({"objective": state}, path, alone=True)
+    return state
 
 
 def _load(state: dict[str, Any], path: Path, *, alone: bool) -> None:

@@ -12,7 +12,7 @@ from ssl_eo.config import Config, build, read_yaml
 from ssl_eo.hub import SensorInput, load_bundle, write_bundle
 from ssl_eo.models.vit import Encoder
 from ssl_eo.objectives.base import Objective, Schemas
-from ssl_eo.train.checkpoint import CheckpointError, load_weights, newest, verify
+from ssl_eo.train.checkpoint import load_weights, locate
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
 
@@ -33,7 +33,10 @@ def load_encoder(path: Path) -> Trained:
 
     Raises `ValueError` when `path` is neither, `CheckpointError` when the checkpoint is damaged.
     """
-    run, checkpoint = _locate(path)
+    checkpoint = locate(path)
+    run = checkpoint.parent.parent
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{path}: there is no {run / 'config.yaml'}, which says what the checkpoint is of")
     config = build(Config, read_yaml(run / "config.yaml"), "")
     method = resolve("ssl_eo.objectives", config.objective.name).Objective
     schemas = read_schemas(run)
@@ -83,15 +86,3 @@ def _inputs(schemas: Schemas) -> dict[str, SensorInput]:
             if inputs.setdefault(name, known) != known:
                 inputs[f"{name}@{i}"] = known
     return inputs
-
-
-def _locate(path: Path) -> tuple[Path, Path]:
-    """(run directory, directory of a whole checkpoint) of either."""
-    if path.name.startswith("step_") and path.parent.name == "checkpoints" and path.is_dir():
-        if (problem := verify(path)) is not None:
-            raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
-        return path.parent.parent, path
-    checkpoint = newest(path / "checkpoints")
-    if checkpoint is None or not (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: no run with a whole checkpoint here; give a run directory or one of its checkpoints")
-    return path, checkpoint

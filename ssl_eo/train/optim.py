@@ -1,15 +1,18 @@
-"""AdamW with true no-decay groups and layer-wise decay, and the schedules of learning rate and weight decay."""
+"""AdamW whose parameters differ in learning rate, decay and first moving step, and the schedules of the former two."""
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ssl_eo.components import check_patterns
 from ssl_eo.objectives.base import Objective
 from ssl_eo.schedules import Constant, Schedule, Trapezoid, WarmupCosine
 
@@ -19,8 +22,11 @@ __all__ = [
     "lr_schedule",
     "param_groups",
     "set_hyper_parameters",
+    "step_if_finite",
     "weight_decay_schedule",
 ]
+
+N = TypeVar("N", int, float)
 
 
 @dataclass
@@ -38,6 +44,12 @@ class OptimConfig:
     eps: float = 1e-8  # of AdamW
     clip_grad_norm: float | None = None  # one global norm over all parameters
     layer_decay: float = 1.0  # lr of block i is multiplied by layer_decay ** (depth - i)
+    # {regex: factor}, searched in the student's parameter names; all that match multiply, and with layer_decay.
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
+    # {regex: factor} instead of 1 for weights and 0 for biases, norms, gains and tokens; the last that matches counts.
+    weight_decay_multipliers: dict[str, float] = field(default_factory=dict)
+    # {regex: n}: lr is 0 in the first n steps, while the moments of AdamW go on; the largest n that matches counts.
+    freeze_steps: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.end_lr < 0:
@@ -57,6 +69,11 @@ class OptimConfig:
             raise ValueError(f"cooldown_steps is for schedule trapezoid, got schedule {self.schedule}")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ValueError(f"clip_grad_norm must be positive or null, got {self.clip_grad_norm}")
+        for key in ("lr_multipliers", "weight_decay_multipliers", "freeze_steps"):
+            rules: dict[str, float] = getattr(self, key)
+            check_patterns(key, rules)
+            if negative := [value for value in rules.values() if value < 0]:
+                raise ValueError(f"{key} must not be negative, got {negative[0]}")
 
 
 def lr_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
@@ -78,36 +95,44 @@ def weight_decay_schedule(cfg: OptimConfig, total_steps: int) -> Schedule:
     return WarmupCosine(cfg.weight_decay, cfg.end_weight_decay, total_steps)
 
 
-def param_groups(named: Iterable[tuple[str, nn.Parameter]], depth: int, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameters grouped by (lr multiplier, decays or not), in order of first appearance.
+def param_groups(named: Iterable[tuple[str, nn.Parameter]], depth: int, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters that train, grouped by what `cfg` says of their names, in order of first appearance.
 
-    `depth` is the encoder's number of blocks. Biases, norms, LayerScale, tokens and tables do not decay.
+    `depth` is the encoder's number of blocks. Raises `ValueError` for a regex of `cfg` that matches none of the names.
     """
-    groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
-        multiplier = layer_decay ** (depth + 1 - _layer_id(name, depth))
-        decays = _decays(name, parameter)
-        group = groups.setdefault((multiplier, decays), {"params": [], "lr_multiplier": multiplier, "decays": decays})
-        group["params"].append(parameter)
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    for key in ("lr_multipliers", "weight_decay_multipliers", "freeze_steps"):
+        _check_that_all_match(key, getattr(cfg, key), list(trained))
+    groups: dict[tuple[float, float, int], dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        of_layer = cfg.layer_decay ** (depth + 1 - _layer_id(name, depth))
+        lr_multiplier = math.prod(_matching(cfg.lr_multipliers, name), start=of_layer)
+        weight_decay_multiplier = [_default_decay(name, parameter), *_matching(cfg.weight_decay_multipliers, name)][-1]
+        freeze_steps = max(_matching(cfg.freeze_steps, name), default=0)
+        group = {
+            "params": [],
+            "lr_multiplier": lr_multiplier,
+            "weight_decay_multiplier": weight_decay_multiplier,
+            "freeze_steps": freeze_steps,
+        }
+        groups.setdefault((lr_multiplier, weight_decay_multiplier, freeze_steps), group)["params"].append(parameter)
     return list(groups.values())
 
 
 def build_optimizer(cfg: OptimConfig, objective: Objective) -> torch.optim.AdamW:
     """Fused AdamW over the student. Fused also takes `found_inf`, so a step can be skipped without a host sync."""
     depth = len(objective.published_encoder().blocks)
-    groups = param_groups(objective.student.named_parameters(), depth, cfg.layer_decay)
-    for group in groups:
-        group["weight_decay"] = cfg.weight_decay if group["decays"] else 0.0
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    groups = param_groups(objective.student.named_parameters(), depth, cfg)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    set_hyper_parameters(optimizer, cfg.lr, cfg.weight_decay, step=0)
+    return optimizer
 
 
-def set_hyper_parameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this step's learning rate and weight decay into every group."""
+def set_hyper_parameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, step: int) -> None:
+    """Write the learning rate and weight decay of `step`, counted from 0, into every group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_multiplier"]
-        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        group["lr"] = 0.0 if step < group["freeze_steps"] else lr * group["lr_multiplier"]
+        group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
@@ -120,12 +145,28 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     optimizer.step()
 
 
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether it multiplies activations: the `weight` of a linear layer or a convolution.
+def _matching(rules: Mapping[str, N], name: str) -> list[N]:
+    """The values of the regexes that are found in `name`, in the order of `rules`."""
+    return [value for regex, value in rules.items() if re.search(regex, name)]
+
+
+def _check_that_all_match(key: str, regexes: Iterable[str], names: Sequence[str]) -> None:
+    for regex in regexes:
+        if any(re.search(regex, name) for name in names):
+            continue
+        parts = [name.split(".") for name in names]
+        runs = {".".join(p[i:j]) for p in parts for i in range(len(p)) for j in range(i + 1, len(p) + 1)}
+        close = difflib.get_close_matches(re.sub(r"[\\^$()]", "", regex), sorted(runs), n=3)
+        what = f"close to it are {', '.join(close)}" if close else f"the first are {', '.join(names[:3])}"
+        raise ValueError(f"optim.{key}: {regex!r} matches no parameter of the student that trains; {what}")
+
+
+def _default_decay(name: str, parameter: nn.Parameter) -> float:
+    """1 for what multiplies activations: the `weight` of a linear layer or a convolution, or its direction `weight_v`.
 
     Biases, gains, tokens and tables are added or looked up; decay would only pull them to zero.
     """
-    return parameter.ndim > 1 and name.endswith("weight")
+    return float(parameter.ndim > 1 and name.endswith(("weight", "weight_v")))
 
 
 def _layer_id(name: str, depth: int) -> int:

@@ -34,6 +34,7 @@ from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
 from ssl_eo.train import run_dir
 from ssl_eo.train.checkpoint import Checkpointer
+from ssl_eo.train.initial import begin_from
 from ssl_eo.train.metrics import Meters, ProgressLine, Sink, Stopwatch, open_sinks
 from ssl_eo.train.optim import build_optimizer, lr_schedule, set_hyper_parameters, step_if_finite, weight_decay_schedule
 from ssl_eo.train.parallel import build_objective, resolve_strategy, wrap
@@ -96,6 +97,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config.checkpoint, config.run_dir, self.objective, self.optimizer)
         self.facts = {"data": [source.fingerprint() for source in self.sources]}
         self.step = self._resume()
+        self.begun_from = [] if self.step else begin_from(config.init, self.objective, config.run_dir)
 
         self.renderer = Renderer(schemas, config.data.interpolation).to(world.device)
         self.loader = Loader(
@@ -137,7 +139,8 @@ class Trainer:
         if self.step >= config.train.total_steps:
             self._note(f"{config.run_dir} has finished its {self.step} steps; nothing to do")
             return EXIT_DONE
-        self._note(self._headline())
+        for line in (self._headline(), *self.begun_from):
+            self._note(line)
         started = time.monotonic()
         if self.step == 0 and (probes := self._evaluate()):
             self._write({"step": 0, **probes})
@@ -168,7 +171,7 @@ class Trainer:
 
     def _train_step(self, batches: DeviceBatches) -> None:
         now = {name: schedule(self.step) for name, schedule in self.schedules.items()}
-        set_hyper_parameters(self.optimizer, self.lr(self.step), self.weight_decay(self.step))
+        set_hyper_parameters(self.optimizer, self.lr(self.step), self.weight_decay(self.step), self.step)
         torch.manual_seed(derive_seed(self.config.run.seed, "device", self.step, self.world.rank))  # drop path
 
         n = self.config.train.accumulate
@@ -180,7 +183,8 @@ class Trainer:
                 losses = self._forward(batch, now)
                 (losses.total / n).backward()
             batches.prefetch()
-            for name, value in {"loss": losses.total, **{f"loss/{k}": v for k, v in losses.parts.items()}}.items():
+            parts = {f"loss/{name}": part for name, part in losses.parts.items()}
+            for name, value in {"loss": losses.total, **parts, **losses.metrics}.items():
                 values[name] = values.get(name, 0.0) + value.detach() / n
             keys += batch.keys
 
@@ -191,7 +195,7 @@ class Trainer:
         finite = all_agree(values["loss"].isfinite() & grad_norm.isfinite()).float()
         step_if_finite(self.optimizer, finite)
         self.optimizer.zero_grad(set_to_none=True)
-        self.objective.after_step(now, finite)
+        self.objective.after_step(now, finite, losses.state)
 
         self.meters.add({**values, "grad_norm": grad_norm}, finite)
         self.recent_keys.append((self.step, keys))
@@ -295,7 +299,7 @@ class Trainer:
             pictures = self.objective.preview(batch)
         if pictures:
             first = next(iter(batch.views.values()))[0]  # of the tiles, where there are several
-            shown = {title: v if first.place is None else v[first.place] for title, v in pictures.items()}
+            shown = {title: first.of_role(values) for title, values in pictures.items()}
             schema = self.sources[batch.source].schema[first.tile]
             run_dir.save_pictures(self.config.run_dir, self.step, shown, schema)
 

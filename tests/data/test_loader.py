@@ -79,6 +79,13 @@ class ToyViews:
         return Batch(step, source, [s.key for s in samples], tiles, {"image": stack_views([[p for _, p in planned]])})
 
 
+class SlotViews(ToyViews):
+    """The keys of a batch are the slots of its samples."""
+
+    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int, rng: np.random.Generator) -> Batch:
+        return replace(super().collate(planned, step, source, rng), keys=[str(sample.slot) for sample, _ in planned])
+
+
 CFG = DataConfig(
     [WeightedSourceConfig("toy", None, 2.0), WeightedSourceConfig("toy_too", None, 1.0)], n_lanes=4, n_workers=0
 )
@@ -134,6 +141,20 @@ def test_ranks_concatenate_to_the_single_process_batch(world_size: int, expected
     for step, whole in enumerate(expected):
         for i in range(2, len(whole)):
             assert [value for p in parts for value in p[step][i]] == whole[i]
+
+
+def test_samples_know_their_slots() -> None:
+    """Also those that take the place of a bad one, whatever rank and micro-batch they are of."""
+    sources, n_bad = [ToySource(), ToySource(31, {3: "os", 8: "empty"})], 0
+    slots: list[list[str]] = [[] for _ in range(9)]
+    for rank in range(2):
+        options: dict[str, Any] = {"seed": 5, "global_batch_size": 12, "total_steps": 9, "rank": rank, "world_size": 2}
+        with Loader(CFG, sources, SlotViews(), n_micro_batches=3, **options) as loader:
+            for batch in loader:
+                slots[batch.step] += batch.keys
+            n_bad += loader.n_bad
+    assert slots == [[str(slot) for slot in range(12)]] * 9
+    assert n_bad > 0
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])

@@ -1,5 +1,6 @@
-"""Samples are checked and stacked: one tile or several a role, tiles of one size or of many, absent bands and tiles."""
+"""Samples are checked and stacked: one tile or several a role or view, of one size or many, absent bands and tiles."""
 
+import pickle
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from ssl_eo.data.plans import whole
 from ssl_eo.data.render import Renderer
+from ssl_eo.data.spectral import synthesise
 from ssl_eo.data.stacking import check_sample, cut_to_views, loaded, shown_plans, stack, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, ViewPlan
 from ssl_eo.sensors import Band, Sensor
@@ -106,6 +108,7 @@ def test_shown_plans_are_all_that_lie_inside():
     one, other = whole("one", (8, 8), 8), whole("other", (8, 8), 8)
     assert shown_plans(one) == [one]
     assert shown_plans((one, np.ones(3, bool), "third")) == [one]
+    assert shown_plans({"global": [(one, other), one]}) == [one, other, one]
     assert shown_plans(Planned({"global": [one, one], "local": [other]}, None)) == [one, one, other]
     assert shown_plans([np.zeros(3), 4]) == []
 
@@ -178,7 +181,7 @@ SIZE = (6, 6)
 
 
 def any_schema(name, n_bands, shape, dtype="float32", gsd_m=10.0):
-    bands = tuple(Band(f"{name}{i}", "optical", gsd_m, 0.4 + 0.1 * i + 0.01 * n_bands) for i in range(n_bands))
+    bands = tuple(Band(f"{name}{i}", "optical", gsd_m, 0.4 + 0.1 * i + 0.01 * n_bands, 0.05) for i in range(n_bands))
     sensor = Sensor(name, name, bands, dtype, "dn", "demo")
     mean, std = tuple(0.5 * i for i in range(n_bands)), tuple(1.0 + i for i in range(n_bands))
     return TileSchema(sensor, sensor.band_names, dtype, shape, gsd_m, mean, std, optional=True)
@@ -219,11 +222,15 @@ class CountedReads:
 
 
 def render(samples, roles):
+    return stacked_and_rendered(samples, roles)[1]
+
+
+def stacked_and_rendered(samples, roles):
     """As in training: cut to what is shown, stacked, rendered."""
     shown = [[view[i] for views in roles.values() for view in views] for i in range(len(samples))]
-    cut = [cut_to_views(sample, plans, SCHEMA) for sample, plans in zip(samples, shown, strict=True)]
+    cut = [cut_to_views(sample, shown_plans(plans), SCHEMA) for sample, plans in zip(samples, shown, strict=True)]
     tiles, views = stack(cut, roles, SCHEMA)
-    return Renderer([SCHEMA]).render(Batch(0, 0, [s.key for s in samples], tiles, views))
+    return views, Renderer([SCHEMA]).render(Batch(0, 0, [s.key for s in samples], tiles, views))
 
 
 @many
@@ -299,3 +306,134 @@ def test_a_sample_may_lack_optional_tiles_but_not_all():
         check_sample(Sample("k", {}), SCHEMA)
     with pytest.raises(ValueError, match="sample 'k' has no tile 'five'"):
         cut_to_views(Sample("k", {"two": tile}), [whole("five", (8, 8), 6)], SCHEMA)
+
+
+# --- joint views ------------------------------------------------------------------------------------------------------
+
+
+def random_joint_view(sample, rng):
+    """One to four plans of one size, flip and turn: of different tiles or of one, some with virtual bands."""
+    flip, turns = bool(rng.integers(2)), int(rng.integers(4))
+    parts = []
+    for name in rng.choice(list(sample.tiles), rng.integers(1, 5)).tolist():
+        part = replace(random_plan(name, sample.tiles[name], rng), flip=flip, rot90=turns)
+        if rng.random() < 0.3:
+            part = replace(part, bands=None, synthesis=synthesise(rng, SCHEMA[name], int(rng.integers(1, 4))))
+        parts.append(part)
+    return parts[0] if len(parts) == 1 and rng.random() < 0.5 else tuple(parts)
+
+
+def make_holes(sample, rng):
+    """Single pixels that hold no data, or a whole band, but never the whole tile."""
+    for tile in sample.tiles.values():
+        if rng.random() < 0.5:
+            tile.pixels[:, rng.integers(2, 7), rng.integers(2, 7)] = np.nan
+        if len(tile.pixels) > 1 and rng.random() < 0.3:
+            tile.pixels[rng.integers(len(tile.pixels))] = np.nan
+
+
+def flags(value, like):
+    return torch.ones_like(like, dtype=torch.bool) if value is None else value
+
+
+@many
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_a_joint_view_is_its_parts_one_after_another(seed, n_samples, n_views, has_holes):
+    rng = np.random.default_rng(seed)
+    samples = [Sample(str(i), {name: random_tile(name, rng) for name in SCHEMA}) for i in range(n_samples)]
+    if has_holes:
+        for sample in samples:
+            make_holes(sample, rng)
+    roles = {"image": [[random_joint_view(sample, rng) for sample in samples] for _ in range(n_views)]}
+    views, pixels_of = stacked_and_rendered(samples, pickle.loads(pickle.dumps(roles)))
+    found = pixels_of["image"]
+    meta, valid = found.channels.expand(len(found.pixels)), flags(found.valid, found.pixels)
+    most = 0
+    for row, (view, sample) in enumerate(
+        (view, samples[i]) for views in roles["image"] for i, view in enumerate(views)
+    ):
+        alone = [render([sample], {"image": [[plan]]})["image"] for plan in shown_plans(view)]
+        pixels = torch.cat([part.pixels[0] for part in alone])
+        n, most = len(pixels), max(most, len(pixels))
+        torch.testing.assert_close(found.pixels[row, :n], pixels, rtol=1e-5, atol=1e-5)
+        assert torch.equal(valid[row, :n], torch.cat([flags(part.valid, part.pixels)[0] for part in alone]))
+        torch.testing.assert_close(found.gsd_m[row], alone[0].gsd_m[0])
+        channels = [part.channels.expand(1) for part in alone]
+        for name in ("wavelength_um", "fwhm_um", "kind", "polarization", "orbit", "gsd_m"):
+            assert torch.equal(getattr(meta, name)[row, :n], torch.cat([getattr(c, name)[0] for c in channels])), name
+        is_real = flags(meta.valid, meta.kind)[row]
+        assert torch.equal(is_real[:n], torch.cat([flags(c.valid, c.kind)[0] for c in channels]))
+        assert not is_real[n:].any()
+        assert not valid[row, n:].any()
+        assert not found.pixels[row, n:].any()
+        assert (meta.wavelength_um[row, n:] > 0).all()
+    assert found.pixels.shape == (n_samples * n_views, most, *SIZE)
+    # Each tile finds again what is its own.
+    for batch in views["image"]:
+        own = batch.of_role(found.channels.expand(len(found.pixels)).wavelength_um)
+        wavelengths = torch.tensor([band.wavelength_um for band in SCHEMA[batch.tile].sensor.bands])
+        every = wavelengths.expand(len(own), -1) if batch.bands is None else wavelengths[batch.bands]
+        named = torch.ones_like(own, dtype=torch.bool) if batch.bands is None else batch.bands >= 0
+        if batch.weights is not None:
+            every, named = batch.wavelength_um, batch.weights.any(2)
+        assert torch.equal(own[named], every[named])
+
+
+def test_nothing_is_marked_where_joint_views_are_alike_and_hold_data():
+    rng = np.random.default_rng(0)
+    samples = [Sample(str(i), {name: random_tile(name, rng) for name in SCHEMA}) for i in range(3)]
+    for sample in samples:
+        sample.tiles["five"].pixels[4, 0, 0] = np.nan
+    box = (0.0, 0.0, 7.0, 7.0)
+    view = (ViewPlan("two", box, SIZE), ViewPlan("one", box, SIZE), ViewPlan("two", box, SIZE, bands=(1, 0)))
+    clean = render(samples, {"image": [[view] * 3]})["image"]
+    assert clean.pixels.shape == (3, 5, *SIZE)
+    assert clean.channels.valid is None
+    assert clean.valid is None
+    torch.testing.assert_close(clean.pixels[:, [1, 0]], clean.pixels[:, 3:], rtol=1e-6, atol=1e-6)
+    # One band of one tile with a hole marks pixels of its own channel alone.
+    holed = render(samples, {"image": [[(*view, ViewPlan("five", box, SIZE))] * 3]})["image"]
+    assert holed.channels.valid is None
+    assert holed.valid is not None
+    assert holed.valid[:, :9].all()
+    assert not holed.valid[:, 9].all()
+    # A view of one plan is that plan.
+    single = render(samples, {"image": [[view[:1]] * 3]})["image"]
+    assert torch.equal(single.pixels, render(samples, {"image": [[view[0]] * 3]})["image"].pixels)
+
+
+def test_of_joint_views_only_what_is_shown_is_read():
+    """A tile of no fixed size is cut to the boxes of all views, and each keeps its place on the ground."""
+    fine, coarse = (np.arange(n * n, dtype=np.float32).reshape(1, n, n) for n in (400, 100))
+    schema = {"fine": any_schema("fine", 1, None, gsd_m=10.0), "coarse": any_schema("coarse", 1, None, gsd_m=40.0)}
+    lazy = {"fine": CountedReads(fine), "coarse": CountedReads(coarse)}
+    gsds_m = {name: schema[name].gsd_m for name in schema}
+    sample = Sample("k", {name: Tile(pixels, schema[name].bands, gsds_m[name]) for name, pixels in lazy.items()})
+    views = [
+        (ViewPlan("fine", (200.0, 300.0, 4.0, 4.0), (4, 4)), ViewPlan("coarse", (50.0, 75.0, 1.0, 1.0), (4, 4))),
+        (ViewPlan("fine", (208.0, 304.0, 4.0, 4.0), (4, 4)), ViewPlan("coarse", (52.0, 76.0, 1.0, 1.0), (4, 4))),
+    ]
+    cut = cut_to_views(sample, shown_plans(views), schema)
+    assert {name: tile.origin for name, tile in cut.tiles.items()} == {"fine": (200, 300), "coarse": (50, 75)}
+    assert {name: pixels.n_read for name, pixels in lazy.items()} == {"fine": 12 * 8, "coarse": 3 * 2}
+    tiles, stacked = stack([cut], {"image": [[view] for view in views]}, schema)
+    found = Renderer([schema]).render(Batch(0, 0, ["k"], tiles, stacked))["image"].pixels
+    for row, (top, left) in enumerate([(200, 300), (208, 304)]):
+        expected = torch.from_numpy(fine[0, top : top + 4, left : left + 4].copy())
+        torch.testing.assert_close(found[row, 0], expected)
+        assert torch.equal(found[row, 1], torch.full((4, 4), float(coarse[0, top // 4, left // 4])))
+
+
+def test_the_parts_of_a_joint_view_must_agree():
+    rng = np.random.default_rng(0)
+    samples = [Sample("k", {name: random_tile(name, rng) for name in SCHEMA})]
+    plan = ViewPlan("two", (0.0, 0.0, 6.0, 6.0), SIZE)
+    assert stack(samples, {"image": [[(plan, replace(plan, tile="one", rot90=4))]]}, SCHEMA)
+    for other in (replace(plan, size=(4, 4)), replace(plan, flip=True), replace(plan, rot90=1)):
+        with pytest.raises(ValueError, match="plans of a joint view must share size, flip and rot90"):
+            stack(samples, {"image": [[(plan, other)]]}, SCHEMA)
+    with pytest.raises(ValueError, match="share size, flip and rot90, got no plan"):
+        stack(samples, {"image": [[()]]}, SCHEMA)
+    mixed = replace(plan, bands=(0,), synthesis=synthesise(rng, SCHEMA["two"], 1))
+    with pytest.raises(ValueError, match="tile 'two' has both bands and a synthesis"):
+        stack(samples, {"image": [[mixed]]}, SCHEMA)

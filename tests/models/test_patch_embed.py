@@ -1,11 +1,12 @@
 """Patch embeddings against direct, slow forms written from the papers."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from direct_channel_attention import DirectChannelAttention, direct_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,20 +77,11 @@ def direct_code(embed: ChannelAttentionPatchEmbed, meta: ChannelMeta, c: int) ->
     return torch.cat((torch.sin(nanometres * omega), torch.cos(nanometres * omega))).double()
 
 
-def direct_channel_attention(embed: ChannelAttentionPatchEmbed, x: Tensor, meta: ChannelMeta) -> Tensor:
-    """Every channel of every patch projected, then keys and values, then attention of the query over channels."""
-    conv, fusion = embed.conv3d.conv3d, embed.chnfus
-    rows = [ChannelMeta(*(getattr(meta, f.name)[b] for f in fields(meta) if f.name != "valid")) for b in range(len(x))]
-    code = torch.stack([torch.stack([direct_code(embed, row, c) for c in range(x.shape[1])]) for row in rows])
-    t = F.conv3d(x[:, None], conv.weight, conv.bias, stride=(1, PATCH, PATCH))  # [B, F, C, h, w]
-    t = t.flatten(3).permute(0, 3, 2, 1) + code[:, None]  # [B, N, C, F]
-    k, v = (proj(t).unflatten(-1, (embed.n_heads, -1)) for proj in (fusion.xattn.inproj_k, fusion.xattn.inproj_v))
-    q = fusion.query.view(embed.n_heads, -1)
-    logits = (k * q).sum(-1) / math.sqrt(q.shape[1])  # [B, N, C, A]
-    if meta.valid is not None:
-        logits = logits.masked_fill(~meta.valid[:, None, :, None], -math.inf)
-    mixed = (logits.softmax(2)[..., None] * v).sum(2)  # [B, N, A, d]
-    return embed.proj(mixed.flatten(2))
+def direct_codes(embed: ChannelAttentionPatchEmbed, meta: ChannelMeta) -> Tensor:
+    """Of the channels of each sample, `[B, C, F]`."""
+    columns = [getattr(meta, f.name) for f in fields(meta) if f.name != "valid"]
+    rows = [ChannelMeta(*of_sample) for of_sample in zip(*columns, strict=True)]
+    return torch.stack([torch.stack([direct_code(embed, row, c) for c in range(meta.n_channels)]) for row in rows])
 
 
 @pytest.mark.parametrize("elevation", [False, True])
@@ -109,7 +101,7 @@ def test_channel_attention_equals_direct_form(elevation: bool, hidden: bool, mas
     tokens, grid = embed(x, meta, ids)
     weight = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     found = torch.autograd.grad((tokens * weight).sum(), list(embed.parameters()))
-    expected = direct_channel_attention(embed, x, meta)
+    expected = direct_tokens(embed, x, direct_codes(embed, meta), meta.valid)
     if ids is not None:
         expected = expected.take_along_dim(ids[..., None], 1)
     wanted = torch.autograd.grad((expected * weight).sum(), list(embed.parameters()))
@@ -119,6 +111,18 @@ def test_channel_attention_equals_direct_form(elevation: bool, hidden: bool, mas
     for (name, _), ours, theirs in zip(embed.named_parameters(), found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
         assert theirs.abs().max() > 1e-6, f"{name} has no influence in this test"
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_direct_form_takes_its_place(hidden: bool):
+    embed = random_weights(ChannelAttentionPatchEmbed(DIM, PATCH, SMALL)).double()
+    direct = DirectChannelAttention(DIM, PATCH, SMALL).double()
+    direct.load_state_dict(embed.state_dict())
+    x, meta = pixels(2, len(PLAIN)), channels(*PLAIN)
+    ids = torch.tensor([[0, 5], [3, 1]]) if hidden else None
+    (found, found_grid), (expected, grid) = direct(x, meta, ids, direct.products()), embed(x, meta, ids)
+    assert found_grid == grid
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_channel_attention_shared_channels_equal_one_row_per_sample():
@@ -158,6 +162,14 @@ def test_whole_nanometres_survive_float32_micrometres(nanometres: int):
     phase = torch.tensor(float(nanometres))
     assert code(nanometres / 1000)[0, 0] == torch.sin(phase)
     assert torch.equal(code((nanometres + 0.9) / 1000), code(nanometres / 1000)), "fractions are cut off"
+
+
+@pytest.mark.parametrize("nanometres", [32_767, 32_768, 65_536, 100_000])
+def test_long_wavelengths_are_not_cut_to_16_bits(nanometres: int):
+    embed = ChannelAttentionPatchEmbed(DIM, PATCH, SMALL)
+    embed.init_weights()
+    meta = replace(channels("blue"), wavelength_um=torch.tensor([(nanometres + 0.5) / 1000]))
+    assert embed.chnfus.chnemb(meta)[0, 0] == torch.sin(torch.tensor(float(nanometres)))
 
 
 def test_every_sar_channel_has_its_own_code():

@@ -1,7 +1,8 @@
 """The encoder: released layout, list in and list out, hidden patches, positions, intermediates."""
 
+import copy
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -120,6 +121,21 @@ def test_init_weights_fills_everything_after_meta(variant: str):
     view = item(2, (16, 16))
     tokens = encoder([replace(view, pixels=view.pixels.float())])[0]
     assert tokens.x.isfinite().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inputs_are_left_as_they_are(variant: str):
+    """The original rounds the caller's wavelengths in place: a second forward of the same input then sees others."""
+    encoder = build(**VARIANTS[variant])
+    given = item(2, (16, 8), mask=torch.arange(16).view(2, 8) % 3 == 0)
+    kept = copy.deepcopy(given)
+    first, second = (encoder([given])[0].x for _ in range(2))
+    assert torch.equal(first, second)
+    for name in ("pixels", "gsd_m", "mask"):
+        assert torch.equal(getattr(given, name), getattr(kept, name))
+    for f in fields(ChannelMeta):
+        value, before = getattr(given.channels, f.name), getattr(kept.channels, f.name)
+        assert value is before is None or torch.equal(value, before), f.name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

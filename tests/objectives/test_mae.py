@@ -181,9 +181,9 @@ def test_ema_follows_the_student_and_is_what_is_published() -> None:
     assert objective.teacher is not None
     student, teacher = objective.student["encoder"].norm.weight, objective.teacher["encoder"].norm.weight
     student.data.fill_(5.0)
-    objective.after_step({"momentum": 0.75}, torch.ones(()))
+    objective.after_step({"momentum": 0.75}, torch.ones(()), {})
     torch.testing.assert_close(teacher, torch.full_like(teacher, 0.75 * 1 + 0.25 * 5))
-    objective.after_step({"momentum": 0.75}, torch.zeros(()))
+    objective.after_step({"momentum": 0.75}, torch.zeros(()), {})
     torch.testing.assert_close(teacher, torch.full_like(teacher, 2.0))
     assert objective.published_encoder() is objective.teacher["encoder"]
 

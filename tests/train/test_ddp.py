@@ -9,28 +9,29 @@ import torch
 from launching import ROOT, command, finish, read_checkpoint, records, start, train
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
-SHORT = (
+STEPS = (
     "optim.warmup_steps=2",
     "optim.clip_grad_norm=0.5",
     "checkpoint.every_n_steps=5",
     "log.every_n_steps=1",
     "log.keys=true",
-    "train.global_batch_size=16",
     "train.total_steps=10",
-    "objective.ema_momentum=0.9",
 )
+SHORT = (*STEPS, "train.global_batch_size=16", "objective.ema_momentum=0.9")
+# Eight ratios over the eight samples of a batch: the second rank hides more patches than the first.
+DISTILLATION = (*STEPS, "train.global_batch_size=8", "objective.koleo_over_ranks=true")
 
 # Gradients are summed in another order, and AdamW divides by their size: float32 rounding (6e-8) grows over ten steps.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
 
 
-def _final(out_dir: Path) -> dict[str, torch.Tensor]:
-    return read_checkpoint(out_dir / "debug_mae" / "checkpoints" / "step_00000010")
+def _final(out_dir: Path, name: str) -> dict[str, torch.Tensor]:
+    return read_checkpoint(out_dir / name / "checkpoints" / "step_00000010")
 
 
-def _keys_by_step(out_dir: Path) -> dict[int, set[str]]:
+def _keys_by_step(out_dir: Path, name: str = "debug_mae") -> dict[int, set[str]]:
     found: dict[int, set[str]] = {}
-    for r in records(out_dir / "debug_mae" / "keys.jsonl"):
+    for r in records(out_dir / name / "keys.jsonl"):
         found.setdefault(r["step"], set()).update(r["keys"])
     return found
 
@@ -43,13 +44,13 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
-def _assert_close(single: Path, other: Path) -> None:
-    expected, found = _final(single), _final(other)
+def _assert_close(single: Path, other: Path, name: str = "debug_mae") -> None:
+    expected, found = _final(single, name), _final(other, name)
     assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        if name.startswith("objective."):
-            torch.testing.assert_close(found[name], value, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
-    losses = [[r["loss"] for r in records(d / "debug_mae" / "metrics.jsonl")] for d in (single, other)]
+    for key, value in expected.items():
+        if key.startswith("objective."):
+            torch.testing.assert_close(found[key], value, **TOLERANCE, msg=lambda m, n=key: f"{n}: {m}")
+    losses = [[r["loss"] for r in records(d / name / "metrics.jsonl")] for d in (single, other)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -58,6 +59,18 @@ def test_two_ranks_equal_one_process(single: Path, tmp_path: Path) -> None:
     assert status == 0, output
     _assert_close(single, tmp_path)
     assert _keys_by_step(tmp_path) == _keys_by_step(single)
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_two_ranks_equal_one_process_in_self_distillation(tmp_path: Path, centering: str) -> None:
+    """Targets, centers and neighbours are those of the samples of all ranks, which hide other numbers of patches."""
+    config, name = str(ROOT / "configs" / "debug" / "dinov2.yaml"), "debug_dinov2"
+    for n_ranks in (1, 2):
+        overrides = (*DISTILLATION, f"objective.centering={centering}")
+        status, output = train(config, tmp_path / str(n_ranks), *overrides, n_ranks=n_ranks)
+        assert status == 0, output
+    _assert_close(tmp_path / "1", tmp_path / "2", name)
+    assert _keys_by_step(tmp_path / "1", name) == _keys_by_step(tmp_path / "2", name)
 
 
 def test_from_two_ranks_to_one(single: Path, tmp_path: Path) -> None:

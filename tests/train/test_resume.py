@@ -22,12 +22,16 @@ SHORT = (
 )
 
 
-def _final(out_dir: Path, step: int = 20) -> dict[str, torch.Tensor]:
-    return read_checkpoint(out_dir / "debug_mae" / "checkpoints" / f"step_{step:08d}")
+def _final(out_dir: Path, name: str = "debug_mae") -> dict[str, torch.Tensor]:
+    return read_checkpoint(out_dir / name / "checkpoints" / "step_00000020")
 
 
-def _keys(out_dir: Path) -> list[tuple[int, list[str]]]:
-    return [(r["step"], r["keys"]) for r in records(out_dir / "debug_mae" / "keys.jsonl")]
+def _keys(out_dir: Path, name: str = "debug_mae") -> list[tuple[int, list[str]]]:
+    return [(r["step"], r["keys"]) for r in records(out_dir / name / "keys.jsonl")]
+
+
+def _losses(out_dir: Path, name: str = "debug_mae") -> list[float]:
+    return [r["loss"] for r in records(out_dir / name / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +57,27 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
     assert status == 0, output
     assert_same_bits(_final(uninterrupted), _final(tmp_path))
     assert _keys(tmp_path) == _keys(uninterrupted)
-    assert [r["loss"] for r in records(tmp_path / "debug_mae" / "metrics.jsonl")] == [
-        r["loss"] for r in records(uninterrupted / "debug_mae" / "metrics.jsonl")
-    ]
+    assert _losses(tmp_path) == _losses(uninterrupted)
+
+
+def test_kill_9_in_self_distillation(tmp_path: Path) -> None:
+    """Teacher, centers and the ratios of masks go on as well."""
+    config, name = str(ROOT / "configs" / "debug" / "dinov2.yaml"), "debug_dinov2"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, output = train(config, whole, *SHORT)
+    assert status == 0, output
+    process = start(command(config, killed, *SHORT))
+    wait_for(lambda: any(r["step"] >= 12 for r in records(killed / name / "metrics.jsonl")), process)
+    os.kill(process.pid, signal.SIGKILL)
+    assert finish(process)[0] == -signal.SIGKILL
+    status, output = train(config, killed, *SHORT)
+    assert status == 0, output
+    assert "going on after step 10" in output
+    final = _final(whole, name)
+    assert {"objective.center", "objective.ibot_center"} <= final.keys()
+    assert_same_bits(final, _final(killed, name))
+    assert _keys(killed, name) == _keys(whole, name)
+    assert _losses(killed, name) == _losses(whole, name)
 
 
 def test_kill_9_on_real_data_with_two_workers(real_samples: Callable[[str], Path], tmp_path: Path) -> None:

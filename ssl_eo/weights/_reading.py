@@ -1,0 +1,118 @@
+"""Files of weights, from us or from others: read as plain tensors, and the encoder found in them.
+
+Nothing but tensors is unpickled, and the values of a large file stay on disk until they are used.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_eo.components import one_line
+from ssl_eo.hub import read_tensors
+
+__all__ = ["find_encoder", "read_state_dict"]
+
+_WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # what data-parallel and compiled modules put into names
+_CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2 with block_chunks > 0: blocks.<chunk>.<block>
+_TOKEN = "cls_token"  # a tensor that every vision transformer of these families has, and nothing else
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a file of `torch.save`, by name.
+
+    Dictionaries in dictionaries become dotted names: `{"teacher": {"backbone.norm.weight": ...}}` gives
+    `teacher.backbone.norm.weight`. The parts `module.` and `_orig_mod.` are left out, and so is what is no tensor.
+    Raises `ValueError` for a file that is neither, damaged, or that would have to run code to be read.
+    """
+    path = Path(path)
+    content: Any = read_tensors(path) if _is_safetensors(path) else _load_pickled(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: expected tensors by name, found a {type(content).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _flatten(content, ""):
+        if name in tensors:
+            raise ValueError(f"{path}: two tensors are named {name} once parts such as 'module.' are left out")
+        tensors[name] = tensor
+    if not tensors:
+        raise ValueError(f"{path}: no tensor in it, the first keys are {', '.join(map(str, list(content)[:3]))}")
+    return tensors
+
+
+def find_encoder(path: Path, tensors: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
+    """The tensors of the vision transformer in what `read_state_dict` gave, by the names that it has by itself.
+
+    It is whatever stands beside a `cls_token`. Of several the teacher's is taken, as the published one; `prefix`
+    chooses another. Blocks that were saved in chunks are numbered through. Raises `ValueError` when there is none,
+    or no telling which.
+    """
+    found = [name.removesuffix(_TOKEN) for name in tensors if re.search(rf"(^|\.){_TOKEN}$", name)]
+    if prefix is None:
+        prefix = _choose(path, tensors, found)
+    elif (prefix := f"{prefix.rstrip('.')}." if prefix else "") not in found:
+        raise ValueError(f"{path}: no encoder under the prefix {prefix!r}, but under {_quoted(found)}")
+    return {
+        _CHUNK.sub(r"blocks.\1.", name.removeprefix(prefix)): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _choose(path: Path, tensors: Mapping[str, Tensor], found: list[str]) -> str:
+    if not found:
+        first = ", ".join(list(tensors)[:3])
+        layout = any(".attention.attention.query." in name for name in tensors)
+        hint = "; this is the layout of the transformers package: give the authors' own file" if layout else ""
+        raise ValueError(f"{path}: no encoder in it: no tensor is named {_TOKEN}, the first are {first}{hint}")
+    if len(found) == 1:
+        return found[0]
+    teachers = [prefix for prefix in found if "teacher" in prefix]
+    if len(teachers) != 1:
+        raise ValueError(f"{path}: it holds several encoders, choose one with --prefix: {_quoted(found)}")
+    return teachers[0]
+
+
+def _quoted(prefixes: list[str]) -> str:
+    return ", ".join(repr(prefix) for prefix in prefixes) or "none"
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a JSON object follows the 8 bytes of its length, as in no pickle and no zip archive."""
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def _load_pickled(path: Path) -> Any:
+    try:
+        # The format that torch wrote before 1.6 cannot be mapped.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UnpicklingError as error:
+        unsafe = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
+        if unsafe is None:
+            raise ValueError(f"{path}: neither a safetensors file nor one of torch.save, or damaged") from None
+        raise ValueError(
+            f"{path}: holds Python objects ({unsafe[1]}) beside tensors, which could run code when they are read; if"
+            " you trust the file, load it with torch.load and save its state dict alone"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: neither a safetensors file nor one of torch.save ({one_line(error)})") from None
+
+
+def _flatten(content: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in dictionaries in dictionaries, with dotted names."""
+    if isinstance(content, Tensor):
+        yield prefix, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            name = _WRAPPERS.sub("", str(key))
+            yield from _flatten(value, f"{prefix}.{name}" if prefix else name)

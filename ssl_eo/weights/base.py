@@ -1,0 +1,215 @@
+"""Encoders that others published: their architecture by name, their files in, and ours out in the same layout.
+
+A family is a module of this package with `MODELS`, a tuple of `Released`; `dinov2_vits14` is looked for in
+`ssl_eo.weights.dinov2`. State dicts keep their names and shapes on both ways: our encoder has those of DINOv2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssl_eo.components import available, suggest
+from ssl_eo.files import atomic_file
+from ssl_eo.hub import SensorInput, write_bundle, write_tensors
+from ssl_eo.models.vit import Encoder, EncoderConfig
+from ssl_eo.weights._reading import find_encoder, read_state_dict
+
+__all__ = [
+    "Released",
+    "build_encoder",
+    "export_released",
+    "find_released",
+    "import_released",
+    "load_released",
+    "released_state_dict",
+]
+
+_N_NAMED = 3  # tensors that an error names
+
+
+def _no_inputs() -> Mapping[str, SensorInput]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Released:
+    """A published encoder: the name of its authors, what it is, and the pixels it was trained on."""
+
+    name: str
+    config: EncoderConfig
+    licence: str  # of the weights
+    source: str  # where the authors publish it
+    n_channels: int | None = None  # of a convolution
+    inputs: Callable[[], Mapping[str, SensorInput]] = _no_inputs  # empty where pixels are normalised by dataset
+
+
+def find_released(name: str) -> Released:
+    """The published encoder `name`; `ValueError` with the names there are."""
+    models = {released.name: released for released in _all_released()}
+    if name not in models:
+        known = sorted(models)
+        raise ValueError(f"no published encoder {name!r}{suggest(name, known)} (known: {', '.join(known)})")
+    return models[name]
+
+
+def load_released(path: str | Path, name: str, prefix: str | None = None) -> Encoder:
+    """The encoder in a file of published weights, or of a training run in that layout, in eval mode.
+
+    `prefix` is needed where a file holds several encoders, see `find_encoder`. Raises `ValueError` when the file is
+    damaged, holds no encoder, or another one than `name`.
+    """
+    path = Path(path)
+    return build_encoder(find_encoder(path, read_state_dict(path), prefix), find_released(name), str(path))
+
+
+def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str) -> Encoder:
+    """The encoder `released` with the weights `tensors`, in float32 and eval mode.
+
+    What its name leaves open is read off the tensors: the native size of the position table, the kind of MLP, and
+    whether there is a mask token. Raises `ValueError` that starts with `where` for any tensor missing, left over, or
+    of another shape.
+    """
+    config = _config_of(tensors, released)
+    problems = _misfits(tensors, config, released.n_channels)
+    if problems:
+        raise ValueError(f"{where}: not the weights of {released.name}: {'; '.join(problems)}{_hint(tensors)}")
+    encoder = _on_meta(config, released.n_channels).to_empty(device="cpu")
+    encoder.load_state_dict(dict(tensors))
+    return encoder.eval()
+
+
+def import_released(path: Path, name: str, out: Path, prefix: str | None = None, overwrite: bool = False) -> Released:
+    """Write the bundle `out` from a file of published weights, and say what they are.
+
+    Raises as `load_released`, and when `out` holds a bundle already, unless it may `overwrite` it.
+    """
+    if (out / "encoder.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    released = find_released(name)
+    encoder = load_released(path, name, prefix)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = {
+        # No file says after how many steps it was saved; evaluation takes step 0 for an encoder that nobody trained.
+        "step": 1,
+        "features": {"pool": "cls", "taps": [1.0]},
+        "released": {
+            "name": released.name,
+            "licence": released.licence,
+            "source": released.source,
+            "file": path.name,
+            "sha256": sha256,
+        },
+    }
+    write_bundle(out, encoder, released.inputs(), facts)
+    return released
+
+
+def released_state_dict(encoder: Encoder, released: Released) -> dict[str, Tensor]:
+    """The weights of `encoder` as published code loads them, in float32 on the CPU.
+
+    Raises `ValueError` when that code would compute something else from them, or cannot hold them. Published layouts
+    have a mask token; for an encoder that was trained without one it is zeros, as before their training.
+    """
+    expected, found = _essence(released.config), _essence(encoder.cfg)
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(f"this encoder is no {released.name}: its {key} is {found.get(key)}, expected {value}")
+    tensors = encoder.state_dict()
+    tensors.setdefault("mask_token", torch.zeros(1, encoder.embed_dim))
+    problems = _misfits(tensors, _config_of(tensors, released), released.n_channels)
+    if problems:
+        raise ValueError(f"this encoder is no {released.name}: {'; '.join(problems)}")
+    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
+
+
+def export_released(encoder: Encoder, name: str, out: Path, overwrite: bool = False) -> None:
+    """Write `encoder` to the file `out` (`.pth`, `.pt` or `.safetensors`) in the published layout `name`."""
+    if out.suffix not in (".pth", ".pt", ".safetensors"):
+        raise ValueError(f"{out}: the name must end in .pth, .pt or .safetensors, which says how it is written")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; give another --out, or add --overwrite")
+    tensors = released_state_dict(encoder, find_released(name))
+    if out.suffix == ".safetensors":
+        write_tensors(out, tensors)
+        return
+    with atomic_file(out) as file:
+        torch.save(tensors, file)
+
+
+def _all_released() -> list[Released]:
+    package = __name__.rpartition(".")[0]
+    families = (importlib.import_module(f"{package}.{family}") for family in available(package))
+    return [released for family in families for released in family.MODELS]
+
+
+def _config_of(tensors: Mapping[str, Tensor], released: Released) -> EncoderConfig:
+    """The configuration of `released` with what the tensors of a file may decide themselves."""
+    config = replace(
+        released.config,
+        mask_token="mask_token" in tensors,
+        mlp="swiglu" if "blocks.0.mlp.w12.weight" in tensors else "gelu",
+    )
+    shape = tensors["pos_embed"].shape if "pos_embed" in tensors else torch.Size()
+    n_patches = shape[1] - 1 if len(shape) == 3 else 0
+    side = math.isqrt(max(n_patches, 0))
+    return replace(config, image_size=side * config.patch_size) if side and side**2 == n_patches else config
+
+
+def _on_meta(config: EncoderConfig, n_channels: int | None) -> Encoder:
+    with torch.device("meta"):
+        return Encoder(config, n_channels)
+
+
+def _misfits(tensors: Mapping[str, Tensor], config: EncoderConfig, n_channels: int | None) -> list[str]:
+    """What keeps `tensors` from being the state dict of such an encoder, in words; empty when nothing does."""
+    expected = {name: list(value.shape) for name, value in _on_meta(config, n_channels).state_dict().items()}
+    missing = [name for name in expected if name not in tensors]
+    left_over = [name for name in tensors if name not in expected]
+    misshapen = [
+        f"{name} {list(tensors[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and list(tensors[name].shape) != shape
+    ]
+    no_numbers = [f"{name} of {tensors[name].dtype}" for name in tensors if not tensors[name].is_floating_point()]
+    kinds = {"missing": missing, "not expected": left_over, "of another shape": misshapen, "no weights": no_numbers}
+    return [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_N_NAMED]) + (", ..." if len(names) > _N_NAMED else "")
+
+
+def _hint(tensors: Mapping[str, Tensor]) -> str:
+    """Which published encoder `tensors` are instead, if any."""
+    n_blocks = sum(name.endswith("norm1.weight") for name in tensors)
+    for other in _all_released():
+        if n_blocks == other.config.n_blocks and not _misfits(tensors, _config_of(tensors, other), other.n_channels):
+            return f"; it is one of {other.name}: choose --as {other.name}"
+    return ""
+
+
+def _essence(config: EncoderConfig) -> dict[str, Any]:
+    """What of a configuration decides the numbers that an encoder computes and no tensor's shape tells."""
+    return {
+        "embed_dim": config.width,
+        "depth": config.n_blocks,
+        "n_heads": config.heads,
+        "patch_size": config.patch_size,
+        "n_registers": config.n_registers,
+        "position": config.position,
+        "position_resize": config.position_resize,
+        "norm_eps": config.norm_eps,
+        "LayerScale": config.layer_scale_init is not None,
+        "patch_embed": config.patch_embed,
+        config.patch_embed: getattr(config, config.patch_embed),
+    }
