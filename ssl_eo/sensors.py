@@ -57,10 +57,6 @@ class ChannelMeta:
         """`[C]` -> `[B, C]`, the same for all samples; what differs between samples already stays."""
         return self._each(lambda value: value.expand(n_samples, -1) if value.ndim == 1 else value)
 
-    def rows(self, index: Tensor) -> ChannelMeta:
-        """The samples `index [b]` of `[B, C]`."""
-        return self._each(lambda value: value[index])
-
     @staticmethod
     def cat(parts: Sequence[ChannelMeta]) -> ChannelMeta:
         """`[B, C]` of all `parts`, one after the other. A part without `valid` is taken to be all real."""

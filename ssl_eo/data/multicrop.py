@@ -119,9 +119,8 @@ class MultiCrop:
 
         Raises `ValueError` for a sample that has none of the tiles that views may show.
         """
-        usable = {name for tiles in self.tiles for name in tiles}
         images: list[list[str]] = []
-        for name in filter(usable.__contains__, sample.tiles):
+        for name in filter(self._names.__contains__, sample.tiles):
             for image in images:
                 if _belongs(name, image, sample):
                     image.append(name)
@@ -193,18 +192,27 @@ class MultiCrop:
         """The plans of one image with a random subset of all its bands, or with virtual ones; tiles without any go."""
         if cfg.n_bands is not None:
             if len(parts) == 1 and cfg.synthesis_prob:
-                schema = self._schemas[parts[0].tile, shown[parts[0].tile]]
-                is_hyperspectral = len(covered_bands(schema)) >= self.cfg.hyperspectral_min_bands
-                if is_hyperspectral and rng.random() < cfg.synthesis_prob:
+                schema = self._hyperspectral.get((parts[0].tile, shown[parts[0].tile]))
+                if schema is not None and rng.random() < cfg.synthesis_prob:
                     n_bands = int(rng.integers(cfg.n_bands[0], cfg.n_bands[1] + 1))
                     return replace(parts[0], synthesis=synthesise(rng, schema, n_bands, cfg.synthesis_fwhm_um))
             parts = _with_subset(parts, [len(shown[part.tile]) for part in parts], cfg.n_bands, rng)
         return parts if len(parts) > 1 else parts[0]
 
     @cached_property
-    def _schemas(self) -> dict[tuple[str, tuple[str, ...]], TileSchema]:
-        """Of a tile, by its name and its bands: sources may hold tiles of one name with other bands."""
-        return {(name, tile.bands): tile for tiles in self.tiles for name, tile in tiles.items()}
+    def _names(self) -> set[str]:
+        """Of the tiles that views may show of any source."""
+        return {name for tiles in self.tiles for name in tiles}
+
+    @cached_property
+    def _hyperspectral(self) -> dict[tuple[str, tuple[str, ...]], TileSchema]:
+        """Tiles that can be mixed, by name and bands: sources may hold tiles of one name with other bands."""
+        return {
+            (name, tile.bands): tile
+            for tiles in self.tiles
+            for name, tile in tiles.items()
+            if len(covered_bands(tile)) >= self.cfg.hyperspectral_min_bands
+        }
 
 
 def _belongs(name: str, image: Sequence[str], sample: Sample) -> bool:

@@ -17,7 +17,7 @@ from ssl_eo.data.types import Batch, TileSchema, Views
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
 from ssl_eo.schedules import Schedule
 
-__all__ = ["Losses", "Objective", "ObjectiveConfig", "Schemas", "ema_update_", "teacher_of"]
+__all__ = ["Losses", "Objective", "ObjectiveConfig", "Schemas", "ema_update_", "encoder_for", "teacher_of"]
 
 # One mapping of tile names to schemas for each entry of `data.sources`.
 Schemas = Sequence[Mapping[str, TileSchema]]
@@ -108,6 +108,20 @@ class Objective(nn.Module):
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of `batch`, a few samples, for a person to look at: title -> `[n, C, H, W]`, normalised values."""
         return {}
+
+
+def encoder_for(cfg: EncoderConfig, tiles: Sequence[TileSchema]) -> Encoder:
+    """An encoder of `tiles`, built for their number of channels where they agree on one (else any-sensor parts alone).
+
+    Raises `ValueError` for a channel that it cannot embed.
+    """
+    counts = {len(tile.bands) for tile in tiles}
+    encoder = Encoder(cfg, counts.pop() if len(counts) == 1 else None)
+    # On the CPU whatever the default device is: a check must not wait for an accelerator, nor run on meta.
+    with torch.device("cpu"):
+        for tile in tiles:
+            encoder.check(tile.sensor.channel_meta(tile.bands))
+    return encoder
 
 
 def teacher_of(student: nn.ModuleDict, names: Sequence[str]) -> nn.ModuleDict:

@@ -32,9 +32,9 @@ from ssl_eo.losses.self_distillation import (
     sinkhorn_targets,
 )
 from ssl_eo.models.heads import HeadConfig, PrototypeHead
-from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
+from ssl_eo.models.vit import EncoderConfig, EncoderInput, Tokens
 from ssl_eo.objectives import base
-from ssl_eo.objectives.base import Losses, Schemas, ema_update_, teacher_of
+from ssl_eo.objectives.base import Losses, Schemas, ema_update_, encoder_for, teacher_of
 from ssl_eo.schedules import Linear, Schedule, WarmupCosine
 
 __all__ = ["Config", "DistillationViews", "Objective"]
@@ -137,11 +137,7 @@ class Objective(base.Objective):
                     " same bands in every view"
                 )
         tiles = [tile for usable in MultiCrop(cfg.crops, schemas).tiles for tile in usable.values()]
-        counts = {len(tile.bands) for tile in tiles}
-        encoder = Encoder(encoder_cfg, counts.pop() if len(counts) == 1 else None)
-        for tile in tiles:
-            with torch.device("cpu"):  # a check must not wait for an accelerator, nor run on meta
-                encoder.check(tile.sensor.channel_meta(tile.bands))
+        encoder = encoder_for(encoder_cfg, tiles)
         self.student = nn.ModuleDict({"encoder": encoder, "dino_head": PrototypeHead(encoder_cfg.width, cfg.head)})
         if cfg.ibot_head is not None:
             self.student["ibot_head"] = PrototypeHead(encoder_cfg.width, cfg.ibot_head)

@@ -8,7 +8,7 @@ B batch, C channels, H W pixels, P patch size, N patches, K visible, M predicted
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -24,9 +24,9 @@ from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
 from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
-from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
+from ssl_eo.models.vit import EncoderConfig, EncoderInput
 from ssl_eo.objectives import base
-from ssl_eo.objectives.base import Losses, Schemas, ema_update_, teacher_of
+from ssl_eo.objectives.base import Losses, Schemas, ema_update_, encoder_for, teacher_of
 from ssl_eo.schedules import Constant, Schedule
 from ssl_eo.sensors import ChannelMeta
 
@@ -117,18 +117,15 @@ class Objective(base.Objective):
         super().__init__()
         self.cfg = cfg
         tiles = [schema[name] for schema in schemas for name in _tile_names(cfg, schema)]
-        n_channels = _common_channel_count(tiles)
         if encoder_cfg.mask_token:
             raise ValueError("model.mask_token: hidden patches never reach the encoder of mae; leave it false")
-        encoder = Encoder(encoder_cfg, n_channels)
-        for tile in tiles:
-            encoder.check(_channels(tile))
+        encoder = encoder_for(encoder_cfg, tiles)
         self.patch_size = encoder_cfg.patch_size
         self.student = nn.ModuleDict(
             {
                 "encoder": encoder,
                 "decoder": MaskedDecoder(cfg.decoder, encoder_cfg.width),
-                "output": _output_head(cfg, n_channels, encoder_cfg.patch_size),
+                "output": _output_head(cfg, encoder.n_channels, encoder_cfg.patch_size),
             }
         )
         if "gradients" in cfg.extra_targets:
@@ -257,18 +254,6 @@ def _tile_names(cfg: Config, schema: Mapping[str, TileSchema]) -> list[str]:
         counts = ", ".join(f"{name} has {len(schema[name].bands)}" for name in names)
         raise ValueError(f"objective.tile: the tiles of one source need as many bands each, but {counts}")
     return names
-
-
-def _common_channel_count(tiles: Sequence[TileSchema]) -> int | None:
-    """The number of channels when all sources agree on it, else None (then only any-sensor parts can be used)."""
-    counts = {len(tile.bands) for tile in tiles}
-    return counts.pop() if len(counts) == 1 else None
-
-
-def _channels(tile: TileSchema) -> ChannelMeta:
-    # On the CPU whatever the default device is: a check must not wait for an accelerator, nor run on meta.
-    with torch.device("cpu"):
-        return tile.sensor.channel_meta(tile.bands)
 
 
 def _output_head(cfg: Config, n_channels: int | None, patch_size: int) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import fit
 
 from ssl_eo import components
 from ssl_eo.config import Config, load
@@ -19,7 +20,6 @@ from ssl_eo.data.types import Batch, Source, map_tensors
 from ssl_eo.hub import load_bundle, write_bundle
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.objectives.base import Losses, Objective
-from ssl_eo.train.optim import OptimConfig, build_optimizer, set_hyper_parameters, step_if_finite
 from ssl_eo.train.parallel import build_objective
 
 NAMES = components.available("ssl_eo.objectives")
@@ -196,17 +196,7 @@ def test_a_skipped_step_changes_nothing(case: tuple[str, ...]) -> None:
 
 def test_overfits_eight_samples(case: tuple[str, ...]) -> None:
     _, objective, batch = _setup(*case, *LEAST_LOSS_IS_0[CONFIGS[case[0]]])
-    optimizer = build_optimizer(OptimConfig(lr=3e-3), objective)
-    losses = []
-    for step in range(60):
-        now = {k: s(step) for k, s in objective.schedules(60).items()}
-        set_hyper_parameters(optimizer, 3e-3 * min(1.0, (step + 1) / 10), 0.0, step)
-        found = objective(batch, now)
-        found.total.backward()
-        step_if_finite(optimizer, torch.ones(()))
-        optimizer.zero_grad()
-        objective.after_step(now, torch.ones(()), found.state)
-        losses.append(float(found.total.detach()))
+    losses = fit(objective, batch, 60)
     assert losses[-1] < OVERFIT_RATIO * losses[0]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fitting import fit
 from torch import Tensor, nn
 
 from ssl_eo.cli import main
@@ -23,7 +24,7 @@ from ssl_eo.distributed import mean_over_ranks, rank, world_size
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.objectives.dinov2 import Objective
 from ssl_eo.seeding import numpy_generator
-from ssl_eo.train.optim import OptimConfig, build_optimizer, set_hyper_parameters, step_if_finite
+from ssl_eo.train.optim import OptimConfig, build_optimizer, step_if_finite
 from ssl_eo.train.parallel import build_objective
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug"
@@ -410,16 +411,8 @@ def test_learning_matches_two_sensors_and_does_not_collapse() -> None:
         lambda: Objective(config.objective.options, config.model, schemas), 0, torch.device("cpu")
     )
     batch = _batch(config, n=8)
-    optimizer = build_optimizer(OptimConfig(lr=3e-3), objective)
     assert _share_found(objective, batch) <= 0.25
-    for step in range(160):
-        now = {name: schedule(step) for name, schedule in objective.schedules(160).items()}
-        set_hyper_parameters(optimizer, 3e-3 * min(1.0, (step + 1) / 10), 0.0, step)
-        losses = objective(batch, now)
-        losses.total.backward()
-        step_if_finite(optimizer, torch.ones(()))
-        optimizer.zero_grad()
-        objective.after_step(now, torch.ones(()), losses.state)
+    fit(objective, batch, 160)
     assert _share_found(objective, batch) >= 0.75
 
 
