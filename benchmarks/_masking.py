@@ -76,11 +76,17 @@ def _add_block(rng: random.Random, mask: NDArray[np.bool_], most: int) -> int:
         if height >= h or width >= w:
             continue
         top, left = rng.randint(0, h - height), rng.randint(0, w - width)
-        n_new = height * width - int(mask[top : top + height, left : left + width].sum())
-        if 0 < n_new <= most:
-            for row in range(top, top + height):
-                for column in range(left, left + width):
-                    if not mask[row, column]:
-                        mask[row, column] = True
-            return n_new
+        if 0 < height * width - mask[top : top + height, left : left + width].sum() <= most:
+            return _hide(mask, range(top, top + height), range(left, left + width))
     return 0
+
+
+def _hide(mask: NDArray[np.bool_], rows: range, columns: range) -> int:
+    """Hides a rectangle cell by cell; how many of them were visible."""
+    n_new = 0
+    for row in rows:
+        for column in columns:
+            if mask[row, column] == 0:
+                mask[row, column] = 1
+                n_new += 1
+    return n_new

@@ -3,13 +3,14 @@
     python benchmarks/dinov2.py [--only SECTION] [--device cuda] [--bfloat16] [--batch-size N] [--turns N]
 
 forms      a training step with channel attention in its factorised form, beside the direct form of the same function
-memory     the most that such a step takes, beyond what stays between steps and with it
+memory     the most that such a step takes, beyond what stays between steps and with it; with all activations of the
+           blocks kept, and with `parallel.activation_checkpointing: full`
 channels   a step on the 202 channels of EnMAP beside the 13 of Sentinel-2
 masks      block masks of a batch, beside the loop over cells of research code
 
 The step is that of Panopticon's recipe: a ViT-B/14, student and teacher, two global views of 224 pixels and 13 channels
 and four local ones of 98 pixels and 4 channels, and a head of 65,536 prototypes. It goes from the forward pass through
-backward, clipping and AdamW to the moving averages. Two cores need half an hour for all sections and 6 GB of memory.
+backward, clipping and AdamW to the moving averages. Two cores need half an hour for all sections and 10 GB of memory.
 `--size small` is a toy that shows in a minute that everything works; its figures say nothing.
 """
 

@@ -40,18 +40,21 @@ def uniforms(seed: int, keys: NDArray[np.int64], n: int) -> NDArray[np.float32]:
     """`[K, n]` numbers uniform in [0, 1): row k is a function of `seed` and `keys[k]`, whatever the others are.
 
     For many small addresses at once, where a generator for each would take longer than what is drawn from it. The
-    numbers are those of SplitMix64 (Steele et al. 2014) at counters from the seed on.
+    numbers are halves of those of SplitMix64 (Steele et al. 2014) at counters from the seed on.
     """
     import numpy as np
 
+    n_words = (n + 1) // 2
     start = np.uint64(derive_seed(seed, "uniforms"))
-    with np.errstate(over="ignore"):
-        x: NDArray[Any] = keys.astype(np.uint64)[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64) + start
-        x *= np.uint64(0x9E3779B97F4A7C15)  # [K, n]
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-    drawn: NDArray[np.float32] = (x >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    x: NDArray[Any] = keys.astype(np.uint64)[:, None] * np.uint64(n_words) + (
+        np.arange(n_words, dtype=np.uint64) + start
+    )
+    x *= np.uint64(0x9E3779B97F4A7C15)  # [K, W], modulo 2^64 like all that follows
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    halves = x.astype("<u8", copy=False).view("<u4")[:, :n]
+    drawn: NDArray[np.float32] = (halves >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
     return drawn
 
 

@@ -1,7 +1,8 @@
 """Block masks on some views of every sample of a batch, all at once, in counts that are spread evenly and exact.
 
 A row of a grid is held as bits of a few integers, so that a rectangle of patches costs a handful of operations for the
-whole batch. All choices are a function of a seed and of a sample's slot in the global batch.
+whole batch; masked views are the last axis while rectangles are joined, for NumPy is fastest along that. All choices
+are a function of a seed and of a sample's slot in the global batch.
 
 B samples, V views of a sample, S of them masked, U = B*S masked views, T rectangles of each, h w grid, N = h*w patches,
 W words in a row of the grid, M hidden patches of all views.
@@ -9,10 +10,11 @@ W words in a row of the grid, M hidden patches of all views.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,90 +76,90 @@ def spread_masks(
     In BEiT (Bao et al. 2022, algorithm 1) later ones may only be as large as what is left; corners and centre are
     hidden about as often here. A mask is a function of `seed`, which is that of the step, and of the slot.
     """
-    h, w = grid
-    n_samples, n_patches = len(slots), h * w
-    u = uniforms(seed, np.asarray(slots), n_views + cfg.n_views * (1 + 4 * _N_RECTANGLES))
-    view = np.argsort(u[:, :n_views], axis=1)[:, : cfg.n_views].ravel()  # [U], the masked ones of a sample
-    is_turned, of_rectangles = np.split(u[:, n_views:].reshape(len(view), -1), [1], axis=1)  # [U, 1] [U, 4T]
-    turn = np.add.outer(np.asarray(slots) * cfg.n_views, np.arange(cfg.n_views)).ravel() + seed % cfg.n_ratios  # [U]
+    n_samples, n_patches = len(slots), grid[0] * grid[1]
+    slot = np.asarray(slots)
+    u = uniforms(seed, slot, n_views + cfg.n_views * (1 + 4 * _N_RECTANGLES))
+    view = u[:, :n_views].argsort(axis=1)[:, : cfg.n_views]  # [B, S], the masked ones of a sample
+    row = (view * n_samples + np.arange(n_samples)[:, None]).ravel()  # [U]
+    turn = (slot[:, None] * cfg.n_views + np.arange(cfg.n_views)).ravel() + seed % cfg.n_ratios  # [U]
     count = cfg.counts(n_patches)[turn % cfg.n_ratios]  # [U]
-    rectangles = _draw(cfg, grid, count, of_rectangles.reshape(-1, _N_RECTANGLES, 4))
-    hidden = _joined(rectangles, grid, count)  # [U, N]
-    hidden = np.where(is_turned < 0.5, hidden[:, ::-1], hidden)  # else the cut would spare the last rows
-    sample = np.repeat(np.arange(n_samples), cfg.n_views)  # [U]
-    mask = np.zeros((n_views, n_samples, n_patches), bool)
-    mask[view, sample] = hidden
-    n_hidden = np.zeros((n_views, n_samples), np.int64)
-    n_hidden[view, sample] = count
-    weight = np.repeat(1.0 / np.maximum(n_hidden, 1), n_hidden.ravel()).astype(np.float32)  # [M]
-    rows = mask.reshape(-1, n_patches)  # [V*B, N]
-    ids = np.flatnonzero(rows)  # [M]
-    return RaggedMaskBatch(torch.from_numpy(rows), torch.from_numpy(ids), torch.from_numpy(weight))
-
-
-class _Rectangles(NamedTuple):
-    """In patches, each `[U, T]`."""
-
-    top: NDArray[np.int32]
-    left: NDArray[np.int32]
-    bottom: NDArray[np.int32]
-    right: NDArray[np.int32]
+    u = u[:, n_views:].reshape(len(row), -1)  # [U, 1 + 4T]
+    is_turned = u[:, 0] < 0.5  # what is cut off is at the bottom or the top
+    first, last = _draw(cfg, grid, count, np.ascontiguousarray(u[:, 1:].T).reshape(4, -1, len(row)))
+    mask = np.zeros((n_views * n_samples, n_patches), bool)
+    mask[row] = _joined(_unions(first, last, grid), grid, count, is_turned)
+    n_hidden = np.zeros(len(mask), np.int64)
+    n_hidden[row] = count
+    weight = (1 / np.maximum(n_hidden, 1)).astype(np.float32).repeat(n_hidden)  # [M]
+    ids = mask.ravel().nonzero()[0]  # [M]
+    return RaggedMaskBatch(torch.from_numpy(mask), torch.from_numpy(ids), torch.from_numpy(weight))
 
 
 def _draw(
     cfg: SpreadMaskConfig, grid: tuple[int, int], count: NDArray[np.int64], u: NDArray[np.float32]
-) -> _Rectangles:
-    """Rectangles from `u [U, T, 4]`, uniform in [0, 1)."""
-    h, w = grid
-    most = np.minimum(count, cfg.max_block_ratio * h * w).astype(np.float32)[:, None]  # [U, 1]
-    side = np.sqrt(cfg.min_block_patches + u[..., 0] * np.maximum(most - cfg.min_block_patches, 0.0))  # [U, T]
-    root = np.exp((u[..., 1] - 0.5) * math.log(cfg.min_block_aspect))  # [U, T], of height / width
-    height = np.clip(np.rint(side * root), 1, h).astype(np.int32)
-    width = np.clip(np.rint(side / root), 1, w).astype(np.int32)
-    top = (u[..., 2] * (h - height + 1)).astype(np.int32)
-    left = (u[..., 3] * (w - width + 1)).astype(np.int32)
-    return _Rectangles(top, left, top + height, left + width)
+) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+    """Rectangles from `u [4, T, U]`, uniform in [0, 1): first row and column `[2, T, U]`, and those after the last."""
+    least = cfg.min_block_patches
+    most = np.minimum(count, cfg.max_block_ratio * grid[0] * grid[1]).astype(np.float32)  # [U]
+    side = np.sqrt(least + u[0] * np.maximum(most - least, 0.0))  # [T, U]
+    root = np.exp((u[1] - 0.5) * math.log(cfg.min_block_aspect))  # [T, U], of height / width
+    size = np.rint(np.stack((side * root, side / root)))  # [2, T, U]
+    room = np.array(grid, np.float32)[:, None, None]
+    size = np.minimum(np.maximum(size, 1.0), room)
+    first = (u[2:] * (room - size + 1.0)).astype(np.int16)
+    return first, first + size.astype(np.int16)
 
 
-def _joined(rectangles: _Rectangles, grid: tuple[int, int], count: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """`[U, N]` with `count [U]` True: the first rectangles that reach it, the last of them cut off in reading order."""
-    union = _unions(rectangles, grid)  # [U, T+1, h, W]
-    n_covered = np.bitwise_count(union).sum((2, 3), dtype=np.int64)  # [U, T+1]
-    row = np.arange(len(union))  # [U]
-    reached = (n_covered < count[:, None]).sum(1)  # [U], the first that is enough
-    before = np.maximum(reached - 1, 0)
-    is_first = reached == 0
-    kept = np.where(is_first[:, None, None], np.zeros_like(union[:, 0]), union[row, before])  # [U, h, W]
-    n_wanted = count - np.where(is_first, 0, n_covered[row, before])  # [U], of the last rectangle
-    mask = _unpacked(union[row, reached], grid[1])  # [U, N]
-    new = np.flatnonzero(_unpacked(union[row, reached] & ~kept, grid[1]))
-    owner = new // mask.shape[1]
-    n_new = np.bincount(owner, minlength=len(mask))  # [U]
-    place = np.arange(len(new)) - (np.cumsum(n_new) - n_new)[owner]  # among the new ones of a view
-    mask.ravel()[new[place >= n_wanted[owner]]] = False
-    return mask
-
-
-def _unions(rectangles: _Rectangles, grid: tuple[int, int]) -> NDArray[Any]:
-    """The first rectangle, the first two, ..., all, and the whole grid as bits: `[U, T+1, h, W]` unsigned."""
+def _unions(first: NDArray[np.int16], last: NDArray[np.int16], grid: tuple[int, int]) -> NDArray[Any]:
+    """No rectangle, the first, the first two, ..., all, and the whole grid as bits: `[T+2, h, W, U]` unsigned."""
     h, w = grid
     bits = next(n for n in (8, 16, 32, _WORD_BITS) if n >= min(w, _WORD_BITS))
-    start = bits * np.arange(math.ceil(w / bits))  # [W], first column of a word
-    n_left, n_right = (np.clip(edge[..., None] - start, 0, bits) for edge in (rectangles.left, rectangles.right))
-    word = (_ONES[n_right] ^ _ONES[n_left]).astype(f"u{bits // 8}")  # [U, T, W]
-    y = np.arange(h, dtype=np.int32)
-    has_row = (y >= rectangles.top[..., None]) & (y < rectangles.bottom[..., None])  # [U, T, h]
-    n_views, n_rectangles = rectangles.top.shape
-    union = np.empty((n_views, n_rectangles + 1, h, len(start)), word.dtype)
-    np.multiply(has_row[..., None], word[:, :, None, :], out=union[:, :-1])
-    for i in range(1, n_rectangles):
-        union[:, i] |= union[:, i - 1]
-    union[:, -1] = _ONES[np.clip(w - start, 0, bits)]
+    start = np.arange(0, w, bits, dtype=np.int16)[:, None]  # [W, 1], first column of a word
+    left, right = (np.minimum(np.maximum(edge[1][:, None] - start, 0), bits) for edge in (first, last))  # [T, W, U]
+    of_bits = _ONES.astype(f"u{bits // 8}")
+    word = of_bits[left] ^ of_bits[right]  # [T, W, U]
+    y = np.arange(h, dtype=np.int16)[:, None]
+    top, bottom = first[0][:, None], last[0][:, None]  # [T, 1, U]
+    has_row = (y >= top) & (y < bottom)  # [T, h, U]
+    n_rectangles, n_views = first.shape[1:]
+    union = np.zeros((n_rectangles + 2, h, len(start), n_views), word.dtype)
+    np.multiply(has_row[:, :, None], word[:, None], out=union[1:-1])
+    for before, after in itertools.pairwise(union[1:-1]):
+        after |= before
+    union[-1] = of_bits[np.minimum(w - start, bits)]
     return union
 
 
+def _joined(
+    union: NDArray[Any], grid: tuple[int, int], count: NDArray[np.int64], is_turned: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """`[U, N]` with `count [U]` True: the first rectangles that reach it, the last of them cut off in reading order.
+
+    Where a view `is_turned [U]`, the result is turned by 180 degrees; else cutting would spare the last rows of all.
+    """
+    view = np.arange(len(count))
+    n_covered = np.bitwise_count(union).sum((1, 2), dtype=np.int16)  # [T+2, U]
+    n_short = (n_covered < count).sum(0)  # [U], the union that is enough, at least the first rectangle
+    enough = np.maximum(n_short, 1)
+    before, reached = union[enough - 1, :, :, view], union[enough, :, :, view]  # [U, h, W]
+    new = reached & ~before
+    n_new = np.bitwise_count(new).sum(2, dtype=np.int64)  # [U, h]
+    n_wanted = count - n_covered[enough - 1, view]  # [U], of the new ones
+    n_until = n_new.cumsum(1)  # [U, h]
+    is_whole = n_until <= n_wanted[:, None]
+    words = before | new * is_whole[:, :, None]  # [U, h, W]
+    cut = np.minimum(is_whole.sum(1), grid[0] - 1)  # [U], the row in which the last ones are
+    part = _unpacked(new[view, cut], grid[1])  # [U, w]
+    part &= part.cumsum(1) <= (n_wanted - n_until[view, cut] + n_new[view, cut])[:, None]
+    mask = _unpacked(words, grid[1])  # [U, h, w]
+    mask[view, cut] |= part
+    flat = mask.reshape(len(mask), -1)
+    flat[is_turned] = flat[is_turned, ::-1]
+    return flat
+
+
 def _unpacked(words: NDArray[Any], width: int) -> NDArray[np.bool_]:
-    """Bits of `words [U, h, W]` as `[U, h * width]`."""
-    flat = words.astype(words.dtype.newbyteorder("<"), copy=False).view(np.uint8)  # the first bit is the first column
-    columns = np.unpackbits(flat, axis=-1, bitorder="little")[..., :width]  # [U, h, w]
-    return np.ascontiguousarray(columns).reshape(len(words), -1).view(bool)
+    """Bits of `words [..., W]` as `[..., width]`."""
+    in_order = words.astype(words.dtype.newbyteorder("<"), order="C", copy=False)  # the first bit is the first column
+    bits = np.unpackbits(in_order.reshape(-1).view(np.uint8), bitorder="little")  # along an axis it would be slower
+    return np.ascontiguousarray(bits.reshape(*words.shape[:-1], -1)[..., :width]).view(bool)

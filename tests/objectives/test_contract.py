@@ -21,6 +21,7 @@ from ssl_eo.hub import load_bundle, write_bundle
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.objectives.base import Losses, Objective
 from ssl_eo.train.parallel import build_objective
+from ssl_eo.train.recompute import recompute_blocks
 
 NAMES = components.available("ssl_eo.objectives")
 
@@ -100,6 +101,20 @@ def test_forward_is_pure_and_every_student_parameter_gets_a_gradient(case: tuple
     assert not zero, f"the gradient is zero for {zero}"
     if objective.teacher is not None:
         assert all(p.grad is None and not p.requires_grad for p in objective.teacher.parameters())
+
+
+def test_recomputing_blocks_changes_no_bit(case: tuple[str, ...]) -> None:
+    found = []
+    for mode in ("none", "full"):
+        config, objective, batch = _setup(
+            *case, "model.drop_path_prob=0.2", f"parallel.activation_checkpointing={mode}"
+        )
+        recompute_blocks(objective, config.parallel.activation_checkpointing)
+        losses = _seeded_forward(objective, batch, {k: s(0) for k, s in objective.schedules(100).items()})
+        losses.total.backward()
+        found.append([losses.total.detach(), *(p.grad for p in objective.student.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def _seeded_forward(objective: Objective, batch: Batch, now: dict[str, float]) -> Losses:
