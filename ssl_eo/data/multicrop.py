@@ -18,12 +18,14 @@ import numpy as np
 from ssl_eo.components import suggest
 from ssl_eo.data.plans import CropConfig, band_subset, carried_box, resized_crop
 from ssl_eo.data.spectral import covered_bands, synthesise
-from ssl_eo.data.types import Sample, TileSchema, View, ViewPlan
+from ssl_eo.data.stacking import stack
+from ssl_eo.data.types import Batch, Sample, TileSchema, View, ViewPlan
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["MultiCrop", "MultiCropConfig", "SpectralCropConfig"]
+__all__ = ["Crops", "MultiCrop", "MultiCropConfig", "MultiCropViews", "SpectralCropConfig"]
 
 Image = tuple[str, ...]  # names of tiles
+Crops = dict[str, list[View]]  # the views of a sample by role
 
 _PIXEL_KINDS = ("optical", "thermal", "sar")
 
@@ -106,7 +108,7 @@ class MultiCrop:
                 raise ValueError(f"objective.crops.tiles: no source has {name}{hint} (there are {', '.join(known)})")
         return [self._usable(schema) for schema in self.schemas]
 
-    def draw(self, sample: Sample, rng: np.random.Generator) -> dict[str, list[View]]:
+    def draw(self, sample: Sample, rng: np.random.Generator) -> Crops:
         """Plans of the views of a sample by role, "global" and "local"; of all bands if `bands_per` is step."""
         images = self.images(sample)
         order = rng.permutation(len(images)).tolist()
@@ -213,6 +215,23 @@ class MultiCrop:
             for name, tile in tiles.items()
             if len(covered_bands(tile)) >= self.cfg.hyperspectral_min_bands
         }
+
+
+@dataclass(frozen=True)
+class MultiCropViews:
+    """The `Views` of an objective that looks at global and local crops and at nothing else."""
+
+    crops: MultiCrop
+
+    def plan(self, sample: Sample, rng: np.random.Generator) -> Crops:
+        return self.crops.draw(sample, rng)
+
+    def collate(self, planned: list[tuple[Sample, Crops]], step: int, source: int, rng: np.random.Generator) -> Batch:
+        samples, plans = [sample for sample, _ in planned], [plan for _, plan in planned]
+        by_number = {role: list(zip(*(plan[role] for plan in plans), strict=True)) for role in plans[0]}
+        roles = self.crops.share_bands({role: rows for role, rows in by_number.items() if rows}, source, rng)
+        tiles, views = stack(samples, roles, self.crops.schemas[source])
+        return Batch(step=step, source=source, keys=[s.key for s in samples], tiles=tiles, views=views)
 
 
 def _belongs(name: str, image: Sequence[str], sample: Sample) -> bool:

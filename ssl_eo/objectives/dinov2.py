@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssl_eo.data.multicrop import MultiCrop, MultiCropConfig
+from ssl_eo.data.multicrop import Crops, MultiCrop, MultiCropConfig, MultiCropViews
 from ssl_eo.data.spread_masking import SpreadMaskConfig, spread_masks
-from ssl_eo.data.stacking import stack
-from ssl_eo.data.types import Batch, PixelBatch, RaggedMaskBatch, Sample, View
+from ssl_eo.data.types import Batch, PixelBatch, RaggedMaskBatch, Sample
 from ssl_eo.distributed import mean_over_ranks
 from ssl_eo.losses.self_distillation import (
     centered_targets,
@@ -81,28 +80,17 @@ class Config:
             raise ValueError(f"mask.n_views {self.mask.n_views} is more than crops.n_global {self.crops.n_global}")
 
 
-Plan = dict[str, list[View]]  # the views of a sample by role
-
-
 @dataclass(frozen=True)
-class DistillationViews:
+class DistillationViews(MultiCropViews):
     """Global and local crops, through different images of a place, and block masks on some of the global ones."""
 
     cfg: Config
     grid: tuple[int, int]
-    crops: MultiCrop
 
-    def plan(self, sample: Sample, rng: np.random.Generator) -> Plan:
-        return self.crops.draw(sample, rng)
-
-    def collate(self, planned: list[tuple[Sample, Plan]], step: int, source: int, rng: np.random.Generator) -> Batch:
-        samples, plans = [sample for sample, _ in planned], [plan for _, plan in planned]
-        by_number = {role: list(zip(*(plan[role] for plan in plans), strict=True)) for role in plans[0]}
-        roles = self.crops.share_bands({role: rows for role, rows in by_number.items() if rows}, source, rng)
-        tiles, views = stack(samples, roles, self.crops.schemas[source])
-        batch = Batch(step=step, source=source, keys=[s.key for s in samples], tiles=tiles, views=views)
+    def collate(self, planned: list[tuple[Sample, Crops]], step: int, source: int, rng: np.random.Generator) -> Batch:
+        batch = super().collate(planned, step, source, rng)
         if self.cfg.ibot_weight:
-            slots, n_views, seed = [s.slot for s in samples], len(roles["global"]), int(rng.integers(2**62))
+            slots, n_views, seed = [s.slot for s, _ in planned], self.cfg.crops.n_global, int(rng.integers(2**62))
             batch.ragged_masks["global"] = spread_masks(self.cfg.mask, self.grid, n_views, slots, seed)
         return batch
 
@@ -160,7 +148,7 @@ class Objective(base.Objective):
             )
         crops = MultiCrop(cfg.crops, schemas)
         assert crops.tiles  # an error in them is one before the workers start
-        return DistillationViews(cfg, (side, side), crops)
+        return DistillationViews(crops, cfg, (side, side))
 
     def init_weights(self) -> None:
         super().init_weights()
