@@ -98,7 +98,7 @@ def _title(batch: Batch, where: str) -> str:
 
 def peak_mb(setting: Setting, is_direct: bool) -> tuple[float, float]:
     """The most that a step takes: with what stays between steps, and without; not what Python takes. In MB."""
-    imports_mb = _resident_mb("VmRSS")
+    imports_mb = resident_mb("VmRSS")
     training = Training(setting, [SENTINEL2])
     batch = training.batch(N_LOCAL_CHANNELS)
     with training.direct_form() if is_direct else contextlib.nullcontext():
@@ -107,11 +107,11 @@ def peak_mb(setting: Setting, is_direct: bool) -> tuple[float, float]:
     if setting.device == "cuda":
         most = torch.cuda.max_memory_allocated() / 1e6
     else:
-        most = _resident_mb("VmHWM") - imports_mb
+        most = resident_mb("VmHWM") - imports_mb
     return most, most - training.state_bytes() / 1e6
 
 
-def _resident_mb(what: str) -> float:
+def resident_mb(what: str) -> float:
     """Resident memory of this process, now (VmRSS) or at most (VmHWM)."""
     found = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))
     assert found is not None

@@ -86,12 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         "--checkpoint", required=True, help="a run directory, or one step_ directory of it; with --as a bundle too"
     )
     _add_released(export, "write a .pth or .safetensors file that the published code of this encoder loads", False)
+    export.add_argument("--whole", action="store_true", help="both encoders of croma, and what joins them")
     export.add_argument("--out", required=True, help="the bundle folder to write; with --as the file")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.set_defaults(run=_export)
 
     imported = commands.add_parser("import", help="write a bundle from a file of published weights")
-    imported.add_argument("file", metavar="FILE", help="weights in the layout of Panopticon or DINOv2")
+    imported.add_argument("file", metavar="FILE", help="weights in the layout of their authors")
     _add_released(imported, "which encoder it is", True)
     imported.add_argument("--prefix", default=None, help="which encoder of a file with several: student.backbone")
     imported.add_argument("--out", required=True, help="the bundle folder to write")
@@ -183,11 +184,15 @@ def _config(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ssl_eo.train.export import export_encoder, open_encoder
+    from ssl_eo.train.export import export_encoder, export_pair, open_encoder, open_pair
+    from ssl_eo.weights import croma
 
     checkpoint, out = Path(arguments.checkpoint), Path(arguments.out)
     if arguments.released is None:
-        step = export_encoder(checkpoint, out, arguments.overwrite)
+        step = (export_pair if arguments.whole else export_encoder)(checkpoint, out, arguments.overwrite)
+    elif arguments.released in croma.PAIRS:
+        pair, step, inputs = open_pair(checkpoint)
+        croma.export_pair(pair, arguments.released, inputs, out, arguments.overwrite)
     else:
         from ssl_eo.weights.base import export_released
 
@@ -198,11 +203,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
+    from ssl_eo.weights import croma
     from ssl_eo.weights.base import import_released
 
-    released = import_released(
-        Path(arguments.file), arguments.released, Path(arguments.out), arguments.prefix, arguments.overwrite
-    )
+    file, name, out = Path(arguments.file), arguments.released, Path(arguments.out)
+    if name in croma.PAIRS:
+        if arguments.prefix is not None:
+            raise ValueError(f"--prefix {arguments.prefix}: a file of {name} holds one model")
+        pair = croma.import_pair(file, name, out, arguments.overwrite)
+        print(f"wrote {out} ({pair.name}; its weights are under {pair.licence}, see {pair.source})")
+        return 0
+    released = import_released(file, name, out, arguments.prefix, arguments.overwrite)
     print(f"wrote {arguments.out} ({released.name}; its weights are under {released.licence}, see {released.source})")
     return 0
 

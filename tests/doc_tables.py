@@ -3,7 +3,7 @@
 A table stands between `<!-- <what> -->` and `<!-- end -->`, where <what> is one of
 
 - `keys of <section>`: a section of the config (`train`, `model`, ...), with the sections inside it
-- `keys of <section>.<key>`: an entry of a list (`data.sources`, `eval.tasks`)
+- `keys of <section>.<key>`: an entry of a list (`data.sources`, `eval.tasks`) or of a mapping
 - `keys of objective <name>`, `keys of source <name>`, likewise with `.<key>`
 - `keys that may change`: those that do not bind a run
 - `sensors`: the shipped sensors
@@ -73,7 +73,7 @@ def sections() -> list[str]:
     """What the docs must have a table of: `keys_of` knows it."""
     found = [f.name for f in dataclasses.fields(Config) if f.name != "objective"]
     found += [f"{kind} {name}" for kind, (package, _) in _COMPONENTS.items() for name in available(package)]
-    for section in found:  # which grows: entries of lists have tables of their own
+    for section in found:  # which grows: entries of lists and mappings have tables of their own
         hints = typing.get_type_hints(_config_of(section)[0])
         found += [f"{section}.{field}" for field, hint in hints.items() if _entry(hint) is not None]
     return found
@@ -91,13 +91,14 @@ def _config_of(section: str) -> tuple[type, str]:
         if (entry := _entry(cls)) is not None:
             cls, prefix = entry, f"{name}[]"
     for field in inner:
-        cls, prefix = _entry(typing.get_type_hints(cls)[field]), f"{prefix}.{field}[]"
+        hint = typing.get_type_hints(cls)[field]
+        cls, prefix = _entry(hint), f"{prefix}.{field}{'[]' if typing.get_origin(hint) is list else '.*'}"
     return cls, prefix
 
 
 def _entry(hint: Any) -> type | None:
-    """The config class of the entries of a list, None for any other type."""
-    cls = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+    """The config class of the entries of a list or of a mapping, None for any other type."""
+    cls = typing.get_args(hint)[-1] if typing.get_origin(hint) in (list, dict) else None
     return cls if dataclasses.is_dataclass(cls) else None
 
 

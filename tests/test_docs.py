@@ -180,7 +180,7 @@ def test_yaml_builds(block: Block) -> None:
     elif block.kind == "yaml task":
         build(TaskConfig, {"name": "documented", **raw}, "")
     else:
-        whole = {section: {**MINIMAL.get(section, {}), **raw.get(section, {})} for section in {*MINIMAL, *raw}}
+        whole = {**raw, **{section: {**least, **raw.get(section, {})} for section, least in MINIMAL.items()}}
         build(Config, whole, "")
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ssl_eo"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 # Layer of a module: the longest prefix that matches. A module may import its own and lower layers.
-LAYER_0 = ("components", "distributed", "files", "jsonl", "resources", "schedules", "seeding", "sensors")
+LAYER_0 = ("components", "distributed", "files", "jsonl", "resources", "schedules", "seeding", "sensors", "tensor_files")
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYER_0, LAYER_0),
     "losses": ("losses", "distributed"),
@@ -28,13 +28,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "data.types",
         "data.plans",
         "data.multicrop",
+        "data.joint_views",
+        "data.token_budget",
         "data.spread_masking",
         "data.masking",
         "data.stacking",
         *LAYER_0,
     ),
-    "hub": ("hub", "models", "sensors", "components", "files"),
-    "weights": ("weights", "hub", "models", "sensors", "components", "files"),
+    "bundles": ("models", "sensors"),
+    "hub": ("hub", "bundles", "tensor_files", "models", "sensors", "components", "files"),
+    "weights": ("weights", "hub", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim")},

@@ -8,7 +8,7 @@ V global views and L local views of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -22,7 +22,15 @@ from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, Sample, TileSchema, View, ViewPlan
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["Crops", "MultiCrop", "MultiCropConfig", "MultiCropViews", "SpectralCropConfig"]
+__all__ = [
+    "Crops",
+    "MultiCrop",
+    "MultiCropConfig",
+    "MultiCropViews",
+    "SpectralCropConfig",
+    "crop_image",
+    "images_of",
+]
 
 Image = tuple[str, ...]  # names of tiles
 Crops = dict[str, list[View]]  # the views of a sample by role
@@ -121,17 +129,10 @@ class MultiCrop:
 
         Raises `ValueError` for a sample that has none of the tiles that views may show.
         """
-        images: list[list[str]] = []
-        for name in filter(self._names.__contains__, sample.tiles):
-            for image in images:
-                if _belongs(name, image, sample):
-                    image.append(name)
-                    break
-            else:
-                images.append([name])
+        images = images_of(sample, filter(self._names.__contains__, sample.tiles))
         if not images:
             raise ValueError(f"it has none of the tiles of objective.crops.tiles, but {', '.join(sample.tiles)}")
-        return [tuple(image) for image in images]
+        return images
 
     def share_bands(
         self, views: Mapping[str, Sequence[Sequence[View]]], source: int, rng: np.random.Generator
@@ -176,7 +177,7 @@ class MultiCrop:
         for i in range(of_role.n_views):
             # Different images as far as they go for global views; any for local ones.
             image = images[i if role == "global" and i < len(images) else int(rng.integers(len(images)))]
-            parts = _crop_image(sample, image, of_role.crop, rng)
+            parts = crop_image(sample, image, of_role.crop, rng)
             if self.cfg.bands_per == "sample":
                 shown = {name: sample.tiles[name].bands for name in image}
                 views.append(self._with_bands(of_role.bands, parts, shown, rng))
@@ -234,6 +235,19 @@ class MultiCropViews:
         return Batch(step=step, source=source, keys=[s.key for s in samples], tiles=tiles, views=views)
 
 
+def images_of(sample: Sample, names: Iterable[str]) -> list[Image]:
+    """The tiles `names` of a sample by image: those of one sensor and date that have no band in common."""
+    images: list[list[str]] = []
+    for name in names:
+        for image in images:
+            if _belongs(name, image, sample):
+                image.append(name)
+                break
+        else:
+            images.append([name])
+    return [tuple(image) for image in images]
+
+
 def _belongs(name: str, image: Sequence[str], sample: Sample) -> bool:
     """Whether the tile shows what the image does, in other bands: a tile name begins with that of its sensor."""
     tile, first = sample.tiles[name], sample.tiles[image[0]]
@@ -242,8 +256,11 @@ def _belongs(name: str, image: Sequence[str], sample: Sample) -> bool:
     return same_sensor and tile.date == first.date and shown.isdisjoint(tile.bands)
 
 
-def _crop_image(sample: Sample, image: Image, crop: CropConfig, rng: np.random.Generator) -> tuple[ViewPlan, ...]:
-    """One box on the ground, drawn on the image's finest tile and carried over to the others."""
+def crop_image(sample: Sample, image: Image, crop: CropConfig, rng: np.random.Generator) -> tuple[ViewPlan, ...]:
+    """One box on the ground, drawn on the finest of the tiles `image` and carried over to the others: a plan of each.
+
+    All are equally flipped, turned and jittered. Raises `ValueError` for a tile that does not cover the box.
+    """
     tiles = sample.tiles
     finest = min(image, key=lambda name: tiles[name].gsd_m)
     plan = resized_crop(sample, finest, crop, rng)

@@ -23,7 +23,16 @@ from ssl_eo.data.spectral import Synthesis
 from ssl_eo.data.types import Sample, Tile, TileBatch, View, ViewBatch, ViewPlan
 from ssl_eo.sensors import Sensor
 
-__all__ = ["check_sample", "cut_to_views", "loaded", "shown_plans", "stack", "stack_tiles", "stack_views"]
+__all__ = [
+    "check_sample",
+    "cut_to_views",
+    "loaded",
+    "shown_plans",
+    "stack",
+    "stack_meta",
+    "stack_tiles",
+    "stack_views",
+]
 
 
 def check_sample(sample: Sample, schema: Mapping[str, TileSchema]) -> None:
@@ -88,9 +97,10 @@ def stack(
     """The tiles that the plans of `roles` show, and the plans, as tensors of static shape.
 
     A role has a row for each view of a sample (views outermost), in it the views of all samples: a plan, or several for
-    a joint view. Plans of one role may show different tiles, also with different numbers of bands, but share a size;
-    those of a joint view share flip and quarter turns, too. Raises `ValueError` where they do not. A tile is stacked
-    over the samples whose views show it; where tiles differ in size, the smaller ones are filled up with zeros.
+    a joint view, or none, an empty tuple, for a sample that has nothing to show: its row is not valid. A role without
+    any plan is left out. Plans of one role may show different tiles, also with different numbers of bands, but share a
+    size; those of a joint view share flip and quarter turns, too. Raises `ValueError` where they do not. A tile is
+    stacked over the samples whose views show it; where tiles differ in size, the smaller ones are filled up with zeros.
     `samples` are those that `cut_to_views` has checked.
     """
     placed = {
@@ -105,7 +115,8 @@ def stack(
     tiles = {
         name: _stack_tile([samples[i].tiles[name] for i in found], schema[name].sensor) for name, found in held.items()
     }
-    return tiles, {role: _stack_role(rows, held, schema) for role, rows in placed.items()}
+    shows = {role: any(plans for row in rows for plans in row) for role, rows in placed.items()}
+    return tiles, {role: _stack_role(rows, held, schema) for role, rows in placed.items() if shows[role]}
 
 
 def stack_tiles(
@@ -121,6 +132,31 @@ def stack_tiles(
             _check_tile(_tile(sample, name), name, sample.key, schema[name])
         stacked[name] = _stack_tile([sample.tiles[name] for sample in samples], schema[name].sensor)
     return stacked
+
+
+def stack_meta(samples: Sequence[Sample], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """What `Sample.meta` says under the keys of `sizes`: `[B]` for size 1, else `[B, size]`; float32, NaN where absent.
+
+    The `month` (1 to 12) of samples that only have a date is taken from it. Raises `ValueError` for another size.
+    """
+    found = {}
+    for key, size in sizes.items():
+        values = np.full((len(samples), size), np.nan, np.float32)
+        for row, sample in zip(values, samples, strict=True):
+            value = _known(sample.meta, key)
+            if value is not None:
+                flat = np.asarray(value, np.float32).reshape(-1)
+                if len(flat) != size:
+                    raise ValueError(f"{key} of sample {sample.key!r} has {len(flat)} values, expected {size}")
+                row[:] = flat
+        found[key] = torch.from_numpy(values[:, 0].copy() if size == 1 else values)
+    return found
+
+
+def _known(meta: Mapping[str, Any], key: str) -> Any:
+    if key == "month" and key not in meta and isinstance(date := meta.get("date"), str):
+        return int(date[5:7])
+    return meta.get(key)
 
 
 def _stack_tile(tiles: Sequence[Tile], sensor: Sensor) -> TileBatch:
@@ -247,8 +283,8 @@ def _stack_role(
 
 def _parts(plans: tuple[ViewPlan, ...], sample: int, row: int, schema: Mapping[str, TileSchema]) -> Iterator[_Part]:
     """The `plans` of one view, which is a `row` of its role, with their places in it."""
-    if len(plans) != 1 and len(kinds := {(p.size, p.flip, p.rot90 % 4) for p in plans}) != 1:
-        raise ValueError(f"plans of a joint view must share size, flip and rot90, got {sorted(kinds) or 'no plan'}")
+    if len(kinds := {(p.size, p.flip, p.rot90 % 4) for p in plans}) > 1:
+        raise ValueError(f"plans of a joint view must share size, flip and rot90, got {sorted(kinds)}")
     first = 0
     for plan in plans:
         if plan.synthesis is not None and plan.bands is not None:

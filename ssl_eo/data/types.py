@@ -42,6 +42,7 @@ __all__ = [
     "ViewLimits",
     "ViewPlan",
     "Views",
+    "VisibleBatch",
     "map_tensors",
     "move_to",
 ]
@@ -253,6 +254,22 @@ class RaggedMaskBatch:
 
 
 @dataclass
+class VisibleBatch:
+    """Which patches of several modalities are seen: exactly K of a sample, of all its modalities together.
+
+    There are T modalities, named by `rows`, of N patches each. `mask [B, T*N]` bool, True = hidden, one modality after
+    the other. `ids_keep [B, K]`: ascending positions in a row of it. `rows` (each `[n]`): the visible patches of a
+    modality, ascending positions in its `[B*N]`. `order [B*K]`: where in all `rows`, put one after the other, the
+    visible patches of the first sample are, then those of the second, ...
+    """
+
+    mask: Tensor
+    ids_keep: Tensor
+    rows: dict[str, Tensor]
+    order: Tensor
+
+
+@dataclass
 class PixelBatch:
     """Rendered views of one role: `pixels [R, c, h, w]` float32, normalised, zero where not valid.
 
@@ -270,7 +287,7 @@ class Batch:
     """One rank's part of a global batch. All but `tiles` are keyed by role ("image", "global", ...).
 
     A role has a `ViewBatch` for each tile that its views show. `source` is the index of the source in `data.sources`.
-    `pixels` is empty until `render` fills it.
+    `pixels` is empty until `render` fills it. `meta` has what is known of the samples (`stacking.stack_meta`).
     """
 
     step: int
@@ -281,6 +298,8 @@ class Batch:
     masks: dict[str, MaskBatch] = field(default_factory=dict)
     pixels: dict[str, PixelBatch] = field(default_factory=dict)
     ragged_masks: dict[str, RaggedMaskBatch] = field(default_factory=dict)
+    visible: VisibleBatch | None = None
+    meta: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Views(Protocol):

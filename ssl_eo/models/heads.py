@@ -1,6 +1,6 @@
 """Heads that self-supervised losses put on tokens and that are thrown away afterwards.
 
-N rows, D encoder width, H bottleneck width, K prototypes.
+N rows, D width of a row (the encoder's, at first), H bottleneck width, K prototypes, O output width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HeadConfig", "PrototypeHead"]
+from ssl_eo.distributed import gather
+
+__all__ = ["GlobalBatchNorm", "HeadConfig", "MLPHead", "PrototypeHead"]
 
 
 @dataclass
@@ -88,3 +90,74 @@ class _Prototypes(nn.Module):
         bound = 1.0 / math.sqrt(self.weight_v.shape[1])
         nn.init.uniform_(self.weight_v, -bound, bound)
         nn.init.ones_(self.weight_g)
+
+
+class MLPHead(nn.Module):
+    """Projector or predictor of contrastive objectives: linear layers with ReLU between them.
+
+    With `batch_norm` each hidden layer is normalised over the global batch, and with `norm_output` the output too,
+    without gain (MoCo v3, arXiv 2104.02057; BYOL's, arXiv 2006.07733, is without). A bias would be taken out again by
+    the normalisation that follows it, here or in the next head, so there is none. Without `batch_norm` layers have
+    biases (MoCo v2, arXiv 2003.04297).
+    """
+
+    def __init__(
+        self, in_dim: int, hidden_dim: int, out_dim: int, n_layers: int, batch_norm: bool, norm_output: bool = False
+    ) -> None:
+        super().__init__()
+        widths = [in_dim, *[hidden_dim] * (n_layers - 1), out_dim]
+        layers: list[nn.Module] = []
+        for width, next_width in pairwise(widths):
+            layers.append(nn.Linear(width, next_width, bias=not batch_norm))
+            layers += [GlobalBatchNorm(next_width), nn.ReLU()] if batch_norm else [nn.ReLU()]
+        last = [GlobalBatchNorm(out_dim, affine=False)] if norm_output else []
+        self.mlp = nn.Sequential(*layers[: -2 if batch_norm else -1], *last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., O]` of `x [..., N, D]`; what is before N (views) is normalised apart."""
+        out: Tensor = self.mlp(x)
+        return out
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every parameter; widths of layers leave the scale of activations as it is."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=1.0 / math.sqrt(layer.in_features))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif isinstance(layer, GlobalBatchNorm):
+                layer.init_weights()
+
+
+class GlobalBatchNorm(nn.Module):
+    """Batch normalisation (arXiv 1502.03167) by the statistics of the batch of all ranks, on any device.
+
+    There are no running statistics: heads are thrown away before anything is evaluated, and a forward pass that moved
+    them would not be pure. Ranks hold equally many rows, and what they compute is what one process would, gradient too.
+    """
+
+    def __init__(self, width: int, affine: bool = True, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width)) if affine else None
+        self.bias = nn.Parameter(torch.empty(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., N, D]`, normalised over the N of all ranks; statistics are in float32 at least."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        var, mean = torch.var_mean(wide, -2, correction=0, keepdim=True)  # [..., 1, D]
+        means, variances = gather(torch.stack((mean, var))[None]).unbind(1)  # [ranks, ..., 1, D]
+        mean = means.mean(0)  # [..., 1, D]
+        var = variances.mean(0) + (means - mean).square().mean(0)  # within ranks, and between them
+        normalised = (wide - mean) * torch.rsqrt(var + self.eps)
+        if self.weight is not None and self.bias is not None:
+            normalised = normalised * self.weight + self.bias
+        return normalised.to(x.dtype)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill gain and bias where there are any."""
+        if self.weight is not None and self.bias is not None:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)

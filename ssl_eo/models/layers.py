@@ -24,6 +24,7 @@ __all__ = [
     "CrossAttention",
     "CrossBlock",
     "Group",
+    "JointBlock",
     "LayerScale",
     "Mlp",
     "SwiGlu",
@@ -41,12 +42,14 @@ _CPU_PLAIN_MAX_TOKENS = 512
 class Group:
     """Shape of one group of a packed tensor, with the rotary tables (sin, cos) of its tokens if it has any.
 
-    Each table is `[1, 1, L, d]`, or `[B, 1, L, d]` where samples show different patches.
+    Each table is `[1, 1, L, d]`, or `[B, 1, L, d]` where samples show different patches. `bias`, `[1, A, L, L]` or
+    `[B, A, L, L]`, is added to the logits of attention.
     """
 
     n_samples: int
     n_tokens: int
     rope: tuple[Tensor, Tensor] | None = None
+    bias: Tensor | None = None
 
     @property
     def n_rows(self) -> int:
@@ -57,15 +60,22 @@ class Group:
         rope = self.rope
         if rope is not None and rope[0].shape[0] > 1:
             rope = (rope[0][samples], rope[1][samples])
-        return Group(samples.shape[0], self.n_tokens, rope)
+        bias = self.bias
+        if bias is not None and bias.shape[0] > 1:
+            bias = bias[samples]
+        return Group(samples.shape[0], self.n_tokens, rope, bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention of `q [B, A, Q, d]` over `k, v [B, A, K, d]`. The one place that chooses a kernel."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of `q [B, A, Q, d]` over `k, v [B, A, K, d]`. The one place that chooses a kernel.
+
+    `bias`, `[1, A, Q, K]` or `[B, A, Q, K]`, is added to the scaled logits. Fused kernels take it in the dtype of `q`.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= _CPU_PLAIN_MAX_TOKENS:
-        weight: Tensor = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # [B, A, Q, K]
-        return weight @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, A, Q, K]
+        weight: Tensor = (logits if bias is None else logits + bias).softmax(-1)
+        return weight.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,10 +88,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Attention(nn.Module):
     """Self-attention inside each group, with `qkv` packed as (3, heads, d) along its output."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, dim: int, n_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
@@ -96,25 +106,25 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # 3 x [B, A, L, d]
         if group.rope is not None:
             q, k = rotate(q, group.rope), rotate(k, group.rope)
-        return attend(q, k, v).transpose(1, 2).reshape(group.n_rows, -1)  # [B*L, D]
+        return attend(q, k, v, group.bias).transpose(1, 2).reshape(group.n_rows, -1)  # [B*L, D]
 
 
 class CrossAttention(nn.Module):
     """Queries attend to a context of another length; no attention among the queries."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, dim: int, n_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = nn.Linear(dim, dim, bias=qkv_bias)
+        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """`x [B, Q, D]`, `context [B, K, D]` -> `[B, Q, D]`."""
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x [B, Q, D]`, `context [B, K, D]`, `bias` as in `attend` -> `[B, Q, D]`."""
         q = torch.unflatten(self.q(x), -1, (self.n_heads, -1)).transpose(1, 2)  # [B, A, Q, d]
         kv = torch.unflatten(self.kv(context), -1, (2, self.n_heads, -1))  # [B, K, 2, A, d]
         k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # 2 x [B, A, K, d]
-        out: Tensor = self.proj(attend(q, k, v).transpose(1, 2).flatten(2))  # [B, Q, D]
+        out: Tensor = self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))  # [B, Q, D]
         return out
 
 
@@ -199,11 +209,12 @@ class Block(nn.Module):
         layer_scale_init: float | None = None,
         drop_path_prob: float = 0.0,
         norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.drop_path_prob = drop_path_prob
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, n_heads)
+        self.attn = Attention(dim, n_heads, qkv_bias)
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = (SwiGlu if mlp == "swiglu" else Mlp)(dim, int(dim * mlp_ratio))
@@ -238,6 +249,34 @@ class CrossBlock(nn.Module):
         """`x [B, Q, D]`, `context [B, K, D]` -> `[B, Q, D]`."""
         x = x + self.attn(self.norm1(x), context)
         out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class JointBlock(nn.Module):
+    """Pre-norm block: self-attention, cross-attention to a context, MLP (CROMA, arXiv 2311.00566, section 3).
+
+    Queries and context of the cross-attention go through the same norm.
+    """
+
+    def __init__(
+        self, dim: int, n_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6, qkv_bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, n_heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.cross_attn = CrossAttention(dim, n_heads, qkv_bias)
+        self.norm3 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, context: Tensor, bias: Tensor | None = None, cross_bias: Tensor | None = None
+    ) -> Tensor:
+        """`x [B, Q, D]`, `context [B, K, D]` -> `[B, Q, D]`; `bias` is between queries, `cross_bias` to the context."""
+        group = Group(x.shape[0], x.shape[1], bias=bias)
+        x = x + self.attn(self.norm1(x).flatten(0, 1), [group]).view_as(x)
+        x = x + self.cross_attn(self.norm2(x), self.norm2(context), cross_bias)
+        out: Tensor = x + self.mlp(self.norm3(x))
         return out
 
 

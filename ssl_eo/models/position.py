@@ -9,12 +9,22 @@ table's native grid.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["interpolate_table", "pad_rope", "rope_tables", "sincos", "sincos_grid", "sincos_metres", "take_patches"]
+__all__ = [
+    "interpolate_table",
+    "pad_rope",
+    "rope_tables",
+    "sincos",
+    "sincos_grid",
+    "sincos_metres",
+    "sincos_resized",
+    "take_patches",
+]
 
 _ROPE_BASE = 100.0
 
@@ -79,6 +89,20 @@ def interpolate_table(table: Tensor, native: int, grid: tuple[int, int], antiali
         image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=False)  # [1, D, h, w]
     assert image.shape[-2:] == grid
     return image.flatten(2).squeeze(0).T
+
+
+@lru_cache(maxsize=64)
+def sincos_resized(
+    native: int, grid: tuple[int, int], dim: int, device: torch.device, mode: Literal["bicubic", "bilinear"] = "bicubic"
+) -> Tensor:
+    """`[N, D]`, float32: row code, then column code, of a `native` x `native` grid, stretched to `grid`.
+
+    As MultiMAE (arXiv 2204.01678) takes the table of its native size to other sizes: without antialiasing.
+    """
+    with torch.inference_mode(False):
+        code = sincos(torch.arange(native, dtype=torch.float64, device=device), dim // 2)
+        image = torch.cat(_over_grid(code, code), dim=-1).float().T.view(1, dim, native, native)
+        return F.interpolate(image, size=grid, mode=mode, align_corners=False).flatten(2).squeeze(0).T.contiguous()
 
 
 @lru_cache(maxsize=64)

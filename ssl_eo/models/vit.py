@@ -3,7 +3,7 @@
 State dict names and shapes are those of DINOv2 and Panopticon, so their released weights load as they are.
 
 B samples, C channels, H W pixels, h w grid, N = h*w patches, K visible patches (N when nothing is hidden), P prefix
-tokens (CLS, then registers), L = P + K, D width, T packed rows of all inputs.
+tokens (CLS if there is one, then registers), L = P + K, D width, A heads, T packed rows of all inputs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_eo.components import suggest
+from ssl_eo.models.alibi import alibi_bias
 from ssl_eo.models.layers import Block, Group, init_layers
 from ssl_eo.models.patch_embed import (
     ChannelAttentionConfig,
@@ -33,6 +34,7 @@ from ssl_eo.models.position import (
     rope_tables,
     sincos_grid,
     sincos_metres,
+    sincos_resized,
     take_patches,
 )
 from ssl_eo.sensors import ChannelMeta
@@ -59,13 +61,18 @@ class EncoderConfig:
     patch_size: int = 16  # pixels
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu is gated (DINOv2 giant)
     mlp_ratio: float = 4.0  # hidden width / width of a plain MLP; a swiglu one takes two thirds of it
-    n_registers: int = 0  # extra tokens without a position (arXiv 2309.16588)
+    qkv_bias: bool = True  # of the queries, keys and values of attention
+    cls_token: bool = True  # a token of the whole view; without it, pool the patches
+    n_registers: int = 0  # extra tokens without a position (arXiv 2309.16588); beside a CLS token
     layer_scale_init: float | None = None  # None leaves LayerScale out; DINOv2 uses 1e-5
     drop_path_prob: float = 0.0  # stochastic depth, the same in all blocks
     norm_eps: float = 1e-6  # of LayerNorm
-    # Of patches: by index in the grid, by metres on the ground, a learned table, or rotary in two dimensions.
-    position: Literal["sincos", "sincos_metres", "learned", "rope"] = "sincos"
-    image_size: int = 224  # pixels, square; native size of the learned table
+    final_norm: bool = True  # a LayerNorm after the last block; MultiMAE has none
+    # Of patches: by index in the grid, by metres on the ground, by index in the grid of image_size stretched to that of
+    # the view (MultiMAE), a learned table, rotary in two dimensions, or alibi: attention falls with the distance in
+    # patches (arXiv 2311.00566).
+    position: Literal["sincos", "sincos_metres", "sincos_resized", "learned", "rope", "alibi"] = "sincos"
+    image_size: int = 224  # pixels, square; native size of the tables that are stretched
     # How the learned table is stretched to other sizes: as in DINOv2 without registers, or in DINOv2 with registers.
     position_resize: Literal["offset", "antialias"] = "offset"
     reference_gsd_m: float = 10.0  # sincos_metres: pixel size at which a position is the patch index
@@ -91,15 +98,17 @@ class EncoderConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"n_heads must divide embed_dim, got {self.heads} and {self.width}")
+        if self.n_registers and not self.cls_token:
+            raise ValueError(f"n_registers {self.n_registers} needs cls_token: true")
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1 pixel, got {self.patch_size}")
         if not 0.0 <= self.drop_path_prob < 1.0:
             raise ValueError(f"drop_path_prob must be in [0, 1), got {self.drop_path_prob}")
-        if self.position in ("sincos", "sincos_metres") and self.width % 4:
+        if self.position.startswith("sincos") and self.width % 4:
             raise ValueError(f"position {self.position} needs embed_dim divisible by 4, got {self.width}")
         if self.position == "rope" and self.width // self.heads % 4:
             raise ValueError(f"position rope needs a head width divisible by 4, got {self.width // self.heads}")
-        if self.position == "learned" and self.image_size % self.patch_size:
+        if self.position in ("learned", "sincos_resized") and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
             )
@@ -144,7 +153,9 @@ class Tokens:
 
     @property
     def cls(self) -> Tensor:
-        """`[B, D]`."""
+        """`[B, D]`; `ValueError` where there is none."""
+        if not self.n_prefix_tokens:
+            raise ValueError("this encoder has no CLS token (model.cls_token: false): pool the mean over its patches")
         return self.x[:, 0]
 
     @property
@@ -156,6 +167,11 @@ class Tokens:
     def patches(self) -> Tensor:
         """`[B, K, D]`."""
         return self.x[:, self.n_prefix_tokens :]
+
+    @property
+    def pooled(self) -> Tensor:
+        """What stands for the whole view, `[B, D]`: the CLS token, or the mean over patches where there is none."""
+        return self.cls if self.n_prefix_tokens else self.patches.mean(1)
 
 
 class Encoder(nn.Module):
@@ -170,11 +186,11 @@ class Encoder(nn.Module):
         self.n_channels = n_channels
         self.embed_dim = cfg.width
         self.patch_size = cfg.patch_size
-        self.n_prefix_tokens = 1 + cfg.n_registers
-        self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.width))
+        self.n_prefix_tokens = int(cfg.cls_token) + cfg.n_registers
+        self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.width)) if cfg.cls_token else None
         self.register_tokens = nn.Parameter(torch.empty(1, cfg.n_registers, cfg.width)) if cfg.n_registers else None
         self.native_grid = cfg.image_size // cfg.patch_size
-        n_positions = 1 + self.native_grid**2
+        n_positions = int(cfg.cls_token) + self.native_grid**2
         self.pos_embed = nn.Parameter(torch.empty(1, n_positions, cfg.width)) if cfg.position == "learned" else None
         self.mask_token = nn.Parameter(torch.empty(1, cfg.width)) if cfg.mask_token else None
         self.patch_embed = _build_patch_embed(cfg, n_channels)
@@ -187,10 +203,11 @@ class Encoder(nn.Module):
                 cfg.layer_scale_init,
                 cfg.drop_path_prob,
                 cfg.norm_eps,
+                cfg.qkv_bias,
             )
             for _ in range(cfg.n_blocks)
         )
-        self.norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
+        self.norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
     def forward(self, inputs: Sequence[EncoderInput]) -> list[Tokens]:
         """Tokens of each input after the final norm. All inputs share every matmul; the numbers are those of one call
@@ -218,6 +235,35 @@ class Encoder(nn.Module):
                 found[i] = self._unpack(self.norm(x) if norm else x, groups, grids)[0]
         return [found[i] for i in wanted]
 
+    def forward_patches(self, x: Tensor, grid: tuple[int, int], ids: Tensor) -> Tokens:
+        """Tokens after the final norm of patches `x [B, K, D]` that are embedded already, and have their positions.
+
+        They lie at `ids [B, K]` of `grid`, several of them at one place where several images of a ground are seen. What
+        is to be added to a patch for its position is in `position_table`.
+        """
+        x = self._with_prefix(x)  # [B, P + K, D]
+        group = Group(x.shape[0], x.shape[1], self._rope(x.device, grid, ids), self._bias(x.device, grid, ids))
+        rows = x.flatten(0, 1)
+        for block in self.blocks:
+            rows = block(rows, [group])  # [B*L, D]
+        return self._unpack(self.norm(rows), [group], [grid])[0]
+
+    def position_table(self, grid: tuple[int, int], device: torch.device, gsd_m: Tensor | None = None) -> Tensor | None:
+        """What is added to the patches of a view: `[N, D]`, or `[B, N, D]` where it depends on `gsd_m [B]`."""
+        if self.pos_embed is not None:
+            antialias = self.cfg.position_resize == "antialias"
+            table = self.pos_embed[0, int(self.cfg.cls_token) :]
+            return interpolate_table(table, self.native_grid, grid, antialias)
+        if self.cfg.position == "sincos":
+            return sincos_grid(grid, self.embed_dim, device)
+        if self.cfg.position == "sincos_resized":
+            return sincos_resized(self.native_grid, grid, self.embed_dim, device)
+        if self.cfg.position == "sincos_metres":
+            if gsd_m is None:
+                raise ValueError("model.position sincos_metres needs gsd_m, the ground size of a pixel in metres")
+            return sincos_metres(grid, self.embed_dim, gsd_m.double() / self.cfg.reference_gsd_m)
+        return None
+
     def check(self, channels: ChannelMeta) -> None:
         """Raise `ValueError` if a channel cannot be embedded. Call it once, with `channels` on the CPU."""
         self.patch_embed.check(channels)
@@ -242,7 +288,8 @@ class Encoder(nn.Module):
         for item in inputs:
             x, grid = self._embed_one(item, products)  # [B, L, D]
             rows.append(x.flatten(0, 1))
-            groups.append(Group(x.shape[0], x.shape[1], self._rope(item, grid)))
+            rope, bias = self._rope(x.device, grid, item.ids_keep), self._bias(x.device, grid, item.ids_keep)
+            groups.append(Group(x.shape[0], x.shape[1], rope, bias))
             grids.append(grid)
         return rows[0] if len(rows) == 1 else torch.cat(rows), groups, grids
 
@@ -255,33 +302,32 @@ class Encoder(nn.Module):
                 raise ValueError("masked input needs an encoder with a mask token: set model.mask_token: true")
             mask = item.mask if item.ids_keep is None else item.mask.gather(1, item.ids_keep)  # [B, K]
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        position = self._position(item, grid)  # [N, D] or [B, N, D]
+        gsd_m = item.gsd_m
+        if isinstance(gsd_m, float | int):
+            gsd_m = torch.full(x.shape[:1], float(gsd_m), dtype=torch.float64, device=x.device)  # [B]
+        position = self.position_table(grid, x.device, gsd_m)  # [N, D] or [B, N, D]
         if position is not None:
             x = x + take_patches(position, item.ids_keep)
+        return self._with_prefix(x), grid
+
+    def _with_prefix(self, x: Tensor) -> Tensor:
+        """The prefix tokens before those of patches: `[B, K, D]` -> `[B, P + K, D]`."""
+        if self.cls_token is None:
+            return x
         cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]  # [1, 1, D]
         prefix = cls if self.register_tokens is None else torch.cat((cls, self.register_tokens), dim=1)  # [1, P, D]
-        return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1), grid  # [B, P + K, D]
+        return torch.cat((prefix.expand(x.shape[0], -1, -1), x), dim=1)
 
-    def _position(self, item: EncoderInput, grid: tuple[int, int]) -> Tensor | None:
-        """What is added to patch tokens: `[N, D]`, or `[B, N, D]` where it depends on the sample."""
-        device = item.pixels.device
-        if self.pos_embed is not None:
-            antialias = self.cfg.position_resize == "antialias"
-            return interpolate_table(self.pos_embed[0, 1:], self.native_grid, grid, antialias)
-        if self.cfg.position == "sincos":
-            return sincos_grid(grid, self.embed_dim, device)
-        if self.cfg.position == "sincos_metres":
-            if item.gsd_m is None:
-                raise ValueError("model.position sincos_metres needs gsd_m, the ground size of a pixel in metres")
-            gsd_m = torch.ones(item.pixels.shape[0], dtype=torch.float64, device=device) * item.gsd_m  # [B]
-            return sincos_metres(grid, self.embed_dim, gsd_m / self.cfg.reference_gsd_m)
-        return None
-
-    def _rope(self, item: EncoderInput, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    def _rope(self, device: torch.device, grid: tuple[int, int], ids: Tensor | None) -> tuple[Tensor, Tensor] | None:
         if self.cfg.position != "rope":
             return None
-        sin, cos = rope_tables(grid, self.cfg.width // self.cfg.heads, item.pixels.device)
-        return pad_rope(take_patches(sin, item.ids_keep), take_patches(cos, item.ids_keep), self.n_prefix_tokens)
+        sin, cos = rope_tables(grid, self.cfg.width // self.cfg.heads, device)
+        return pad_rope(take_patches(sin, ids), take_patches(cos, ids), self.n_prefix_tokens)
+
+    def _bias(self, device: torch.device, grid: tuple[int, int], ids: Tensor | None) -> Tensor | None:
+        if self.cfg.position != "alibi":
+            return None
+        return alibi_bias(grid, self.cfg.heads, device, ids, n_prefix=self.n_prefix_tokens)
 
     def _unpack(self, x: Tensor, groups: Sequence[Group], grids: Sequence[tuple[int, int]]) -> list[Tokens]:
         parts = torch.split(x, [g.n_rows for g in groups])

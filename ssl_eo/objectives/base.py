@@ -52,6 +52,7 @@ class Objective(nn.Module):
     """
 
     batch_coupled: ClassVar[bool] = False  # True: the loss mixes samples, so accumulating micro-batches changes it
+    frozen_teacher: ClassVar[bool] = False  # True: the teacher is no moving average but another encoder, which stays
     student: nn.ModuleDict
     teacher: nn.ModuleDict | None
 
@@ -72,16 +73,21 @@ class Objective(nn.Module):
         return self
 
     def init_weights(self) -> None:
-        """Fill every parameter and buffer of the student, then copy the student to the teacher."""
-        for module in self.student.values():
+        """Fill every parameter and buffer of the student, then copy the student to the teacher, or fill that too."""
+        parts = [self.student, self.teacher] if self.frozen_teacher and self.teacher is not None else [self.student]
+        for module in (module for part in parts for module in part.values()):
             module.init_weights()  # type: ignore[operator]
         self.copy_to_teacher()
 
     def copy_to_teacher(self) -> None:
-        """Make the teacher equal to the student, as it is before the first step."""
-        if self.teacher is not None:
+        """Make the teacher equal to the student, as it is before the first step, unless it is frozen."""
+        if self.teacher is not None and not self.frozen_teacher:
             for name, module in self.teacher.items():
                 module.load_state_dict(self.student[name].state_dict())
+
+    def given(self) -> dict[str, str]:
+        """What `init` must bring because it is not trained: how the names begin -> what to tell who forgot it."""
+        return {}
 
     def schedules(self, total_steps: int) -> dict[str, Schedule]:
         """Scheduled scalars by name; the trainer evaluates them and passes them as `now`."""
@@ -99,8 +105,9 @@ class Objective(nn.Module):
         return encoder([inputs]) if layers is None else encoder.intermediates(inputs, layers)
 
     def published_encoder(self) -> Encoder:
-        """The encoder that is probed and exported: the teacher's where there is one."""
-        part = self.student if self.teacher is None or "encoder" not in self.teacher else self.teacher
+        """The encoder that is probed and exported: the teacher's where that is a moving average."""
+        teacher = None if self.frozen_teacher else self.teacher
+        part = self.student if teacher is None or "encoder" not in teacher else teacher
         encoder = part["encoder"]
         assert isinstance(encoder, Encoder)
         return encoder

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from ssl_eo.components import resolve
 from ssl_eo.config import Config, build, read_yaml
-from ssl_eo.hub import SensorInput, load_bundle, write_bundle
+from ssl_eo.data.types import TileSchema
+from ssl_eo.hub import BundlePair, SensorInput, load_bundle, write_bundle, write_pair_bundle
+from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder
 from ssl_eo.objectives.base import Objective, Schemas
 from ssl_eo.train.checkpoint import load_weights, locate
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
 
-__all__ = ["Trained", "export_encoder", "load_encoder", "open_encoder"]
+__all__ = ["PairedObjective", "Trained", "export_encoder", "export_pair", "load_encoder", "open_encoder", "open_pair"]
+
+
+Inputs = dict[str, SensorInput]  # by the name of the sensor or the tile
 
 
 class Trained(NamedTuple):
@@ -26,6 +31,17 @@ class Trained(NamedTuple):
     step: int
     run: Path
     config: Config
+    objective: Objective
+
+
+@runtime_checkable
+class PairedObjective(Protocol):
+    """An objective of two encoders: all of it that outlives pretraining, and what views of each may show."""
+
+    shown: dict[str, list[TileSchema]]  # by group, "optical" and "radar"
+    published: str  # whose encoder is exported by itself
+
+    def whole(self) -> OpticalRadar: ...
 
 
 def load_encoder(path: Path) -> Trained:
@@ -44,7 +60,19 @@ def load_encoder(path: Path) -> Trained:
         lambda: method(config.objective.options, config.model, schemas), config.run.seed, torch.device("cpu")
     )
     seal = load_weights(checkpoint, objective)
-    return Trained(objective.published_encoder().eval(), seal["step"], run, config)
+    return Trained(objective.published_encoder().eval(), seal["step"], run, config, objective)
+
+
+def open_pair(path: Path) -> tuple[OpticalRadar, int, dict[str, Inputs]]:
+    """Both encoders, with what joins them, of a run, a checkpoint or a bundle folder; their step; their inputs."""
+    if (path / "encoder.json").is_file():
+        bundle = load_bundle(path)
+        if not isinstance(bundle, BundlePair):
+            raise ValueError(f"{path}: it holds one encoder; write it anew with export --whole")
+        return bundle.model, int(bundle.facts["step"]), {"optical": bundle.optical.inputs, "radar": bundle.radar.inputs}
+    trained = load_encoder(path)
+    paired = _paired(trained)
+    return paired.whole().eval(), trained.step, {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
 
 
 def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
@@ -65,16 +93,55 @@ def export_encoder(path: Path, out: Path, overwrite: bool = False) -> int:
     """
     if (out / "encoder.json").exists() and not overwrite:
         raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
-    encoder, step, run, config = load_encoder(path)
-    facts = {
+    trained = load_encoder(path)
+    if isinstance(trained.objective, PairedObjective):
+        inputs = _inputs_of(trained.objective.shown[trained.objective.published])
+    else:
+        inputs = _inputs(read_schemas(trained.run))
+    write_bundle(out, trained.encoder, inputs, _facts(trained))
+    return trained.step
+
+
+def export_pair(path: Path, out: Path, overwrite: bool = False) -> int:
+    """Write the bundle `out` of both encoders and what joins them; returns the training step they are from.
+
+    Raises `ValueError` as `export_encoder`, and for a run whose objective has one encoder.
+    """
+    if (out / "encoder.json").exists() and not overwrite:
+        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    trained = load_encoder(path)
+    paired = _paired(trained)
+    inputs = {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
+    facts = {**_facts(trained), "published": paired.published}
+    write_pair_bundle(out, paired.whole(), inputs, facts)
+    return trained.step
+
+
+def _paired(trained: Trained) -> PairedObjective:
+    if not isinstance(trained.objective, PairedObjective):
+        raise ValueError(f"{trained.run}: objective {trained.config.objective.name} has one encoder; export that")
+    return trained.objective
+
+
+def _facts(trained: Trained) -> dict[str, Any]:
+    config = trained.config
+    return {
         "objective": config.objective.name,
-        "step": step,
+        "step": trained.step,
         "run": config.run.name,
         "features": {"pool": config.eval.pool, "taps": config.eval.taps},
-        "commit": read_environment(run).get("commit"),
+        "commit": read_environment(trained.run).get("commit"),
     }
-    write_bundle(out, encoder, _inputs(read_schemas(run)), facts)
-    return step
+
+
+def _inputs_of(tiles: list[TileSchema]) -> Inputs:
+    """What an encoder was trained on, by sensor; a later tile of a sensor that differs is `name@<index>`."""
+    inputs: Inputs = {}
+    for i, tile in enumerate(tiles):
+        known = SensorInput(tile.sensor, tile.bands, tile.mean, tile.std, tile.gsd_m)
+        if inputs.setdefault(tile.sensor.name, known) != known:
+            inputs[f"{tile.sensor.name}@{i}"] = known
+    return inputs
 
 
 def _inputs(schemas: Schemas) -> dict[str, SensorInput]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ssl_eo.components import check_patterns
 from ssl_eo.distributed import is_main, raise_on_all_ranks, world_size
 from ssl_eo.files import atomic_write
-from ssl_eo.hub import load_bundle
+from ssl_eo.hub import BundlePair, load_bundle
 from ssl_eo.objectives.base import Objective
 from ssl_eo.train.checkpoint import CheckpointError, locate, read_weights
 from ssl_eo.weights._reading import read_state_dict
@@ -74,12 +74,13 @@ def begin_from(entries: Sequence[InitialWeights], objective: Objective, run_dir:
     """Copy the weights that `entries` name into `objective`, a later entry over an earlier one.
 
     Collective. What was taken from where is written to `init.json` of the run; returns lines that tell a person of it.
-    Raises `ValueError` on all ranks, and changes nothing, when an entry takes nothing or what it takes does not fit.
+    Raises `ValueError` on all ranks, and changes nothing, when an entry takes nothing, what it takes does not fit, or
+    something is missing that must be given (`Objective.given`).
     """
     page = run_dir / "init.json"
     if is_main():
         page.unlink(missing_ok=True)  # of an attempt that ended before its first checkpoint
-    if not entries:
+    if not entries and not objective.given():
         return []
     lines: list[str] = []
     error: Exception | None = None
@@ -87,6 +88,7 @@ def begin_from(entries: Sequence[InitialWeights], objective: Objective, run_dir:
         try:
             targets = _targets(objective)
             found = [_take(f"init[{i}]", entry, targets) for i, entry in enumerate(entries)]
+            _check_given(found, objective.given(), targets)
             _copy(found, objective)
             summary = _summary(found, objective)
             atomic_write(page, json.dumps(summary, indent=1))
@@ -126,8 +128,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Path]:
     Names in nested dictionaries are joined by dots; a `model.` around all of a training state is left out.
     """
     if (path / "encoder.json").is_file():
-        encoder = load_bundle(path).encoder.state_dict()
-        return {f"encoder.{name}": tensor for name, tensor in encoder.items()}, path / "encoder.safetensors"
+        bundle = load_bundle(path)
+        parts = bundle.parts if isinstance(bundle, BundlePair) else {"encoder": bundle.encoder}
+        tensors = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
+        return tensors, path / "encoder.safetensors"
     if path.is_dir():
         checkpoint = locate(path)
         return read_weights(checkpoint), checkpoint / "complete.json"  # which holds a checksum of every file
@@ -211,6 +215,18 @@ def _check_fit(chosen: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> N
     for name, tensor in chosen.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} holds values that are not finite; the file is damaged or its training diverged")
+
+
+def _check_given(found: Sequence[_Taken], given: Mapping[str, str], targets: Collection[str]) -> None:
+    """Raise `ValueError` unless the files bring every tensor whose name begins as one in `given`."""
+    brought = {name for taken in found for name in taken.tensors}
+    for beginning, advice in given.items():
+        wanted = [name for name in targets if name.startswith(beginning)]
+        if missing := [name for name in wanted if name not in brought]:
+            raise ValueError(
+                f"init gives no weights to {len(missing)} of the {len(wanted)} tensors of {beginning.rstrip('.')}:"
+                f" {_shortened(_condensed(set(missing), wanted))}; {advice}"
+            )
 
 
 @torch.no_grad()

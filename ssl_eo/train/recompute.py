@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from ssl_eo.models.layers import Block, CrossBlock
+from ssl_eo.models.layers import Block, CrossBlock, JointBlock
 
 __all__ = ["Recompute", "recompute_blocks"]
 
@@ -43,7 +43,7 @@ def recompute_blocks(root: nn.Module, mode: Recompute) -> None:
     if mode == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     for block in root.modules():
-        if isinstance(block, Block | CrossBlock):
+        if isinstance(block, Block | CrossBlock | JointBlock):
             # Drop path draws which samples it keeps: the same ones again in backward.
             draws = isinstance(block, Block) and block.drop_path_prob > 0
             again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=draws, **contexts)

@@ -46,16 +46,18 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def find_encoder(path: Path, tensors: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
+def find_encoder(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str | None = None, token: str = _TOKEN
+) -> dict[str, Tensor]:
     """The tensors of the vision transformer in what `read_state_dict` gave, by the names that it has by itself.
 
-    It is whatever stands beside a `cls_token`. Of several the teacher's is taken, as the published one; `prefix`
-    chooses another. Blocks that were saved in chunks are numbered through. Raises `ValueError` when there is none,
-    or no telling which.
+    It is whatever stands beside a `cls_token`, or what else a family calls this `token`. Of several the teacher's is
+    taken, as the published one; `prefix` chooses another. Blocks that were saved in chunks are numbered through. Raises
+    `ValueError` when there is none, or no telling which.
     """
-    found = [name.removesuffix(_TOKEN) for name in tensors if re.search(rf"(^|\.){_TOKEN}$", name)]
+    found = [name.removesuffix(token) for name in tensors if re.search(rf"(^|\.){token}$", name)]
     if prefix is None:
-        prefix = _choose(path, tensors, found)
+        prefix = _choose(path, tensors, found, token)
     elif (prefix := f"{prefix.rstrip('.')}." if prefix else "") not in found:
         raise ValueError(f"{path}: no encoder under the prefix {prefix!r}, but under {_quoted(found)}")
     return {
@@ -65,12 +67,12 @@ def find_encoder(path: Path, tensors: Mapping[str, Tensor], prefix: str | None =
     }
 
 
-def _choose(path: Path, tensors: Mapping[str, Tensor], found: list[str]) -> str:
+def _choose(path: Path, tensors: Mapping[str, Tensor], found: list[str], token: str) -> str:
     if not found:
         first = ", ".join(list(tensors)[:3])
         layout = any(".attention.attention.query." in name for name in tensors)
         hint = "; this is the layout of the transformers package: give the authors' own file" if layout else ""
-        raise ValueError(f"{path}: no encoder in it: no tensor is named {_TOKEN}, the first are {first}{hint}")
+        raise ValueError(f"{path}: no encoder in it: no tensor is named {token}, the first are {first}{hint}")
     if len(found) == 1:
         return found[0]
     teachers = [prefix for prefix in found if "teacher" in prefix]

@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ def _no_inputs() -> Mapping[str, SensorInput]:
     return {}
 
 
+def _as_they_are(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(tensors)
+
+
 @dataclass(frozen=True)
 class Released:
     """A published encoder: the name of its authors, what it is, and the pixels it was trained on."""
@@ -50,13 +55,19 @@ class Released:
     source: str  # where the authors publish it
     n_channels: int | None = None  # of a convolution
     inputs: Callable[[], Mapping[str, SensorInput]] = _no_inputs  # empty where pixels are normalised by dataset
+    token: str = "cls_token"  # the tensor in a published file beside which the encoder's others are
+    # From these tensors to those of our encoder.
+    adapt: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are
+    restore: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are  # and back
+    pool: Literal["cls", "mean"] = "cls"  # what the authors take as features of an image
+    sha256: tuple[str, ...] = ()  # first digits, of files that are known to be this one and no other
 
 
 def find_released(name: str) -> Released:
     """The published encoder `name`; `ValueError` with the names there are."""
     models = {released.name: released for released in _all_released()}
     if name not in models:
-        known = sorted(models)
+        known = sorted([*models, *_pair_names()])
         raise ValueError(f"no published encoder {name!r}{suggest(name, known)} (known: {', '.join(known)})")
     return models[name]
 
@@ -68,7 +79,8 @@ def load_released(path: str | Path, name: str, prefix: str | None = None) -> Enc
     damaged, holds no encoder, or another one than `name`.
     """
     path = Path(path)
-    return build_encoder(find_encoder(path, read_state_dict(path), prefix), find_released(name), str(path))
+    released = find_released(name)
+    return build_encoder(find_encoder(path, read_state_dict(path), prefix, released.token), released, str(path))
 
 
 def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str) -> Encoder:
@@ -78,12 +90,13 @@ def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str)
     whether there is a mask token. Raises `ValueError` that starts with `where` for any tensor missing, left over, or
     of another shape.
     """
-    config = _config_of(tensors, released)
-    problems = _misfits(tensors, config, released.n_channels)
+    found = released.adapt(tensors)
+    config = _config_of(found, released)
+    problems = _misfits(found, config, released.n_channels)
     if problems:
         raise ValueError(f"{where}: not the weights of {released.name}: {'; '.join(problems)}{_hint(tensors)}")
     encoder = _on_meta(config, released.n_channels).to_empty(device="cpu")
-    encoder.load_state_dict(dict(tensors))
+    encoder.load_state_dict(found)
     return encoder.eval()
 
 
@@ -98,10 +111,16 @@ def import_released(path: Path, name: str, out: Path, prefix: str | None = None,
     encoder = load_released(path, name, prefix)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    for other in _all_released():
+        if other.name != name and any(map(sha256.startswith, other.sha256)):
+            raise ValueError(
+                f"{path}: this is the file of {other.name}, by its SHA-256, of which {name} would compute something"
+                f" else: choose --as {other.name}"
+            )
     facts = {
         # No file says after how many steps it was saved; evaluation takes step 0 for an encoder that nobody trained.
         "step": 1,
-        "features": {"pool": "cls", "taps": [1.0]},
+        "features": {"pool": released.pool, "taps": [1.0]},
         "released": {
             "name": released.name,
             "licence": released.licence,
@@ -117,19 +136,20 @@ def import_released(path: Path, name: str, out: Path, prefix: str | None = None,
 def released_state_dict(encoder: Encoder, released: Released) -> dict[str, Tensor]:
     """The weights of `encoder` as published code loads them, in float32 on the CPU.
 
-    Raises `ValueError` when that code would compute something else from them, or cannot hold them. Published layouts
-    have a mask token; for an encoder that was trained without one it is zeros, as before their training.
+    Raises `ValueError` when that code would compute something else from them, or cannot hold them. Where published
+    layouts have a mask token, it is zeros for an encoder that was trained without one, as before their training.
     """
     expected, found = _essence(released.config), _essence(encoder.cfg)
     for key, value in expected.items():
         if found.get(key) != value:
             raise ValueError(f"this encoder is no {released.name}: its {key} is {found.get(key)}, expected {value}")
     tensors = encoder.state_dict()
-    tensors.setdefault("mask_token", torch.zeros(1, encoder.embed_dim))
+    if released.config.mask_token:
+        tensors.setdefault("mask_token", torch.zeros(1, encoder.embed_dim))
     problems = _misfits(tensors, _config_of(tensors, released), released.n_channels)
     if problems:
         raise ValueError(f"this encoder is no {released.name}: {'; '.join(problems)}")
-    return {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
+    return {name: tensor.detach().float().cpu() for name, tensor in released.restore(tensors).items()}
 
 
 def export_released(encoder: Encoder, name: str, out: Path, overwrite: bool = False) -> None:
@@ -147,9 +167,17 @@ def export_released(encoder: Encoder, name: str, out: Path, overwrite: bool = Fa
 
 
 def _all_released() -> list[Released]:
+    return [released for family in _families() for released in family.MODELS]
+
+
+def _pair_names() -> list[str]:
+    """Of what holds two encoders (`PAIRS` of a family)."""
+    return [name for family in _families() for name in getattr(family, "PAIRS", {})]
+
+
+def _families() -> list[ModuleType]:
     package = __name__.rpartition(".")[0]
-    families = (importlib.import_module(f"{package}.{family}") for family in available(package))
-    return [released for family in families for released in family.MODELS]
+    return [importlib.import_module(f"{package}.{family}") for family in available(package)]
 
 
 def _config_of(tensors: Mapping[str, Tensor], released: Released) -> EncoderConfig:
@@ -191,11 +219,14 @@ def _some(names: list[str]) -> str:
 
 def _hint(tensors: Mapping[str, Tensor]) -> str:
     """Which published encoder `tensors` are instead, if any."""
-    n_blocks = sum(name.endswith("norm1.weight") for name in tensors)
-    for other in _all_released():
-        if n_blocks == other.config.n_blocks and not _misfits(tensors, _config_of(tensors, other), other.n_channels):
-            return f"; it is one of {other.name}: choose --as {other.name}"
-    return ""
+    n_blocks = sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in tensors)
+    fitting = []
+    for other in (other for other in _all_released() if other.config.n_blocks == n_blocks):
+        found = other.adapt(tensors)
+        if not _misfits(found, _config_of(found, other), other.n_channels):
+            fitting.append(other.name)
+    names = " or ".join(fitting)
+    return f"; it is one of {names}: choose --as {names}" if fitting else ""
 
 
 def _essence(config: EncoderConfig) -> dict[str, Any]:
@@ -209,6 +240,7 @@ def _essence(config: EncoderConfig) -> dict[str, Any]:
         "position": config.position,
         "position_resize": config.position_resize,
         "norm_eps": config.norm_eps,
+        "final_norm": config.final_norm,
         "LayerScale": config.layer_scale_init is not None,
         "patch_embed": config.patch_embed,
         config.patch_embed: getattr(config, config.patch_embed),

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from ssl_eo.data.plans import whole
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.spectral import synthesise
-from ssl_eo.data.stacking import check_sample, cut_to_views, loaded, shown_plans, stack, stack_tiles, stack_views
+from ssl_eo.data.stacking import (
+    check_sample,
+    cut_to_views,
+    loaded,
+    shown_plans,
+    stack,
+    stack_meta,
+    stack_tiles,
+    stack_views,
+)
 from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, ViewPlan
 from ssl_eo.sensors import Band, Sensor
 
@@ -432,8 +441,30 @@ def test_the_parts_of_a_joint_view_must_agree():
     for other in (replace(plan, size=(4, 4)), replace(plan, flip=True), replace(plan, rot90=1)):
         with pytest.raises(ValueError, match="plans of a joint view must share size, flip and rot90"):
             stack(samples, {"image": [[(plan, other)]]}, SCHEMA)
-    with pytest.raises(ValueError, match="share size, flip and rot90, got no plan"):
-        stack(samples, {"image": [[()]]}, SCHEMA)
     mixed = replace(plan, bands=(0,), synthesis=synthesise(rng, SCHEMA["two"], 1))
     with pytest.raises(ValueError, match="tile 'two' has both bands and a synthesis"):
         stack(samples, {"image": [[mixed]]}, SCHEMA)
+
+
+def test_a_sample_that_has_nothing_to_show_is_a_row_that_is_not_valid():
+    rng = np.random.default_rng(0)
+    samples = [Sample(str(i), {name: random_tile(name, rng) for name in SCHEMA}) for i in range(3)]
+    plan = ViewPlan("two", (0.0, 0.0, 6.0, 6.0), SIZE)
+    tiles, views = stack(samples, {"some": [[(), plan, ()]], "all": [[plan] * 3], "none": [[()] * 3]}, SCHEMA)
+    assert views.keys() == {"some", "all"}
+    found = Renderer([SCHEMA]).render(Batch(0, 0, ["k"] * 3, tiles, views))
+    some, every = found["some"], found["all"]
+    assert some.valid is not None
+    assert some.valid.flatten(1).any(1).tolist() == [False, True, False]
+    torch.testing.assert_close(some.pixels[1], every.pixels[1])
+    assert not some.pixels[::2].any()
+
+
+def test_metadata_is_stacked_and_what_is_absent_is_nan():
+    metas = ({"era5": [1.0, 2.0], "biome": 3, "date": "2020-07-01"}, {"month": 2, "biome": None})
+    found = stack_meta([Sample("k", {}, meta) for meta in metas], {"era5": 2, "biome": 1, "month": 1, "other": 1})
+    expected = {"era5": [[1, 2], [np.nan] * 2], "biome": [3, np.nan], "month": [7, 2], "other": [np.nan] * 2}
+    for key, values in expected.items():
+        torch.testing.assert_close(found[key], torch.tensor(values, dtype=torch.float32), equal_nan=True)
+    with pytest.raises(ValueError, match="era5 of sample 'k' has 2 values, expected 12"):
+        stack_meta([Sample("k", {}, metas[0])], {"era5": 12})

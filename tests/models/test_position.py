@@ -14,6 +14,7 @@ from ssl_eo.models.position import (
     rope_tables,
     sincos_grid,
     sincos_metres,
+    sincos_resized,
     take_patches,
 )
 
@@ -120,3 +121,14 @@ def test_take_patches():
 def test_odd_widths_are_refused():
     with pytest.raises(ValueError, match="even width, got 3"):
         sincos_grid((2, 2), 6, CPU)
+
+
+def test_a_stretched_table_is_the_native_one_and_its_halves_are_swapped():
+    native = sincos_resized(6, (6, 6), 16, CPU)
+    columns, rows = sincos_grid((6, 6), 16, CPU).chunk(2, dim=1)
+    torch.testing.assert_close(native, torch.cat((rows, columns), dim=1))
+    # Of every fourth grid point, linear interpolation between the two in the middle of four.
+    small = sincos_resized(8, (2, 2), 16, CPU, "bilinear")
+    table = sincos_resized(8, (8, 8), 16, CPU).view(8, 8, 16)
+    torch.testing.assert_close(small[1], table[1:3, 5:7].mean((0, 1)))
+    assert (sincos_resized(8, (2, 2), 16, CPU) - small).abs().max() > 1e-3

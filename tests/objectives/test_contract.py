@@ -29,10 +29,14 @@ DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug"
 CONFIGS = {path.stem: load(path).objective.name for path in sorted(DEBUG.glob("*.yaml"))}
 
 # Every debug config as it is, and what of the contract only other settings reach.
-CASES: list[tuple[str, ...]] = [*((config,) for config in CONFIGS), ("mae", "objective.ema_momentum=0.99")]
+CASES: list[tuple[str, ...]] = [
+    *((config,) for config in CONFIGS),
+    ("mae", "objective.ema_momentum=0.99"),
+    ("croma", "model.patch_embed=conv", "objective.output=linear", "objective.published=radar"),
+]
 
 # Rows that only SAR channels look up, of which most of the debug data has none.
-SAR_TABLES = ("embed_transmit", "embed_receive", "embed_orbit")
+SAR_TABLES = ("embed_transmit", "embed_receive", "embed_orbit", "sar_code")
 
 # What eight samples must be learned down to in 60 steps, as a ratio of the first loss.
 OVERFIT_RATIO = 0.6
@@ -40,6 +44,13 @@ OVERFIT_RATIO = 0.6
 # Under which the least loss is 0. A student cannot be surer than its teacher, so the teacher is made sure.
 LEAST_LOSS_IS_0: dict[str, tuple[str, ...]] = {
     "mae": (),
+    "simclr": (),
+    "byol": (),
+    # Version 2 meets the keys of these samples again in its queue (test_moco.py has what it learns beside them).
+    "moco": ("objective.version=3", "objective.head_norm=batch"),
+    "multimae": (),
+    "croma": (),
+    "dofa": (),
     "dinov2": (
         *("objective.start_teacher_temp=0.005", "objective.teacher_temp=0.005", "objective.centering=mean"),
         "objective.koleo_weight=0.0",
@@ -142,6 +153,8 @@ def test_views_are_picklable_and_pure(case: tuple[str, ...]) -> None:
     for masks, others in ((batches[0].masks, other.masks), (batches[0].ragged_masks, other.ragged_masks)):
         for role, mask in masks.items():
             assert not torch.equal(mask.mask, others[role].mask)
+    if batches[0].visible is not None:
+        assert not torch.equal(batches[0].visible.mask, other.visible.mask)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -168,8 +181,8 @@ def test_builds_on_meta_and_init_depends_on_the_seed_alone(case: tuple[str, ...]
 
 def test_teacher_is_a_moving_average_that_never_trains(case: tuple[str, ...]) -> None:
     _, objective, batch = _setup(*case)
-    if objective.teacher is None:
-        pytest.skip("this objective keeps no teacher here")
+    if objective.teacher is None or objective.frozen_teacher:
+        pytest.skip("this objective keeps no moving average here")
     objective.train()
     assert all(m.training for m in objective.student.modules())
     assert not any(m.training for m in objective.teacher.modules())
@@ -190,6 +203,20 @@ def test_teacher_is_a_moving_average_that_never_trains(case: tuple[str, ...]) ->
         assert 0 < moved.min() <= moved.max() < 1
 
 
+def test_a_frozen_teacher_never_changes(case: tuple[str, ...]) -> None:
+    """Nor is it what is published."""
+    _, objective, batch = _setup(*case)
+    if objective.teacher is None or not objective.frozen_teacher:
+        pytest.skip("this objective has no frozen teacher")
+    objective.train()
+    assert not any(m.training for m in objective.teacher.modules())
+    before = {k: v.clone() for k, v in objective.teacher.state_dict().items()}
+    fit(objective, batch, 2)
+    objective.copy_to_teacher()
+    assert all(torch.equal(v, before[k]) for k, v in objective.teacher.state_dict().items())
+    assert objective.published_encoder() is objective.student["encoder"]
+
+
 def test_a_skipped_step_changes_nothing(case: tuple[str, ...]) -> None:
     """Whatever the loss left for `after_step`, numbers or none: no bit of student, teacher, buffers moves."""
     _, objective, batch = _setup(*case)
@@ -204,7 +231,7 @@ def test_a_skipped_step_changes_nothing(case: tuple[str, ...]) -> None:
         assert all(torch.equal(v, before[k]) for k, v in objective.state_dict().items())
     objective.after_step(now, torch.ones(()), state)
     moved = {k.partition(".")[0] for k, v in objective.state_dict().items() if not torch.equal(v, before[k])}
-    assert ("teacher" in moved) == (objective.teacher is not None)
+    assert ("teacher" in moved) == (objective.teacher is not None and not objective.frozen_teacher)
     assert bool(moved - {"teacher"}) == bool(state)
     assert "student" not in moved
 

@@ -27,7 +27,9 @@ from ssl_eo.models.patch_embed.base import (
 from ssl_eo.models.position import sincos
 from ssl_eo.sensors import ORBITS, POLARIZATIONS, ChannelMeta
 
-__all__ = ["DynamicConfig", "DynamicPatchEmbed"]
+__all__ = ["GAIN", "DynamicConfig", "DynamicPatchEmbed", "KernelGenerator", "init_generator"]
+
+GAIN = 0.01  # of all that is generated, fixed in the paper's code
 
 
 @dataclass
@@ -57,30 +59,48 @@ class DynamicConfig:
             )
         if self.padding not in (0, 1):
             raise ValueError(f"padding must be 0 or 1, got {self.padding}")
-        if self.n_weight_tokens < 1 or self.ffn_dim < 1:
-            raise ValueError(
-                f"n_weight_tokens and ffn_dim must be positive, got {self.n_weight_tokens} and {self.ffn_dim}"
-            )
 
 
-class _KernelGenerator(nn.Module):
-    """Writes kernel and bias from wavelength codes; names of the released DOFA model."""
+class KernelGenerator(nn.Module):
+    """Writes `n_values` numbers of a kernel for each channel, and `n_bias` for all of them together, from the codes of
+    the channels; names of the released DOFA model.
 
-    def __init__(self, embed_dim: int, patch_size: int, cfg: DynamicConfig) -> None:
+    The numbers are to be multiplied by `GAIN`.
+    """
+
+    def __init__(self, n_values: int, n_bias: int, cfg: DynamicConfig) -> None:
         super().__init__()
         dim = cfg.generator_dim
         self.weight_tokens = nn.Parameter(torch.empty(cfg.n_weight_tokens, dim))
         self.bias_token = nn.Parameter(torch.empty(1, dim))
         layer = nn.TransformerEncoderLayer(dim, cfg.n_heads, cfg.ffn_dim, dropout=0.0, activation="gelu")
         self.transformer_encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.fc_weight = nn.Linear(dim, patch_size * patch_size * embed_dim)
-        self.fc_bias = nn.Linear(dim, embed_dim)
+        self.fc_weight = nn.Linear(dim, n_values)
+        self.fc_bias = nn.Linear(dim, n_bias) if n_bias else None
 
-    def forward(self, code: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[C, G]` -> numbers of the kernel `[C, E*D]` and bias `[D]`."""
+    def forward(self, code: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes `[C, G]` -> numbers of the kernel `[C, n_values]`, and `[n_bias]` or None."""
         sequence = torch.cat((self.weight_tokens, code, self.bias_token))
         out = self.transformer_encoder(sequence)[self.weight_tokens.shape[0] :]  # [C + 1, G]
-        return self.fc_weight(out[:-1] + code), self.fc_bias(out[-1])
+        return self.fc_weight(out[:-1] + code), None if self.fc_bias is None else self.fc_bias(out[-1])
+
+
+@torch.no_grad()
+def init_generator(module: nn.Module) -> None:
+    """Fill the generators in `module`, and the layers beside them, as the paper's code does."""
+    for part in module.modules():
+        if isinstance(part, nn.LayerNorm):
+            init_layers(part)
+        elif isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.constant_(part.bias, 0.01)
+        elif isinstance(part, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(part.in_proj_weight)
+            nn.init.zeros_(part.in_proj_bias)
+    for part in module.modules():
+        if isinstance(part, KernelGenerator):
+            nn.init.normal_(part.weight_tokens, std=0.02)
+            nn.init.normal_(part.bias_token, std=0.02)
 
 
 class _CodeMlp(nn.Module):
@@ -101,7 +121,6 @@ class DynamicPatchEmbed(PatchEmbed):
     The generator runs once per call, so all samples of a call must have the same channels (`channels [C]`).
     """
 
-    _GAIN = 0.01  # of kernel and bias, fixed in the paper's code
     _SAR_PLACEHOLDER_UM: ClassVar[dict[str, float]] = {"dofa_v1": 3.75, "dofa_v2": 5.405}
 
     def __init__(self, embed_dim: int, patch_size: int, cfg: DynamicConfig | None = None) -> None:
@@ -113,7 +132,7 @@ class DynamicPatchEmbed(PatchEmbed):
         self.has_elevation = cfg.elevation
         self.generator_dim = cfg.generator_dim
         self.fclayer = _CodeMlp(cfg.generator_dim)
-        self.weight_generator = _KernelGenerator(embed_dim, patch_size, cfg)
+        self.weight_generator = KernelGenerator(patch_size * patch_size * embed_dim, embed_dim, cfg)
         # Channels without a wavelength, and SAR where VV and VH must differ, have learned codes.
         n_sar = len(POLARIZATIONS) * (len(ORBITS) + 1)
         self.sar_code = nn.Parameter(torch.empty(n_sar, cfg.generator_dim)) if cfg.sar == "polarization" else None
@@ -143,19 +162,14 @@ class DynamicPatchEmbed(PatchEmbed):
             conv.proj.bias.copy_(bias)
         return conv
 
+    def codes(self, channels: ChannelMeta) -> Tensor:
+        """What generators are told of `channels [C]`: `[C, G]`."""
+        code: Tensor = self.fclayer(self._code(channels))
+        return code
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                init_layers(module)
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.constant_(module.bias, 0.01)
-            elif isinstance(module, nn.MultiheadAttention):
-                nn.init.xavier_uniform_(module.in_proj_weight)
-                nn.init.zeros_(module.in_proj_bias)
-        nn.init.normal_(self.weight_generator.weight_tokens, std=0.02)
-        nn.init.normal_(self.weight_generator.bias_token, std=0.02)
+        init_generator(self)
         for code in (self.sar_code, self.elevation_code):
             if code is not None:
                 nn.init.normal_(code, std=math.sqrt(0.5))  # the size of a sin-cos code
@@ -167,12 +181,12 @@ class DynamicPatchEmbed(PatchEmbed):
                 "the dynamic patch embedding needs the same channels in all samples of a batch: draw one band subset"
                 " per batch, or use model.patch_embed: channel_attention"
             )
-        values, bias = self.weight_generator(self.fclayer(self._code(channels)))  # [C, E*D], [D]
+        values, bias = self.weight_generator(self.codes(channels))  # [C, E*D], [D]
         if self.layout == "legacy":
             kernel = values.view(self.embed_dim, -1).T  # read as [D, C*E], whatever was meant
         else:
             kernel = values.view(-1, self.embed_dim)  # [C*E, D]
-        return kernel * self._GAIN, bias * self._GAIN
+        return kernel * GAIN, bias * GAIN
 
     def _code(self, channels: ChannelMeta) -> Tensor:
         """What the generator is told of each channel: `[C, G]`."""
