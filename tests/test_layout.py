@@ -38,8 +38,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim")},
-    "train.parallel": ("objectives.base", "train.recompute", *LAYER_0),
-    "train.recompute": ("models.layers",),
+    "train.parallel": ("objectives.base", "train.activation_checkpointing", *LAYER_0),
+    "train.activation_checkpointing": ("models.layers",),
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
