@@ -49,20 +49,16 @@ def measure_forms(setting: Setting, n_turns: int) -> list[Row]:
 
 
 def measure_peak(setting: Setting) -> list[Row]:
-    """The most memory that a step takes, each form in a process of its own.
-
-    Activations of the blocks are the same in both forms, and all that is large in a large batch. So the forms are
-    compared where these are not kept.
-    """
+    """The most memory that a step takes, each form in a process of its own, with all activations kept and without."""
     if setting.device == "cpu" and not STATUS.exists():
         return [Row("memory", "needs the /proc of Linux", None, "MB")]
     if setting.device == "cpu":
         setting = replace(setting, batch_size=LARGE * setting.batch_size)
-    recomputed = replace(setting, recompute="full")
-    return [*_peaks(setting, "blocks kept", None), *_peaks(recomputed, "blocks recomputed", 0.6)]
+    recomputed = replace(setting, activation_checkpointing="full")
+    return [*_peaks(setting, "activations kept"), *_peaks(recomputed, "checkpointed")]
 
 
-def _peaks(setting: Setting, what: str, most_ratio: float | None) -> list[Row]:
+def _peaks(setting: Setting, what: str) -> list[Row]:
     (direct_all, direct), (factorised_all, factorised) = (
         in_fresh_process(peak_mb, setting, is_direct) for is_direct in (True, False)
     )
@@ -70,7 +66,7 @@ def _peaks(setting: Setting, what: str, most_ratio: float | None) -> list[Row]:
     ratio, whole = factorised / direct, f"{what}, and weights and moments"
     return [
         Row("memory", f"{what}, direct form", direct, "MB", 1.0),
-        Row("memory", f"{what}, factorised form", factorised, "MB", ratio, most_ratio=most_ratio),
+        Row("memory", f"{what}, factorised form", factorised, "MB", ratio, most_ratio=0.6),
         Row("memory", f"{whole}, direct form", direct_all, "MB", 1.0),
         Row("memory", f"{whole}, factorised form", factorised_all, "MB", factorised_all / direct_all),
     ]

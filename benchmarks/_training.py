@@ -29,9 +29,9 @@ from ssl_eo.models.vit import EncoderConfig
 from ssl_eo.objectives.base import Losses
 from ssl_eo.objectives.dinov2 import Config, Objective
 from ssl_eo.seeding import numpy_generator
+from ssl_eo.train.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
 from ssl_eo.train.optim import OptimConfig, build_optimizer, step_if_finite
 from ssl_eo.train.parallel import build_objective
-from ssl_eo.train.recompute import Recompute, recompute_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "models"))
 from direct_channel_attention import DirectChannelAttention
@@ -49,7 +49,7 @@ class Setting:
     batch_size: int = 2
     bfloat16: bool = False
     toy: bool = False
-    recompute: Recompute = "none"  # activation checkpointing of the blocks
+    activation_checkpointing: ActivationCheckpointing = "none"
 
     @property
     def encoder(self) -> EncoderConfig:
@@ -92,7 +92,7 @@ class Training:
         self.objective = build_objective(
             lambda: Objective(setting.objective(), setting.encoder, self.schemas), 0, torch.device(setting.device)
         ).train()
-        recompute_blocks(self.objective, setting.recompute)
+        checkpoint_activations(self.objective, setting.activation_checkpointing)
         self.optimizer = build_optimizer(OptimConfig(), self.objective)
         self.now = {name: schedule(0) for name, schedule in self.objective.schedules(1000).items()}
 

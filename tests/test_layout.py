@@ -15,7 +15,17 @@ PACKAGE = ROOT / "ssl_eo"
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 # Layer of a module: the longest prefix that matches. A module may import its own and lower layers.
-LAYER_0 = ("components", "distributed", "files", "jsonl", "resources", "schedules", "seeding", "sensors", "tensor_files")
+LAYER_0 = (
+    "components",
+    "distributed",
+    "files",
+    "jsonl",
+    "resources",
+    "schedules",
+    "seeding",
+    "sensors",
+    "tensor_files",
+)
 ALLOWED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LAYER_0, LAYER_0),
     "losses": ("losses", "distributed"),
@@ -41,8 +51,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim")},
-    "train.parallel": ("objectives.base", "train.recompute", *LAYER_0),
-    "train.recompute": ("models.layers",),
+    "train.parallel": ("objectives.base", "train.activation_checkpointing", *LAYER_0),
+    "train.activation_checkpointing": ("models.layers",),
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }

@@ -71,7 +71,8 @@ class MultiCropConfig:
     pairing: Literal["across", "within"] = "across"
     global_bands: SpectralCropConfig = field(default_factory=SpectralCropConfig)
     local_bands: SpectralCropConfig = field(default_factory=SpectralCropConfig)
-    # sample: each view draws bands of its own; step: views of one number and image share them, so that none is padded.
+    # sample: each view draws bands of its own; step: all views of a role have the same number of them, as far as their
+    # images go, and views of one number and image the same bands, so that views of one sensor are never padded.
     bands_per: Literal["sample", "step"] = "sample"
     hyperspectral_min_bands: int = 100  # an image with so many optical bands in one tile can be mixed into virtual ones
 
@@ -106,6 +107,9 @@ class MultiCrop:
     cfg: MultiCropConfig
     schemas: Sequence[Mapping[str, TileSchema]]
 
+    def __post_init__(self) -> None:
+        self.tiles  # noqa: B018  # what is wrong with them is said here, before the workers start
+
     @cached_property
     def tiles(self) -> list[dict[str, TileSchema]]:
         """What views may show of each source; `ValueError` where that is nothing, or no pixels, or no source has it."""
@@ -139,21 +143,19 @@ class MultiCrop:
     ) -> dict[str, list[list[View]]]:
         """The views of a batch (role -> number -> samples) with bands for the step, if `bands_per` is step.
 
-        Views of one number that show the same image get the same bands. `rng` is that of the step; choices are
-        addressed by what they are for, since the ranks meet images in different orders.
+        All views of a role get as many bands as their images have of them, and views of one number that show the same
+        image get the same. `rng` is that of the step; choices are addressed by what they are for, since the ranks meet
+        images in different orders.
         """
         if self.cfg.bands_per == "sample":
             return {role: [list(row) for row in rows] for role, rows in views.items()}
         base, shown = int(rng.integers(2**62)), {n: t.bands for n, t in self.tiles[source].items()}
+        of_step = {role: _of_one_number(self.cfg.of(role).bands, numpy_generator(base, role)) for role in views}
 
         def share(role: str, number: int, view: View) -> View:
             parts = view if isinstance(view, tuple) else (view,)
-            return self._with_bands(
-                self.cfg.of(role).bands,
-                parts,
-                shown,
-                numpy_generator(base, role, number, *(part.tile for part in parts)),
-            )
+            rng = numpy_generator(base, role, number, *(part.tile for part in parts))
+            return self._with_bands(of_step[role], parts, shown, rng)
 
         return {
             role: [[share(role, number, view) for view in row] for number, row in enumerate(rows)]
@@ -246,6 +248,14 @@ def images_of(sample: Sample, names: Iterable[str]) -> list[Image]:
         else:
             images.append([name])
     return [tuple(image) for image in images]
+
+
+def _of_one_number(cfg: SpectralCropConfig, rng: np.random.Generator) -> SpectralCropConfig:
+    """The same with the number of bands drawn."""
+    if cfg.n_bands is None:
+        return cfg
+    n_bands = int(rng.integers(cfg.n_bands[0], cfg.n_bands[1] + 1))
+    return replace(cfg, n_bands=(n_bands, n_bands))
 
 
 def _belongs(name: str, image: Sequence[str], sample: Sample) -> bool:

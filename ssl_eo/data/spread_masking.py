@@ -25,7 +25,7 @@ from ssl_eo.seeding import uniforms
 
 __all__ = ["SpreadMaskConfig", "spread_masks"]
 
-_N_RECTANGLES = 8  # drawn for a view; with default values they cover too little in one of 20,000 draws
+_N_RECTANGLES = 8  # drawn for a view; if they cover too little, as they hardly ever do, the whole grid follows them
 _WORD_BITS = 64
 _ONES = np.array([(1 << n) - 1 for n in range(_WORD_BITS + 1)], np.uint64)  # the n lowest bits
 

@@ -57,14 +57,14 @@ def dino_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return -(of_globals + of_locals) / (n_pairs * n_samples)
 
 
-def ibot_loss(logits: Tensor, targets: Tensor, weight: Tensor, n_images: int, temperature: float) -> Tensor:
+def ibot_loss(logits: Tensor, targets: Tensor, weight: Tensor, n_views: int, temperature: float) -> Tensor:
     """Cross-entropy of masked patches: `logits [M, K]` of the student, `targets [M, K]` of the teacher.
 
-    `weight [M]` is one over the number of masked patches of the patch's image, so that each image with a mask counts
-    once; `n_images` are all images, with a mask or without.
+    `weight [M]` is one over the number of masked patches of the patch's view, so that each view with a mask counts
+    once; `n_views` are all views, with a mask or without.
     """
     log_p = F.log_softmax(logits / temperature, dim=-1)  # [M, K]
-    return -((targets * log_p).sum(-1) * weight).sum() / n_images
+    return -((targets * log_p).sum(-1) * weight).sum() / n_views
 
 
 def koleo_loss(x: Tensor, over_ranks: bool = False, eps: float = 1e-8) -> Tensor:

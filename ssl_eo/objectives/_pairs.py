@@ -62,9 +62,7 @@ def views_of_pairs(crops: PairCropConfig, encoder_cfg: EncoderConfig, schemas: S
         raise ValueError(
             f"objective.crops.global_crop.size_px {size} is not a multiple of model.patch_size {encoder_cfg.patch_size}"
         )
-    drawn = MultiCrop(crops, schemas)
-    assert drawn.tiles  # an error in them is one before the workers start
-    return MultiCropViews(drawn)
+    return MultiCropViews(MultiCrop(crops, schemas))
 
 
 def encoder_of_pairs(crops: PairCropConfig, pool: Pool, encoder_cfg: EncoderConfig, schemas: Schemas) -> Encoder:

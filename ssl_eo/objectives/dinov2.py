@@ -53,14 +53,14 @@ class Config:
     koleo_over_ranks: bool = False  # look for neighbours among the samples of all ranks
     head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: HeadConfig | None = None  # of patches; null: they share the head of the CLS token
-    student_temp: float = 0.1
-    start_teacher_temp: float = 0.04
-    teacher_temp: float = 0.07  # reached after teacher_temp_warmup_steps
-    teacher_temp_warmup_steps: int = 0  # linear
+    student_temp: float = 0.1  # of the student's softmax
+    teacher_temp: float = 0.07  # of the targets, once warmed up
+    start_teacher_temp: float | None = None  # of the targets at step 0; null: no warm-up
+    teacher_temp_warmup_steps: int = 0  # from one to the other, linear
     centering: Literal["mean", "sinkhorn"] = "mean"  # of the teacher's logits: less a running mean, or Sinkhorn-Knopp
     center_momentum: float = 0.9  # of that running mean
     momentum: float = 0.992  # of the teacher, at the start; a cosine to end_momentum
-    end_momentum: float = 1.0
+    end_momentum: float = 1.0  # at the last step
 
     def __post_init__(self) -> None:
         for key in ("dino_weight", "ibot_weight", "koleo_weight", "teacher_temp_warmup_steps"):
@@ -68,9 +68,14 @@ class Config:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if not self.dino_weight and not self.ibot_weight:
             raise ValueError("dino_weight and ibot_weight are both 0: nothing would be learned")
+        if (self.start_teacher_temp is None) != (self.teacher_temp_warmup_steps == 0):
+            raise ValueError(
+                "start_teacher_temp and teacher_temp_warmup_steps make a warm-up together, got"
+                f" {self.start_teacher_temp} and {self.teacher_temp_warmup_steps}"
+            )
         for key in ("student_temp", "start_teacher_temp", "teacher_temp"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} must be positive, got {getattr(self, key)}")
+            if (value := getattr(self, key)) is not None and not value > 0:
+                raise ValueError(f"{key} must be positive, got {value}")
         for key in ("center_momentum", "momentum", "end_momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key} must be in [0, 1], got {getattr(self, key)}")
@@ -84,14 +89,14 @@ class Config:
 class DistillationViews(MultiCropViews):
     """Global and local crops, through different images of a place, and block masks on some of the global ones."""
 
-    cfg: Config
+    mask: SpreadMaskConfig | None
     grid: tuple[int, int]
 
     def collate(self, planned: list[tuple[Sample, Crops]], step: int, source: int, rng: np.random.Generator) -> Batch:
         batch = super().collate(planned, step, source, rng)
-        if self.cfg.ibot_weight:
-            slots, n_views, seed = [s.slot for s, _ in planned], self.cfg.crops.n_global, int(rng.integers(2**62))
-            batch.ragged_masks["global"] = spread_masks(self.cfg.mask, self.grid, n_views, slots, seed)
+        if self.mask is not None:
+            slots, n_views, seed = [s.slot for s, _ in planned], self.crops.cfg.n_global, int(rng.integers(2**62))
+            batch.ragged_masks["global"] = spread_masks(self.mask, self.grid, n_views, slots, seed)
         return batch
 
 
@@ -146,9 +151,8 @@ class Objective(base.Objective):
             raise ValueError(
                 f"objective.mask.mask_ratio {list(cfg.mask.mask_ratio)} hides none of the {side**2} patches of a view"
             )
-        crops = MultiCrop(cfg.crops, schemas)
-        assert crops.tiles  # an error in them is one before the workers start
-        return DistillationViews(crops, cfg, (side, side))
+        mask = cfg.mask if cfg.ibot_weight else None
+        return DistillationViews(MultiCrop(cfg.crops, schemas), mask, (side, side))
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -157,9 +161,10 @@ class Objective(base.Objective):
 
     def schedules(self, total_steps: int) -> dict[str, Schedule]:
         cfg = self.cfg
+        start = cfg.teacher_temp if cfg.start_teacher_temp is None else cfg.start_teacher_temp
         return {
             "momentum": WarmupCosine(cfg.momentum, cfg.end_momentum, total_steps),
-            "teacher_temp": Linear(cfg.start_teacher_temp, cfg.teacher_temp, cfg.teacher_temp_warmup_steps),
+            "teacher_temp": Linear(start, cfg.teacher_temp, cfg.teacher_temp_warmup_steps),
         }
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
@@ -177,8 +182,8 @@ class Objective(base.Objective):
             if patch_logits is not None:
                 assert mask is not None
                 assert targets.patches is not None
-                n_images = cfg.crops.n_global * n_samples
-                loss = ibot_loss(patch_logits.float(), targets.patches, mask.weight, n_images, cfg.student_temp)
+                n_views = cfg.crops.n_global * n_samples
+                loss = ibot_loss(patch_logits.float(), targets.patches, mask.weight, n_views, cfg.student_temp)
                 parts["ibot"] = (cfg.ibot_weight, loss)
             if cfg.koleo_weight:
                 of_views = torch.unflatten(tokens[0].cls.float(), 0, (-1, n_samples))  # [V, B, D]

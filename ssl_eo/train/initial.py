@@ -24,7 +24,7 @@ from ssl_eo.distributed import is_main, raise_on_all_ranks, world_size
 from ssl_eo.files import atomic_write
 from ssl_eo.hub import BundlePair, load_bundle
 from ssl_eo.objectives.base import Objective
-from ssl_eo.train.checkpoint import CheckpointError, locate, read_weights
+from ssl_eo.train.checkpoint import locate, read_weights
 from ssl_eo.weights._reading import read_state_dict
 
 __all__ = ["InitialWeights", "begin_from"]
@@ -93,7 +93,7 @@ def begin_from(entries: Sequence[InitialWeights], objective: Objective, run_dir:
             summary = _summary(found, objective)
             atomic_write(page, json.dumps(summary, indent=1))
             lines = _lines(summary)
-        except (ValueError, OSError, CheckpointError) as caught:
+        except Exception as caught:  # of any kind: the other ranks wait to hear of it
             error = caught
     raise_on_all_ranks(error)
     if world_size() > 1:

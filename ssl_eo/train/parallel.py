@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ssl_eo.distributed import World
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
-from ssl_eo.train.recompute import Recompute, recompute_blocks
+from ssl_eo.train.activation_checkpointing import ActivationCheckpointing
 
 __all__ = ["ParallelConfig", "build_objective", "resolve_strategy", "wrap"]
 
@@ -30,7 +30,7 @@ class ParallelConfig:
     strategy: Literal["auto", "single", "ddp"] = "auto"  # auto: ddp under torchrun with several processes
     bucket_cap_mb: int = 25  # DDP: gradients are reduced in buckets of this size while backward goes on
     # Transformer blocks keep all that backward needs; or results of matmuls and attention; or nothing but their input.
-    activation_checkpointing: Recompute = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
 
 
 def resolve_strategy(cfg: ParallelConfig, world: World) -> str:
@@ -62,7 +62,6 @@ def build_objective(make: Callable[[], Objective], seed: int, device: torch.devi
 
 def wrap(objective: Objective, strategy: str, cfg: ParallelConfig, world: World) -> nn.Module:
     """The module to call in the loop: the objective itself, or DDP around it."""
-    recompute_blocks(objective, cfg.activation_checkpointing)
     if strategy == "single":
         return objective
     # Buffers are equal on all ranks by construction; torch 2.13 renamed the switch.

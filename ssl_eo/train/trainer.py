@@ -33,6 +33,7 @@ from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
 from ssl_eo.train import run_dir
+from ssl_eo.train.activation_checkpointing import checkpoint_activations
 from ssl_eo.train.checkpoint import Checkpointer
 from ssl_eo.train.initial import begin_from
 from ssl_eo.train.metrics import Meters, ProgressLine, Sink, Stopwatch, open_sinks
@@ -88,6 +89,7 @@ class Trainer:
                 f"train.accumulate {config.train.accumulate}: the loss of objective {config.objective.name} mixes the"
                 " samples of a batch, so micro-batches would change it; use 1 and more ranks or a smaller batch"
             )
+        checkpoint_activations(self.objective, config.parallel.activation_checkpointing)
         self.model = wrap(self.objective, resolve_strategy(config.parallel, world), config.parallel, world)
         self.optimizer = build_optimizer(config.optim, self.objective)
         self.lr = lr_schedule(config.optim, config.train.total_steps)

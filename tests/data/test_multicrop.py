@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ssl_eo.data.multicrop import MultiCrop, MultiCropConfig, SpectralCropConfig
 from ssl_eo.data.plans import CropConfig
+from ssl_eo.data.stacking import stack_views
 from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
 from ssl_eo.sensors import load_sensor
 
@@ -325,6 +326,17 @@ def test_bands_of_a_sample_are_left_alone():
     views = drawn_views(drawer)
     assert len({bands_of(view) for view in views["global"][0] if image_of(view) == "landsat8_9"}) > 1
     assert shared(drawer, views, 0) == views
+
+
+def test_views_of_one_sensor_are_never_padded_in_a_step():
+    """Also the two global views, which show other bands: there are equally many."""
+    drawer = multi_crop(**PER_STEP)
+    for step in range(8):
+        plans = [drawer.draw(sample_of("landsat8_9"), np.random.default_rng(i)) for i in range(3)]
+        rows = {r: [list(row) for row in zip(*(p[r] for p in plans), strict=True)] for r in ("global", "local")}
+        for role, views in shared(drawer, rows, step).items():
+            (batch,) = stack_views(views)
+            assert not batch.has_padding, role
 
 
 # The rest

@@ -24,8 +24,17 @@ def softmax(row: list[float]) -> list[float]:
     return [e / sum(exps) for e in exps]
 
 
-def cross_entropy(target: list[float], logits: list[float]) -> float:
-    return -sum(t * math.log(p) for t, p in zip(target, softmax([v / T_STUDENT for v in logits]), strict=True))
+def cross_entropy(target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Of one row `[K]`, in float64."""
+    z = logits.double() / T_STUDENT
+    return -sum(t * (v - z.exp().sum().log()) for t, v in zip(target.double(), z, strict=True))
+
+
+def assert_same(loss: torch.Tensor, expected: torch.Tensor, x: torch.Tensor) -> None:
+    """In value, and in the gradient of `x`."""
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    found, wanted = (torch.autograd.grad(value, x)[0] for value in (loss, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
 def test_centered_targets():
@@ -65,37 +74,36 @@ def test_sinkhorn_does_not_overflow():
 
 @pytest.mark.parametrize("n_locals", [0, 4])
 def test_dino_is_the_mean_over_pairs_of_different_views(n_locals):
-    logits = drawn(2 + n_locals, B, K).requires_grad_()
-    targets = drawn(2, B, K, seed=1).softmax(-1)
+    logits = drawn(2 + n_locals, B, K).double().requires_grad_()
+    targets = drawn(2, B, K, seed=1).double().softmax(-1)
     pairs = [(s, t) for s in range(2 + n_locals) for t in range(2) if s != t]
-    expected = sum(cross_entropy(targets[t, b].tolist(), logits[s, b].tolist()) for s, t in pairs for b in range(B)) / (
-        len(pairs) * B
-    )
     assert len(pairs) == 2 + 2 * n_locals
-    loss = dino_loss(logits, targets, T_STUDENT)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert torch.autograd.gradcheck(lambda z: dino_loss(z, targets.double(), T_STUDENT), logits.double())
+    expected = sum(cross_entropy(targets[t, b], logits[s, b]) for s, t in pairs for b in range(B)) / (len(pairs) * B)
+    assert_same(dino_loss(logits, targets, T_STUDENT), expected, logits)
 
 
-def test_ibot_weighs_images_equally():
+def test_ibot_weighs_views_equally():
     counts = [3, 0, 1, 2]
     owner = [i for i, n in enumerate(counts) for _ in range(n)]
-    logits, targets = drawn(len(owner), K), drawn(len(owner), K, seed=1).softmax(-1)
-    weight = torch.tensor([1 / counts[i] for i in owner])
-    each = [cross_entropy(t, z) for t, z in zip(targets.tolist(), logits.tolist(), strict=True)]
+    logits = drawn(len(owner), K).double().requires_grad_()
+    targets = drawn(len(owner), K, seed=1).double().softmax(-1)
+    weight = torch.tensor([1 / counts[i] for i in owner], dtype=torch.float64)
+    each = [cross_entropy(t, z) for t, z in zip(targets, logits, strict=True)]
     expected = sum(sum(each[j] for j, o in enumerate(owner) if o == i) / n for i, n in enumerate(counts) if n) / 4
-    assert ibot_loss(logits, targets, weight, 4, T_STUDENT).item() == pytest.approx(expected, rel=1e-5)
+    assert_same(ibot_loss(logits, targets, weight, 4, T_STUDENT), expected, logits)
 
 
-def naive_koleo(x: list[list[float]]) -> float:
-    x = [[v / math.hypot(*row) for v in row] for row in x]
-    nearest = [min(math.dist(a, b) for j, b in enumerate(x) if j != i) for i, a in enumerate(x)]
-    return -sum(math.log(d) for d in nearest) / len(x)
+def naive_koleo(x: torch.Tensor) -> torch.Tensor:
+    rows = [row / row.square().sum().sqrt() for row in x]
+    distances = [[(a - b).square().sum().sqrt() for j, b in enumerate(rows) if j != i] for i, a in enumerate(rows)]
+    return -sum(min(of_row).log() for of_row in distances) / len(rows)
 
 
 def test_koleo():
-    x = drawn(B, D)
-    assert koleo_loss(x).item() == pytest.approx(naive_koleo(x.double().tolist()), rel=1e-4)
+    x = drawn(B, D).double().requires_grad_()
+    # The loss has 1e-8 added to each difference and each distance.
+    assert koleo_loss(x, eps=0.0).item() == pytest.approx(koleo_loss(x).item(), rel=1e-6)
+    assert_same(koleo_loss(x, eps=0.0), naive_koleo(x), x)
 
 
 def test_koleo_of_equal_rows_and_of_one_row_is_finite():

@@ -390,7 +390,8 @@ def test_schedules() -> None:
     assert [momentum(s) for s in (0, 29, 30, 99)] == pytest.approx(cosine, rel=1e-12)
     assert momentum(0) == pytest.approx(0.992)
     assert momentum(100) == 1.0
-    constant = _objective(_config("objective.teacher_temp_warmup_steps=0", *overrides)).schedules(100)
+    no_warmup = ("objective.start_teacher_temp=null", "objective.teacher_temp_warmup_steps=0")
+    constant = _objective(_config(*overrides, *no_warmup)).schedules(100)
     assert constant["teacher_temp"](0) == 0.07
 
 
@@ -405,7 +406,8 @@ def _share_found(objective: Objective, batch: Batch) -> float:
 
 def test_learning_matches_two_sensors_and_does_not_collapse() -> None:
     """They look unlike to random weights, and alike to a collapsed teacher, which would find one place in eight."""
-    config = _config("objective.centering=sinkhorn", "objective.start_teacher_temp=0.05", "objective.teacher_temp=0.05")
+    no_warmup = ("objective.start_teacher_temp=null", "objective.teacher_temp_warmup_steps=0")
+    config = _config("objective.centering=sinkhorn", "objective.teacher_temp=0.05", *no_warmup)
     schemas = [_source("dinov2").schema]
     objective = build_objective(
         lambda: Objective(config.objective.options, config.model, schemas), 0, torch.device("cpu")

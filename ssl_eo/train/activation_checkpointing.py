@@ -18,9 +18,9 @@ from torch.utils.checkpoint import (
 
 from ssl_eo.models.layers import Block, CrossBlock, JointBlock
 
-__all__ = ["Recompute", "recompute_blocks"]
+__all__ = ["ActivationCheckpointing", "checkpoint_activations"]
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 _DEAR = {  # what costs more to compute than to keep: products with weights, and attention
     torch.ops.aten.mm.default,
@@ -32,7 +32,7 @@ _DEAR = {  # what costs more to compute than to keep: products with weights, and
 }
 
 
-def recompute_blocks(root: nn.Module, mode: Recompute) -> None:
+def checkpoint_activations(root: nn.Module, mode: ActivationCheckpointing) -> None:
     """Let every block below `root` keep its input alone (`full`), or that and the results of matmuls and attention.
 
     Names of modules and parameters stay as they are.
