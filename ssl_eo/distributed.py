@@ -168,3 +168,9 @@ class AgreedFlag:
         flag = torch.tensor([int(self.raised)])
         self._pending = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
         return agreed
+
+    def settle(self) -> None:
+        """Wait for what the last `poll` started, before the process group ends."""
+        if self._pending is not None:
+            self._pending[1].wait()
+            self._pending = None

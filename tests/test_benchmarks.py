@@ -51,6 +51,13 @@ def test_every_section_of_self_distillation() -> None:
 
 
 @pytest.mark.slow
+def test_every_section_of_objectives() -> None:
+    _, rows, _ = run("benchmarks/objectives.py", "--size", "small", "--turns", "1")
+    sections = [row[0] for row in rows]
+    assert {name: sections.count(name) for name in sections} == {"multimae": 5, "alibi": 7}
+
+
+@pytest.mark.slow
 def test_every_section() -> None:
     sections = [row[0] for row in table()]
     assert {name: sections.count(name) for name in sections} == {

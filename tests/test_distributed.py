@@ -41,6 +41,9 @@ def _agree() -> tuple[bool, bool, list[bool], int]:
         if call == 1 and rank() == 1:
             flag.raised = True
         polls.append(flag.poll())
+    flag.settle()
+    flag.settle()  # nothing is left to wait for
+    polls.append(flag.poll())  # and nothing has been asked
     return mixed, same, polls, broadcast_object(rank() + 5)
 
 
@@ -48,7 +51,8 @@ def test_ranks_agree(on_ranks: OnRanks) -> None:
     for mixed, same, polls, word in on_ranks(2, _agree):
         assert not mixed
         assert same
-        assert polls == [False, False, True, True]  # raised at the second call, seen by all at the third
+        # Raised at the second call, seen by all at the third.
+        assert polls == [False, False, True, True, False]
         assert word == 5
 
 

@@ -7,6 +7,7 @@ randomness of step `s` are functions of `s`, so resuming is loading tensors and 
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import sys
 import time
@@ -65,7 +66,13 @@ def train(config: Config) -> int:
         contextlib.closing(Trainer(config, world, stop)) as trainer,
     ):
         status = trainer.run()
-    shutdown()  # not after an error: other ranks may never come to meet this one
+    # Not after an error: other ranks may never come to meet this one.
+    stop.settle()
+    # DDP holds on to the process group. If it is the last to do so, the group ends while Python's lock is held, and may
+    # wait for a thread of gloo that needs it.
+    del trainer
+    gc.collect()
+    shutdown()
     return status
 
 
