@@ -1,4 +1,4 @@
-"""Objectives of two views, their batches and what a step of a rank leaves, for tests."""
+"""Objectives of debug configs, their batches and what a step of a rank leaves, for tests."""
 
 from __future__ import annotations
 

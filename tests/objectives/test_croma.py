@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pairing import batch_of, config_of, source_of
 from torch import Tensor
 
 from ssl_eo.cli import main
-from ssl_eo.config import Config, load
+from ssl_eo.config import Config
 from ssl_eo.data.loader import Loader
 from ssl_eo.data.opening import open_source
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.stacking import cut_to_views, shown_plans
 from ssl_eo.data.types import Batch, PixelBatch, Sample, Source, Tile, TileSchema
-from ssl_eo.distributed import mean_over_ranks, rank, world_size
+from ssl_eo.distributed import mean_over_ranks
 from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle, write_pair_bundle
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.objectives.croma import Objective
@@ -35,15 +35,12 @@ GROUPS = ("optical", "radar")
 CONV = ("model.patch_embed=conv", "objective.output=linear")
 
 
-@cache
 def _source() -> Source:
-    source = open_source(load(DEBUG).data.sources[0])
-    assert source.schema  # measured once, also for ranks, which are forks
-    return source
+    return source_of("croma")
 
 
 def _config(*overrides: str) -> Config:
-    return load(DEBUG, ["data.n_workers=0", "data.n_lanes=4", *overrides])
+    return config_of("croma", *overrides)
 
 
 def _objective(config: Config) -> Objective:
@@ -60,14 +57,7 @@ def _objective(config: Config) -> Objective:
 
 
 def _batch(config: Config, n: int = 4) -> Batch:
-    """This rank's part of a global batch of n samples."""
-    source = _source()
-    views = Objective.views(config.objective.options, config.model, [source.schema])
-    where = {"rank": rank(), "world_size": world_size()}
-    with Loader(config.data, [source], views, seed=0, global_batch_size=n, total_steps=1, **where) as loader:
-        batch = next(iter(loader))
-    batch.pixels = Renderer([source.schema]).render(batch)
-    return batch
+    return batch_of(config, "croma", n)
 
 
 def _setup(*overrides: str, n: int = 4) -> tuple[Objective, Batch]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,13 @@ import numpy as np
 import pytest
 import torch
 from fitting import fit
+from pairing import batch_of, config_of, objective_of, source_of
 from torch import Tensor, nn
 
 from ssl_eo.cli import main
-from ssl_eo.config import Config, load
-from ssl_eo.data.loader import Loader
-from ssl_eo.data.opening import open_source
-from ssl_eo.data.render import Renderer
-from ssl_eo.data.types import Batch, PixelBatch, Source
-from ssl_eo.distributed import mean_over_ranks, rank, world_size
+from ssl_eo.config import Config
+from ssl_eo.data.types import Batch, PixelBatch
+from ssl_eo.distributed import mean_over_ranks
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.objectives.dinov2 import Objective
 from ssl_eo.seeding import numpy_generator
@@ -32,39 +29,17 @@ NOW = {"momentum": 0.9, "teacher_temp": 0.05}
 SEPARATE = "objective.ibot_head={n_prototypes: 96, hidden_dim: 128, bottleneck_dim: 32}"
 
 
-@cache
-def _source(name: str) -> Source:
-    source = open_source(load(DEBUG / f"{name}.yaml").data.sources[0])
-    assert source.schema  # measured once, also for ranks, which are forks
-    return source
-
-
 def _config(*overrides: str, name: str = "dinov2") -> Config:
-    return load(DEBUG / f"{name}.yaml", ["data.n_workers=0", "data.n_lanes=4", *overrides])
+    return config_of(name, *overrides)
 
 
 def _objective(config: Config, name: str = "dinov2") -> Objective:
     """Student, teacher and centers differ from one another, and no bias is zero."""
-    schemas = [_source(name).schema]
-    objective = build_objective(
-        lambda: Objective(config.objective.options, config.model, schemas), config.run.seed, torch.device("cpu")
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in objective.state_dict().values():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
-    return objective
+    return objective_of(config, name)
 
 
 def _batch(config: Config, n: int = 4, name: str = "dinov2") -> Batch:
-    """This rank's part of a global batch of n samples."""
-    source = _source(name)
-    views = Objective.views(config.objective.options, config.model, [source.schema])
-    where = {"rank": rank(), "world_size": world_size()}
-    with Loader(config.data, [source], views, seed=0, global_batch_size=n, total_steps=1, **where) as loader:
-        batch = next(iter(loader))
-    batch.pixels = Renderer([source.schema]).render(batch)
-    return batch
+    return batch_of(config, name, n)
 
 
 def _setup(*overrides: str, n: int = 4, name: str = "dinov2") -> tuple[Objective, Batch]:
@@ -183,7 +158,7 @@ def test_one_head_for_both_is_one_head_used_twice() -> None:
 
 
 def test_plans_are_in_the_order_of_the_rows() -> None:
-    config, source = _config("objective.crops.bands_per=step"), _source("dinov2")
+    config, source = _config("objective.crops.bands_per=step"), source_of("dinov2")
     views = Objective.views(config.objective.options, config.model, [source.schema])
     planned = []
     for slot in range(3):
@@ -202,7 +177,7 @@ def test_plans_are_in_the_order_of_the_rows() -> None:
 
 
 def test_the_two_global_views_of_a_place_are_two_sensors() -> None:
-    config, source = _config(), _source("dinov2")
+    config, source = _config(), source_of("dinov2")
     views = Objective.views(config.objective.options, config.model, [source.schema])
     for slot in range(5):
         plan = views.plan(source.read(slot), numpy_generator("view", slot))
@@ -408,7 +383,7 @@ def test_learning_matches_two_sensors_and_does_not_collapse() -> None:
     """They look unlike to random weights, and alike to a collapsed teacher, which would find one place in eight."""
     no_warmup = ("objective.start_teacher_temp=null", "objective.teacher_temp_warmup_steps=0")
     config = _config("objective.centering=sinkhorn", "objective.teacher_temp=0.05", *no_warmup)
-    schemas = [_source("dinov2").schema]
+    schemas = [source_of("dinov2").schema]
     objective = build_objective(
         lambda: Objective(config.objective.options, config.model, schemas), 0, torch.device("cpu")
     )
@@ -456,7 +431,7 @@ def test_accumulation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_wrong_combinations_are_refused(override: str, message: str) -> None:
-    schemas = [_source("dinov2").schema]
+    schemas = [source_of("dinov2").schema]
     with pytest.raises(ValueError, match=message):  # noqa: PT012 - found at one of three places, all before training
         config = _config(override)
         Objective.views(config.objective.options, config.model, schemas)

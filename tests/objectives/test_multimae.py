@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pairing import batch_of, config_of, source_of
 from torch import Tensor
 
-from ssl_eo.config import Config, load
-from ssl_eo.data.loader import Loader
-from ssl_eo.data.opening import open_source
+from ssl_eo.config import Config
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.stacking import cut_to_views, shown_plans
 from ssl_eo.data.types import Batch, Sample, Source, Tile, TileSchema
@@ -36,15 +34,12 @@ CONV = "model.patch_embed=conv"
 DYNAMIC = "model={patch_embed: dynamic, dynamic: {generator_dim: 16, n_weight_tokens: 4, ffn_dim: 32}}"
 
 
-@cache
 def _source() -> Source:
-    source = open_source(load(DEBUG).data.sources[0])
-    assert source.schema  # measured once, also for ranks, which are forks
-    return source
+    return source_of("multimae")
 
 
 def _config(*overrides: str) -> Config:
-    return load(DEBUG, ["data.n_workers=0", "data.n_lanes=4", NORM, "objective.budget.n_visible=12", *overrides])
+    return config_of("multimae", NORM, "objective.budget.n_visible=12", *overrides)
 
 
 def _objective(config: Config, schemas: list[dict[str, TileSchema]] | None = None) -> Objective:
@@ -61,14 +56,7 @@ def _objective(config: Config, schemas: list[dict[str, TileSchema]] | None = Non
 
 
 def _batch(config: Config, n: int = 4) -> Batch:
-    """This rank's part of a global batch of n samples."""
-    source = _source()
-    views = Objective.views(config.objective.options, config.model, [source.schema])
-    where = {"rank": rank(), "world_size": world_size()}
-    with Loader(config.data, [source], views, seed=0, global_batch_size=n, total_steps=1, **where) as loader:
-        batch = next(iter(loader))
-    batch.pixels = Renderer([source.schema]).render(batch)
-    return batch
+    return batch_of(config, "multimae", n)
 
 
 def _setup(*overrides: str, n: int = 4) -> tuple[Objective, Batch]:
