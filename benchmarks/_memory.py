@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,16 @@ def measure_memory(folder: Path, quick: bool) -> list[Row]:
     ]
 
 
-def in_fresh_process(call: Any, *arguments: Any) -> Any:
-    """What `call`, a function of a module, returns in a Python process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(call, *arguments).result()
+def in_fresh_process(call: Any, *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """What `call`, a function of a module, returns in a Python process of its own, with `environment` added to ours."""
+    before = dict(os.environ)
+    os.environ.update(environment or {})
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+            return executor.submit(call, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def open_archive(root: Path) -> int:

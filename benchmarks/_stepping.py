@@ -21,6 +21,9 @@ __all__ = ["measure_channels", "measure_forms", "measure_peak"]
 
 SENTINEL2, ENMAP = "sentinel2_l1c", "enmap:spectral_earth"  # 13 and 202 channels
 N_LOCAL_CHANNELS = 4
+# On a CPU memory is what is resident. The C library keeps freed blocks for later, more or fewer from run to run: told
+# to give back at once those of a megabyte and above, it leaves what lives.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 STATUS = Path("/proc/self/status")
 LARGE = 4  # on a CPU, peaks are of batches this many times as large: a gradient of each weight takes its memory anyway
 # Rounding to float32 shows from 0.1 to some ppm; a term that is wrong or missing makes thousands.
@@ -60,7 +63,7 @@ def measure_peak(setting: Setting) -> list[Row]:
 
 def _peaks(setting: Setting, what: str) -> list[Row]:
     (direct_all, direct), (factorised_all, factorised) = (
-        in_fresh_process(peak_mb, setting, is_direct) for is_direct in (True, False)
+        in_fresh_process(peak_mb, setting, is_direct, environment=GIVE_BACK) for is_direct in (True, False)
     )
     what = f"batch of {setting.batch_size}, {what}"
     ratio, whole = factorised / direct, f"{what}, and weights and moments"

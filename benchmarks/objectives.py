@@ -2,6 +2,7 @@
 
     python benchmarks/objectives.py [--only SECTION] [--device cuda] [--batch-size N] [--turns N]
 
+masked     a step of MAE ViT-B/16 that never embeds hidden patches, beside embedding all, dropping, an explicit softmax
 multimae   a step of MultiMAE with its seven decoders run as one, beside a loop over them, and the decoders alone
 alibi      CROMA's attention biases in closed form, beside a table that is gathered for each sample
 
@@ -16,9 +17,11 @@ from collections.abc import Callable
 import _table
 import torch
 from _alibi import measure_alibi
+from _masked import measure_masked
 from _multimae import Setting, measure_decoders
 
 SECTIONS: dict[str, Callable[[Setting, int], list[_table.Row]]] = {
+    "masked": measure_masked,
     "multimae": measure_decoders,
     "alibi": lambda setting, n_turns: measure_alibi(setting.device, n_turns, setting.batch_size, toy=setting.toy),
 }

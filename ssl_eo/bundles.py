@@ -1,6 +1,6 @@
 """What comes out of a bundle: encoders that know their sensors, and are called with stored values.
 
-B samples, C channels, H W pixels, D width.
+B samples, C channels, T dates, H W pixels, D width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_eo.models.cross_encoder import OpticalRadar, PoolHead
-from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
+from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
 from ssl_eo.sensors import ChannelMeta, Sensor
 
 __all__ = ["BundleEncoder", "BundlePair", "SensorInput"]
@@ -56,6 +56,10 @@ class BundleEncoder(nn.Module):
     that were not measured (NaN, infinite, or a value that the sensor lists as no-data) become the mean of the band,
     which is 0 after normalising. `forward_features` and `get_intermediate_layers` return tokens. With `channels=` (a
     `ChannelMeta`) instead of `sensor=`, images are taken as normalised already.
+
+    An encoder of series takes several dates as `[B, C, T, H, W]`. One that was told when and where takes `dates
+    [B, T, 2]` (year, day of the year from 1) and `location [B, 2]` (latitude, longitude in degrees), float32, NaN for
+    those not known; either may be left out.
     """
 
     def __init__(
@@ -71,19 +75,31 @@ class BundleEncoder(nn.Module):
         self.inputs = dict(inputs)
         self.facts = dict(facts)
 
-    def forward(self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        sensor: str | None = None,
+        channels: ChannelMeta | None = None,
+        dates: Tensor | None = None,
+        location: Tensor | None = None,
+    ) -> Tensor:
         """Features `[B, D]` of whole views."""
-        tokens = self.forward_features(images, sensor, channels)
+        tokens = self.forward_features(images, sensor, channels, dates, location)
         if self.head is None:
             return tokens.pooled
         features: Tensor = self.head(tokens)
         return features
 
     def forward_features(
-        self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None
+        self,
+        images: Tensor,
+        sensor: str | None = None,
+        channels: ChannelMeta | None = None,
+        dates: Tensor | None = None,
+        location: Tensor | None = None,
     ) -> Tokens:
         """Tokens of the last block after the final norm."""
-        tokens: Tokens = self.encoder([self.prepare(images, sensor, channels)])[0]
+        tokens: Tokens = self.encoder([self.prepare(images, sensor, channels, dates, location)])[0]
         return tokens
 
     def get_intermediate_layers(
@@ -93,33 +109,46 @@ class BundleEncoder(nn.Module):
         sensor: str | None = None,
         channels: ChannelMeta | None = None,
         norm: bool = True,
+        dates: Tensor | None = None,
+        location: Tensor | None = None,
     ) -> list[Tokens]:
         """Tokens of the last `n` blocks, or of the blocks `n`."""
-        return self.encoder.intermediates(self.prepare(images, sensor, channels), n, norm=norm)
+        return self.encoder.intermediates(self.prepare(images, sensor, channels, dates, location), n, norm=norm)
 
-    def prepare(self, images: Tensor, sensor: str | None = None, channels: ChannelMeta | None = None) -> EncoderInput:
+    def prepare(
+        self,
+        images: Tensor,
+        sensor: str | None = None,
+        channels: ChannelMeta | None = None,
+        dates: Tensor | None = None,
+        location: Tensor | None = None,
+    ) -> EncoderInput:
         """The encoder's input: normalised pixels and what each channel is. Raises `ValueError` for what is no input."""
-        if not isinstance(images, Tensor) or images.ndim != 4:
+        takes_series = self.encoder.cfg.takes_series
+        if not isinstance(images, Tensor) or images.ndim not in ((4, 5) if takes_series else (4,)):
             found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
-            raise ValueError(f"images must be a tensor [B, C, H, W], got {found}")
+            series = ", or [B, C, T, H, W] of several dates" if takes_series else ""
+            raise ValueError(f"images must be a tensor [B, C, H, W]{series}, got {found}")
+        _check_when_and_where(self.encoder.cfg, images, dates, location)
         if channels is not None:
             if images.shape[1] != channels.n_channels:
                 raise ValueError(f"images have {images.shape[1]} channels, channels= describes {channels.n_channels}")
-            return EncoderInput(images.float(), channels, gsd_m=None)
+            return EncoderInput(images.float(), channels, gsd_m=None, dates=dates, location=location)
         known = self._input(sensor)
         if images.shape[1] != len(known.bands):
             raise ValueError(
                 f"{known.sensor.name}: got {images.shape[1]} channels, expected {len(known.bands)} in this order:"
                 f" {', '.join(known.bands)}"
             )
-        mean = torch.tensor(known.mean, device=images.device)[:, None, None]
-        std = torch.tensor(known.std, device=images.device)[:, None, None]
+        per_band = (-1, *[1] * (images.ndim - 2))
+        mean = torch.tensor(known.mean, device=images.device).view(per_band)
+        std = torch.tensor(known.std, device=images.device).view(per_band)
         meta = known.sensor.channel_meta(known.bands).to(images.device)
         values = images.float()
-        pixels = torch.where(known.sensor.is_measured(values), (values - mean) / std, 0.0)  # [B, C, H, W]
+        pixels = torch.where(known.sensor.is_measured(values), (values - mean) / std, 0.0)  # [B, C, (T,) H, W]
         if (most := known.clip_std) is not None:
             pixels = pixels.clamp(-most, most) / (2 * most) + 0.5
-        return EncoderInput(pixels, meta, gsd_m=known.gsd_m)
+        return EncoderInput(pixels, meta, gsd_m=known.gsd_m, dates=dates, location=location)
 
     def _input(self, sensor: str | None) -> SensorInput:
         if sensor is None and len(self.inputs) == 1:
@@ -132,6 +161,23 @@ class BundleEncoder(nn.Module):
                 " give normalised images with channels="
             )
         return self.inputs[sensor]
+
+
+def _check_when_and_where(cfg: EncoderConfig, images: Tensor, dates: Tensor | None, location: Tensor | None) -> None:
+    """Raise `ValueError` for what does not fit the images, or would not be looked at."""
+    n_samples, n_dates = images.shape[0], images.shape[2] if images.ndim == 5 else 1
+    given = {
+        "dates": (dates, (n_samples, n_dates, 2), cfg.time_encoding, "year and day of the year"),
+        "location": (location, (n_samples, 2), cfg.location_encoding, "latitude and longitude"),
+    }
+    for name, (values, shape, is_used, meaning) in given.items():
+        if values is None:
+            continue
+        if not is_used:
+            raise ValueError(f"{name}: this encoder was trained without it; leave it out")
+        if not isinstance(values, Tensor) or tuple(values.shape) != shape:
+            found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise ValueError(f"{name} must be a tensor {list(shape)}, {meaning}, got {found}")
 
 
 class BundlePair(nn.Module):

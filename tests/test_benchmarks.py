@@ -54,7 +54,17 @@ def test_every_section_of_self_distillation() -> None:
 def test_every_section_of_objectives() -> None:
     _, rows, _ = run("benchmarks/objectives.py", "--size", "small", "--turns", "1")
     sections = [row[0] for row in rows]
-    assert {name: sections.count(name) for name in sections} == {"multimae": 5, "alibi": 7}
+    assert {name: sections.count(name) for name in sections} == {"masked": 6, "multimae": 5, "alibi": 7}
+
+
+@pytest.mark.slow
+def test_comparison_of_objectives() -> None:
+    command = [sys.executable, "benchmarks/comparison.py", "--seconds", "1", "--only", "mae", "dofa", "mae_temporal"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
+    _, _, *rows = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["| `mae`", "| `dofa`", "| `mae_temporal`"]
+    assert {len(row) for row in rows} == {7}
 
 
 @pytest.mark.slow

@@ -124,8 +124,9 @@ def test_python_runs(page: Path) -> None:
 
 
 @pytest.mark.usefixtures("_in_workspace")
-def test_a_source_of_a_users_own_trains() -> None:
-    page = ROOT / "docs" / "add-a-source.md"
+@pytest.mark.parametrize("name", ["add-a-source", "add-an-objective"])
+def test_a_component_of_a_users_own_trains(name: str) -> None:
+    page = ROOT / "docs" / f"{name}.md"
     for block in _blocks(page):
         if block.kind == "python" and block.name is None:
             exec(compile(block.text, str(page), "exec"), {})

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_eo.data.plans import CropConfig, carried_box, resized_crop
+from ssl_eo.data.plans import CropConfig, resized_crop, same_ground
 from ssl_eo.data.stacking import stack, stack_meta
 from ssl_eo.data.token_budget import TokenBudgetConfig, choose_visible, draw_shares
 from ssl_eo.data.types import Batch, Sample, TileSchema, ViewPlan
@@ -174,13 +174,10 @@ class JointViews:
         )
 
     def _view(self, modality: ModalityConfig, tile: str, drawn: ViewPlan, sample: Sample) -> ViewPlan:
-        own, other = sample.tiles[tile], sample.tiles[drawn.tile]
-        box = drawn.box if tile == drawn.tile else carried_box(drawn.box, other.gsd_m, own.gsd_m, own.pixels.shape[-2:])
-        if box is None:
-            raise ValueError(f"tile {tile!r} does not cover the view of {drawn.tile!r}")
-        side = self.crop.size_px // modality.stride
+        side, own = self.crop.size_px // modality.stride, sample.tiles[tile]
         bands = None if modality.bands is None else tuple(own.bands.index(band) for band in modality.bands)
-        return replace(drawn, tile=tile, box=box, size=(side, side), bands=bands)
+        shown = drawn if tile == drawn.tile else same_ground(sample, drawn, tile)
+        return replace(shown, size=(side, side), bands=bands)
 
 
 def schemas_of(name: str, modality: ModalityConfig, schemas: Sequence[Mapping[str, TileSchema]]) -> list[TileSchema]:

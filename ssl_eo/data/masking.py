@@ -29,7 +29,8 @@ _N_TRIES = 10
 class MaskConfig:
     """How the patches of a view are hidden."""
 
-    kind: Literal["random", "block"] = "random"  # independent patches, or rectangles of patches
+    # Independent patches, or rectangles of patches, which in a series hide the same ground at all dates.
+    kind: Literal["random", "block"] = "random"
     mask_ratio: float = 0.75  # share of the patches that is hidden
     predict_ratio: float = 1.0  # share of the hidden patches that an objective predicts, drawn at random
     min_block_patches: int = 4  # kind block: smallest rectangle, in patches
@@ -51,12 +52,17 @@ class MaskConfig:
             raise ValueError(f"min_block_aspect must be in (0, 1], got {self.min_block_aspect}")
 
 
-def draw(cfg: MaskConfig, rng: np.random.Generator, grid: tuple[int, int]) -> Mask:
-    """A mask `[N]` of a grid (h, w), as `cfg` says; `n_masked(N, cfg.mask_ratio)` patches are hidden."""
-    count = n_masked(grid[0] * grid[1], cfg.mask_ratio)
+def draw(cfg: MaskConfig, rng: np.random.Generator, grid: tuple[int, int], n_steps: int = 1) -> Mask:
+    """A mask `[N]` of a grid (h, w), as `cfg` says; `n_masked(N, cfg.mask_ratio)` patches are hidden.
+
+    Of `n_steps` grids in time, N = n_steps * h * w: random patches are independent, blocks hide the same ground in all.
+    """
+    n_patches = grid[0] * grid[1]
     if cfg.kind == "random":
-        return random_mask(rng, grid[0] * grid[1], count)
-    return block_mask(rng, grid, count, cfg.min_block_patches, cfg.max_block_ratio, cfg.min_block_aspect)
+        return random_mask(rng, n_steps * n_patches, n_masked(n_steps * n_patches, cfg.mask_ratio))
+    count = n_masked(n_patches, cfg.mask_ratio)
+    mask = block_mask(rng, grid, count, cfg.min_block_patches, cfg.max_block_ratio, cfg.min_block_aspect)
+    return mask if n_steps == 1 else np.tile(mask, n_steps)
 
 
 def predicted(cfg: MaskConfig, rng: np.random.Generator, mask: Mask) -> Mask:

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
 
-__all__ = ["CropConfig", "SourceCrop", "aligned", "band_subset", "carried_box", "multi_crop", "resized_crop", "whole"]
+__all__ = [
+    "CropConfig",
+    "SourceCrop",
+    "aligned",
+    "band_subset",
+    "carried_box",
+    "multi_crop",
+    "resized_crop",
+    "same_ground",
+    "whole",
+]
 
 _N_TRIES = 10
 _LEAST_SIDE = 0.01  # of a box, pixels
@@ -165,6 +175,18 @@ def multi_crop(
     Two views are `{"view": (cfg, 2)}`; multi-crop is `{"global": (cfg_global, 2), "local": (cfg_local, 8)}`.
     """
     return {role: [resized_crop(sample, tile, cfg, rng) for _ in range(n)] for role, (cfg, n) in crops.items()}
+
+
+def same_ground(sample: Sample, plan: ViewPlan, name: str) -> ViewPlan:
+    """The view `plan` as the tile `name` of the sample shows it, equally flipped, turned and jittered.
+
+    Raises `ValueError` where that tile does not cover the ground.
+    """
+    own, other = sample.tiles[name], sample.tiles[plan.tile]
+    box = carried_box(plan.box, other.gsd_m, own.gsd_m, own.pixels.shape[-2:])
+    if box is None:
+        raise ValueError(f"tile {name!r} does not cover the view of {plan.tile!r}")
+    return replace(plan, tile=name, box=box)
 
 
 def aligned(

@@ -11,7 +11,7 @@ view, K visible patches, M = N - K masked patches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -280,6 +280,13 @@ class PixelBatch:
     channels: ChannelMeta
     gsd_m: Tensor
     valid: Tensor | None = None
+
+    def of_one_sensor(self) -> PixelBatch:
+        """With `channels [C]`, for rows that differ at most in which bands hold data: the others are not valid."""
+        if self.channels.kind.ndim == 1:
+            return self
+        first = {f.name: getattr(self.channels, f.name)[0] for f in fields(ChannelMeta) if f.name != "valid"}
+        return replace(self, channels=ChannelMeta(**first))
 
 
 @dataclass

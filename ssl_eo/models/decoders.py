@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_eo.models.layers import Block, CrossBlock, Group, init_layers
-from ssl_eo.models.position import sincos_grid
+from ssl_eo.models.position import sincos_grid, take_patches
 from ssl_eo.models.vit import Tokens
 from ssl_eo.sensors import KINDS, ORBITS, POLARIZATIONS, ChannelMeta
 
@@ -66,20 +66,29 @@ class MaskedDecoder(nn.Module):
         self.blocks = nn.ModuleList(block(*sizes, norm_eps=cfg.norm_eps) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.embed_dim, eps=cfg.norm_eps)
 
-    def forward(self, tokens: Tokens, ids_keep: Tensor, ids_masked: Tensor, all_patches: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tokens,
+        ids_keep: Tensor,
+        ids_masked: Tensor,
+        table: Tensor | None = None,
+        all_patches: bool = False,
+    ) -> Tensor:
         """Features `[B, M, d]` for `ids_masked [B, M]`, from the tokens of the visible patches `ids_keep [B, K]`.
 
-        `ids_masked` may leave hidden patches out. With `all_patches` the features of all patches, `[B, N, d]` in grid
-        order; the ids must then cover the grid.
+        `ids_masked` may leave hidden patches out. `table`, `[N, d]` or `[B, N, d]`, is added to patches for where (and
+        when) they are, by default sin-cos of their place in one grid. With `all_patches` the features of all patches,
+        `[B, N, d]` in order; the ids must then cover the grid.
         """
-        table = sincos_grid(tokens.grid, self.embed_dim, tokens.x.device)  # [N, d]
+        if table is None:
+            table = sincos_grid(tokens.grid, self.embed_dim, tokens.x.device)  # [N, d]
         x = self.embed(tokens.x)  # [B, P + K, d]
-        position = F.pad(table[ids_keep], (0, 0, tokens.n_prefix_tokens, 0))  # [B, P + K, d]
+        position = F.pad(take_patches(table, ids_keep), (0, 0, tokens.n_prefix_tokens, 0))  # [B, P + K, d]
         context = x + position
         if self.kind == "cross":
-            ids = torch.arange(table.shape[0], device=x.device).expand(x.shape[0], -1) if all_patches else ids_masked
-            return self._decode_cross(context, self.mask_token + table[ids])
-        answers = self._decode_full(context, self.mask_token + table[ids_masked])
+            ids = torch.arange(table.shape[-2], device=x.device).expand(x.shape[0], -1) if all_patches else ids_masked
+            return self._decode_cross(context, self.mask_token + take_patches(table, ids))
+        answers = self._decode_full(context, self.mask_token + take_patches(table, ids_masked))
         if not all_patches:
             return self._norm(answers[:, context.shape[1] :])  # [B, M, d]
         order = torch.cat((ids_keep, ids_masked), dim=1).argsort(dim=1)  # [B, N]

@@ -2,8 +2,9 @@
 
 State dict names and shapes are those of DINOv2 and Panopticon, so their released weights load as they are.
 
-B samples, C channels, H W pixels, h w grid, N = h*w patches, K visible patches (N when nothing is hidden), P prefix
-tokens (CLS if there is one, then registers), L = P + K, D width, A heads, T packed rows of all inputs.
+B samples, C channels, T dates, s dates of a tubelet, H W pixels, h w grid, N = T/s * h*w patches, K visible patches (N
+when nothing is hidden), P prefix tokens (CLS if there is one, then registers), L = P + K, D width, A heads, R packed
+rows of all inputs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ssl_eo.models.position import (
     sincos_resized,
     take_patches,
 )
+from ssl_eo.models.space_time import CoordinateEncoding, Place, below_each_other, sincos_3d
 from ssl_eo.sensors import ChannelMeta
 
 __all__ = ["SIZES", "Encoder", "EncoderConfig", "EncoderInput", "Tokens"]
@@ -69,13 +71,16 @@ class EncoderConfig:
     norm_eps: float = 1e-6  # of LayerNorm
     final_norm: bool = True  # a LayerNorm after the last block; MultiMAE has none
     # Of patches: by index in the grid, by metres on the ground, by index in the grid of image_size stretched to that of
-    # the view (MultiMAE), a learned table, rotary in two dimensions, or alibi: attention falls with the distance in
-    # patches (arXiv 2311.00566).
-    position: Literal["sincos", "sincos_metres", "sincos_resized", "learned", "rope", "alibi"] = "sincos"
+    # the view (MultiMAE), the same with the number of the date (sincos_3d, of Prithvi), a learned table, rotary in two
+    # dimensions, or alibi: attention falls with the distance in patches (arXiv 2311.00566).
+    position: Literal["sincos", "sincos_metres", "sincos_resized", "sincos_3d", "learned", "rope", "alibi"] = "sincos"
     image_size: int = 224  # pixels, square; native size of the tables that are stretched
     # How the learned table is stretched to other sizes: as in DINOv2 without registers, or in DINOv2 with registers.
     position_resize: Literal["offset", "antialias"] = "offset"
     reference_gsd_m: float = 10.0  # sincos_metres: pixel size at which a position is the patch index
+    tubelet: int = 1  # of a series: dates that one token spans; more than one with patch_embed: conv alone
+    time_encoding: bool = False  # add a code of year and day of the year to the patches of a date
+    location_encoding: bool = False  # add a code of latitude and longitude to all patches
     mask_token: bool = False  # for objectives that hide tokens inside the encoder
     # conv: one fixed set of bands; channel_attention (Panopticon) and dynamic (DOFA): any sensor.
     patch_embed: Literal["conv", "channel_attention", "dynamic"] = "channel_attention"
@@ -108,12 +113,26 @@ class EncoderConfig:
             raise ValueError(f"position {self.position} needs embed_dim divisible by 4, got {self.width}")
         if self.position == "rope" and self.width // self.heads % 4:
             raise ValueError(f"position rope needs a head width divisible by 4, got {self.width // self.heads}")
-        if self.position in ("learned", "sincos_resized") and self.image_size % self.patch_size:
+        if self.position == "sincos_3d" and self.width % 16:
+            raise ValueError(f"position sincos_3d needs embed_dim divisible by 16, got {self.width}")
+        if (self.time_encoding or self.location_encoding) and self.width % 4:
+            raise ValueError(f"time_encoding and location_encoding need embed_dim divisible by 4, got {self.width}")
+        if self.tubelet < 1 or (self.tubelet > 1 and (self.patch_embed != "conv" or self.time_encoding)):
+            raise ValueError(
+                "tubelet must be 1 date, or more with patch_embed: conv and time_encoding: false, got"
+                f" {self.tubelet} with {self.patch_embed} and {str(self.time_encoding).lower()}"
+            )
+        if self.position in ("learned", "sincos_resized", "sincos_3d") and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
             )
         if not self.reference_gsd_m > 0:
             raise ValueError(f"reference_gsd_m must be positive metres, got {self.reference_gsd_m}")
+
+    @property
+    def takes_series(self) -> bool:
+        """Whether several dates are more to it than a bag of images."""
+        return self.position == "sincos_3d" or self.time_encoding or self.tubelet > 1
 
     @property
     def width(self) -> int:
@@ -130,10 +149,12 @@ class EncoderConfig:
 
 @dataclass
 class EncoderInput:
-    """One group of views: `pixels [B, C, H, W]`, normalised.
+    """One group of views: `pixels [B, C, H, W]`, or `[B, C, T, H, W]` of several dates, normalised.
 
     `gsd_m` is the ground size of a pixel (`[B]` or one number), needed for positions in metres. `ids_keep [B, K]`: only
     these patches are embedded. `mask [B, N]` (True = hidden): these become the mask token before positions are added.
+    Encoders that know when and where take `dates [B, T, 2]` (year, day of the year) and `location [B, 2]` (latitude,
+    longitude), float32, NaN for those not known; without them nothing is added.
     """
 
     pixels: Tensor
@@ -141,15 +162,21 @@ class EncoderInput:
     gsd_m: Tensor | float | None = None
     ids_keep: Tensor | None = None
     mask: Tensor | None = None
+    dates: Tensor | None = None
+    location: Tensor | None = None
 
 
 @dataclass
 class Tokens:
-    """Encoder output `x [B, P + K, D]`, of a view whose patches form `grid` (h, w); with `ids_keep`, K of its h*w."""
+    """Encoder output `x [B, P + K, D]`, of a view whose patches form `grid` (h, w); with `ids_keep`, K of them.
+
+    Patches of a series are in order of time: those of `n_steps` = T/s grids.
+    """
 
     x: Tensor
     n_prefix_tokens: int
     grid: tuple[int, int]
+    n_steps: int = 1
 
     @property
     def cls(self) -> Tensor:
@@ -193,30 +220,21 @@ class Encoder(nn.Module):
         n_positions = int(cfg.cls_token) + self.native_grid**2
         self.pos_embed = nn.Parameter(torch.empty(1, n_positions, cfg.width)) if cfg.position == "learned" else None
         self.mask_token = nn.Parameter(torch.empty(1, cfg.width)) if cfg.mask_token else None
+        self.time_encoding = CoordinateEncoding(cfg.width) if cfg.time_encoding else None
+        self.location_encoding = CoordinateEncoding(cfg.width) if cfg.location_encoding else None
         self.patch_embed = _build_patch_embed(cfg, n_channels)
-        self.blocks = nn.ModuleList(
-            Block(
-                cfg.width,
-                cfg.heads,
-                cfg.mlp_ratio,
-                cfg.mlp,
-                cfg.layer_scale_init,
-                cfg.drop_path_prob,
-                cfg.norm_eps,
-                cfg.qkv_bias,
-            )
-            for _ in range(cfg.n_blocks)
-        )
+        sizes = (cfg.width, cfg.heads, cfg.mlp_ratio, cfg.mlp, cfg.layer_scale_init, cfg.drop_path_prob)
+        self.blocks = nn.ModuleList(Block(*sizes, cfg.norm_eps, cfg.qkv_bias) for _ in range(cfg.n_blocks))
         self.norm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity()
 
     def forward(self, inputs: Sequence[EncoderInput]) -> list[Tokens]:
         """Tokens of each input after the final norm. All inputs share every matmul; the numbers are those of one call
         per input. Raises `ValueError` for sizes that the patch size does not divide.
         """
-        x, groups, grids = self._embed(inputs)  # [T, D]
+        x, groups, places = self._embed(inputs)  # [R, D]
         for block in self.blocks:
-            x = block(x, groups)  # [T, D]
-        return self._unpack(self.norm(x), groups, grids)
+            x = block(x, groups)  # [R, D]
+        return self._unpack(self.norm(x), groups, places)
 
     def intermediates(self, input: EncoderInput, layers: int | Sequence[int], norm: bool = True) -> list[Tokens]:
         """Tokens after the blocks `layers` (counted from 0; an int n means the last n), in that order.
@@ -227,12 +245,12 @@ class Encoder(nn.Module):
         wanted = list(range(n_blocks - layers, n_blocks)) if isinstance(layers, int) else list(layers)
         if not wanted or min(wanted) < 0 or max(wanted) >= n_blocks:
             raise ValueError(f"layers must name blocks 0 to {n_blocks - 1}, or be their number, got {layers}")
-        x, groups, grids = self._embed([input])
+        x, groups, places = self._embed([input])
         found: dict[int, Tokens] = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = block(x, groups)  # [B*L, D]
             if i in wanted:
-                found[i] = self._unpack(self.norm(x) if norm else x, groups, grids)[0]
+                found[i] = self._unpack(self.norm(x) if norm else x, groups, places)[0]
         return [found[i] for i in wanted]
 
     def forward_patches(self, x: Tensor, grid: tuple[int, int], ids: Tensor) -> Tokens:
@@ -246,10 +264,21 @@ class Encoder(nn.Module):
         rows = x.flatten(0, 1)
         for block in self.blocks:
             rows = block(rows, [group])  # [B*L, D]
-        return self._unpack(self.norm(rows), [group], [grid])[0]
+        return self._unpack(self.norm(rows), [group], [Place(grid, 1)])[0]
 
-    def position_table(self, grid: tuple[int, int], device: torch.device, gsd_m: Tensor | None = None) -> Tensor | None:
-        """What is added to the patches of a view: `[N, D]`, or `[B, N, D]` where it depends on `gsd_m [B]`."""
+    def position_table(
+        self, grid: tuple[int, int], device: torch.device, gsd_m: Tensor | None = None, n_steps: int = 1
+    ) -> Tensor | None:
+        """What is added to the patches of a view, `[N, D]`, or `[B, N, D]` where it depends on `gsd_m [B]`.
+
+        Of a series of `n_steps` grids all have the same, but for `sincos_3d`.
+        """
+        if self.cfg.position == "sincos_3d":
+            return sincos_3d(n_steps, grid, self.embed_dim, self.native_grid, device)
+        table = self._table_of_grid(grid, device, gsd_m)  # [h*w, D] or [B, h*w, D]
+        return table if table is None or n_steps == 1 else torch.cat([table] * n_steps, dim=-2)
+
+    def _table_of_grid(self, grid: tuple[int, int], device: torch.device, gsd_m: Tensor | None) -> Tensor | None:
         if self.pos_embed is not None:
             antialias = self.cfg.position_resize == "antialias"
             table = self.pos_embed[0, int(self.cfg.cls_token) :]
@@ -275,28 +304,38 @@ class Encoder(nn.Module):
             init_layers(block)
         init_layers(self.norm)
         self.patch_embed.init_weights()
+        for encoding in (self.time_encoding, self.location_encoding):
+            if encoding is not None:
+                encoding.init_weights()
         for token in (self.cls_token, self.register_tokens, self.pos_embed):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
         if self.mask_token is not None:
             nn.init.zeros_(self.mask_token)
 
-    def _embed(self, inputs: Sequence[EncoderInput]) -> tuple[Tensor, list[Group], list[tuple[int, int]]]:
-        """Packed tokens `[T, D]` of all inputs, the shape of each, and its grid."""
+    def _embed(self, inputs: Sequence[EncoderInput]) -> tuple[Tensor, list[Group], list[Place]]:
+        """Packed tokens `[R, D]` of all inputs, the shape of each, and where its patches are."""
         products = self.patch_embed.products()
-        rows, groups, grids = [], [], []
+        rows, groups, places = [], [], []
         for item in inputs:
-            x, grid = self._embed_one(item, products)  # [B, L, D]
+            x, place = self._embed_one(item, products)  # [B, L, D]
             rows.append(x.flatten(0, 1))
-            rope, bias = self._rope(x.device, grid, item.ids_keep), self._bias(x.device, grid, item.ids_keep)
+            ids = place.in_grid(item.ids_keep, x.device)
+            rope, bias = self._rope(x.device, place.grid, ids), self._bias(x.device, place.grid, ids)
             groups.append(Group(x.shape[0], x.shape[1], rope, bias))
-            grids.append(grid)
-        return rows[0] if len(rows) == 1 else torch.cat(rows), groups, grids
+            places.append(place)
+        return rows[0] if len(rows) == 1 else torch.cat(rows), groups, places
 
-    def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, tuple[int, int]]:
+    def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, Place]:
         # FSDP casts every floating tensor that enters a unit, unless told not to with cast_forward_inputs=False.
         assert item.channels.wavelength_um.dtype.itemsize >= 4, "wavelengths were rounded to half precision"
-        x, grid = self.patch_embed(item.pixels, item.channels, item.ids_keep, products)  # [B, K, D]
+        series = item.pixels.ndim == 5
+        n_steps = item.pixels.shape[2] // self.cfg.tubelet if series else 1
+        if not series and self.cfg.tubelet > 1:
+            raise ValueError(f"tubelets of {self.cfg.tubelet} dates need pixels [B, C, T, H, W] (model.tubelet)")
+        pixels = below_each_other(item.pixels, self.cfg.tubelet) if series else item.pixels  # [B, C*s, T/s*H, W]
+        x, (height, width) = self.patch_embed(pixels, item.channels, item.ids_keep, products)  # [B, K, D]
+        place = Place((height // n_steps, width), n_steps)
         if item.mask is not None:
             if self.mask_token is None:
                 raise ValueError("masked input needs an encoder with a mask token: set model.mask_token: true")
@@ -305,10 +344,18 @@ class Encoder(nn.Module):
         gsd_m = item.gsd_m
         if isinstance(gsd_m, float | int):
             gsd_m = torch.full(x.shape[:1], float(gsd_m), dtype=torch.float64, device=x.device)  # [B]
-        position = self.position_table(grid, x.device, gsd_m)  # [N, D] or [B, N, D]
+        position = self.position_table(place.grid, x.device, gsd_m, n_steps)  # [N, D] or [B, N, D]
         if position is not None:
             x = x + take_patches(position, item.ids_keep)
-        return self._with_prefix(x), grid
+        return self._with_prefix(self._with_coordinates(x, item, place)), place
+
+    def _with_coordinates(self, x: Tensor, item: EncoderInput, place: Place) -> Tensor:
+        """Patches `x [B, K, D]` with what is known of when and where they were seen."""
+        if self.time_encoding is not None and item.dates is not None:
+            x = x + place.of_patches(self.time_encoding(item.dates), item.ids_keep)
+        if self.location_encoding is not None and item.location is not None:
+            x = x + self.location_encoding(item.location)[:, None]
+        return x
 
     def _with_prefix(self, x: Tensor) -> Tensor:
         """The prefix tokens before those of patches: `[B, K, D]` -> `[B, P + K, D]`."""
@@ -329,11 +376,11 @@ class Encoder(nn.Module):
             return None
         return alibi_bias(grid, self.cfg.heads, device, ids, n_prefix=self.n_prefix_tokens)
 
-    def _unpack(self, x: Tensor, groups: Sequence[Group], grids: Sequence[tuple[int, int]]) -> list[Tokens]:
+    def _unpack(self, x: Tensor, groups: Sequence[Group], places: Sequence[Place]) -> list[Tokens]:
         parts = torch.split(x, [g.n_rows for g in groups])
         return [
-            Tokens(part.view(g.n_samples, g.n_tokens, -1), self.n_prefix_tokens, grid)
-            for part, g, grid in zip(parts, groups, grids, strict=True)
+            Tokens(part.view(g.n_samples, g.n_tokens, -1), self.n_prefix_tokens, place.grid, place.n_steps)
+            for part, g, place in zip(parts, groups, places, strict=True)
         ]
 
 
@@ -344,4 +391,4 @@ def _build_patch_embed(cfg: EncoderConfig, n_channels: int | None) -> PatchEmbed
         return DynamicPatchEmbed(cfg.width, cfg.patch_size, cfg.dynamic)
     if n_channels is None:
         raise ValueError("model.patch_embed: conv needs the number of channels it is built for")
-    return ConvPatchEmbed(cfg.width, cfg.patch_size, n_channels, cfg.conv)
+    return ConvPatchEmbed(cfg.width, cfg.patch_size, n_channels, cfg.conv, cfg.tubelet)

@@ -117,11 +117,14 @@ class Objective(nn.Module):
         return {}
 
 
-def encoder_for(cfg: EncoderConfig, tiles: Sequence[TileSchema]) -> Encoder:
+def encoder_for(cfg: EncoderConfig, tiles: Sequence[TileSchema], takes_series: bool = False) -> Encoder:
     """An encoder of `tiles`, built for their number of channels where they agree on one (else any-sensor parts alone).
 
-    Raises `ValueError` for a channel that it cannot embed.
+    Raises `ValueError` for a channel that it cannot embed, and for what only an objective that `takes_series` gives it.
     """
+    asked = {"tubelet": cfg.tubelet > 1, "time_encoding": cfg.time_encoding, "location_encoding": cfg.location_encoding}
+    for key in (key for key, is_set in asked.items() if is_set and not takes_series):
+        raise ValueError(f"model.{key}: this objective shows single dates, without when and where; mae has series")
     counts = {len(tile.bands) for tile in tiles}
     encoder = Encoder(cfg, counts.pop() if len(counts) == 1 else None)
     # On the CPU whatever the default device is: a check must not wait for an accelerator, nor run on meta.

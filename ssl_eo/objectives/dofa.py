@@ -11,8 +11,8 @@ width, c channels that the teacher sees, G generator width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,6 @@ from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
 from ssl_eo.objectives import base, mae
 from ssl_eo.objectives.base import Losses, Schemas, encoder_for
 from ssl_eo.objectives.mae import MaskedPlan, MaskedViews
-from ssl_eo.sensors import ChannelMeta
 
 __all__ = ["Config", "DofaViews", "Objective"]
 
@@ -103,15 +102,15 @@ class DofaViews:
         masked = self.masked.plan(sample, rng)
         if not self.bands:
             return DofaPlan(masked, None)
-        tile, size = masked.view.tile, (self.size_px, self.size_px)
-        bands = self.bands[tile, tuple(sample.tiles[tile].bands)]
-        return DofaPlan(masked, replace(masked.view, size=size, bands=bands))
+        (view,), size = masked.views, (self.size_px, self.size_px)
+        bands = self.bands[view.tile, tuple(sample.tiles[view.tile].bands)]
+        return DofaPlan(masked, replace(view, size=size, bands=bands))
 
     def collate(
         self, planned: list[tuple[Sample, DofaPlan]], step: int, source: int, rng: np.random.Generator
     ) -> Batch:
         samples, masked = [sample for sample, _ in planned], [plan.masked for _, plan in planned]
-        roles = {_ROLE: [[plan.view for plan in masked]]}
+        roles = {_ROLE: [[plan.views[0] for plan in masked]]}
         if self.bands:
             roles[_COMPARED] = [[plan.compared for _, plan in planned if plan.compared is not None]]
         tiles, views = stack(samples, roles, self.masked.schemas[source])
@@ -172,9 +171,9 @@ class Objective(base.Objective):
         }
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
-        view, mask = _of_one_sensor(batch.pixels[_ROLE]), batch.masks[_ROLE]
+        view, mask = batch.pixels[_ROLE].of_one_sensor(), batch.masks[_ROLE]
         pred = self._predict(view, mask.ids_keep, mask.ids_masked)  # [B, M, P*P*C]
-        features = None if self.teacher is None else self._compare(_of_one_sensor(batch.pixels[_COMPARED]))
+        features = None if self.teacher is None else self._compare(batch.pixels[_COMPARED].of_one_sensor())
         with torch.autocast(pred.device.type, enabled=False):
             parts = {"pixels": (1.0, masked_mse(pred.float(), *self._target(view, mask.ids_masked)))}
             if features is not None:
@@ -186,7 +185,7 @@ class Objective(base.Objective):
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """As the masked autoencoder's; a prediction without mean and variance gets those of the true patch."""
-        view, hidden = _of_one_sensor(batch.pixels[_ROLE]), batch.masks[_ROLE].mask
+        view, hidden = batch.pixels[_ROLE].of_one_sensor(), batch.masks[_ROLE].mask
         ids = hidden.nonzero()[:, 1].view(len(hidden), -1)  # [n, N-K]
         pred = self._predict(view, batch.masks[_ROLE].ids_keep, ids).float()  # [n, N-K, P*P*C]
         patches = patchify(view.pixels, self.patch_size)  # [n, N, P*P*C]
@@ -238,16 +237,6 @@ def _mean_token(encoder: Encoder, inputs: EncoderInput) -> Tensor:
     (tokens,) = encoder.intermediates(inputs, [len(encoder.blocks) - 2], norm=False)  # [B, L, D]
     n_cls = tokens.n_prefix_tokens - encoder.cfg.n_registers
     return torch.cat((tokens.x[:, :n_cls], tokens.patches), dim=1).mean(1)
-
-
-def _of_one_sensor(view: PixelBatch) -> PixelBatch:
-    """The view with `channels [C]`. Rows differ at most in which bands hold data; the others are 0, and not valid."""
-    if view.channels.kind.ndim == 1:
-        return view
-    first: dict[str, Any] = {
-        f.name: getattr(view.channels, f.name)[0] for f in fields(ChannelMeta) if f.name != "valid"
-    }
-    return replace(view, channels=ChannelMeta(**first))
 
 
 def _check_student(cfg: EncoderConfig) -> None:

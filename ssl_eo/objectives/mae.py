@@ -1,9 +1,11 @@
 """Masked autoencoder (He et al. 2022, arXiv 2111.06377) on any sensor.
 
 A view is cut into patches, most are hidden, the encoder sees the visible ones, a small decoder predicts the pixels of
-the hidden ones. The spectral output head predicts any set of channels with the same weights.
+the hidden ones. The spectral output head predicts any set of channels with the same weights. A view may be a series of
+several dates (Prithvi, arXiv 2310.18660 and 2412.02732): then patches of all its dates are hidden and predicted.
 
-B batch, C channels, H W pixels, P patch size, N patches, K visible, M predicted, D encoder width.
+B batch, C channels, T dates of a view, s of a tubelet, H W pixels, P patch size, N patches of a view, K visible, M
+predicted, D encoder width, d decoder width.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssl_eo.data.masking import MaskConfig, draw, n_masked, predicted, stack_masks
-from ssl_eo.data.plans import CropConfig, resized_crop
+from ssl_eo.data.plans import CropConfig, resized_crop, same_ground
+from ssl_eo.data.series import Moments, SeriesConfig, choose_dates, moments_at, series_of, stack_moments
 from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
 from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
-from ssl_eo.models.vit import EncoderConfig, EncoderInput
+from ssl_eo.models.position import sincos_grid
+from ssl_eo.models.space_time import CoordinateEncoding, below_each_other, one_by_one, sincos_3d
+from ssl_eo.models.vit import EncoderConfig, EncoderInput, Tokens
 from ssl_eo.objectives import base
 from ssl_eo.objectives.base import Losses, Schemas, ema_update_, encoder_for, teacher_of
 from ssl_eo.schedules import Constant, Schedule
@@ -39,9 +44,10 @@ _ROLE = "image"
 class Config:
     """Paper values where the paper has one; sizes are those of the debug scale and are set by recipes."""
 
-    # Which tile of a sample to learn from; None: its only one. Of a list, one that the sample has is drawn: products or
-    # sensors with as many bands.
+    # Which tile of a sample to learn from; None: its only one. Of a list, one that the sample has is drawn (products or
+    # sensors with as many bands), or as many as a series has dates.
     tile: str | list[str] | None = None
+    series: SeriesConfig = field(default_factory=SeriesConfig)
     crop: CropConfig = field(default_factory=lambda: CropConfig(size_px=64))
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -69,37 +75,48 @@ class Config:
 
 
 class MaskedPlan(NamedTuple):
-    """One view, which of its patches are hidden, and which of those are predicted."""
+    """The view of each date, which patches of all of them are hidden, and which of those are predicted."""
 
-    view: ViewPlan
+    views: list[ViewPlan]
     hidden: NDArray[np.bool_]
     predicted: NDArray[np.bool_]
+    moments: Moments | None  # of the dates, for a model that is told
 
 
 @dataclass(frozen=True)
 class MaskedViews:
-    """One random crop and one random mask for each sample."""
+    """One random crop, the same at all dates, and one random mask for each sample."""
 
     cfg: Config
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # of a date
     schemas: Schemas
+    n_steps: int = 1  # grids of a view: its dates, or its tubelets
+    tells: tuple[str, ...] = ()  # of dates and location, what the model is told
 
     def plan(self, sample: Sample, rng: np.random.Generator) -> MaskedPlan:
         allowed = [self.cfg.tile] if isinstance(self.cfg.tile, str) else self.cfg.tile
         names = [name for name in sample.tiles if allowed is None or name in allowed]
         if not names:
             raise ValueError(f"it has none of the tiles of objective.tile, but {', '.join(sample.tiles)}")
-        name = names[0] if len(names) == 1 else names[int(rng.integers(len(names)))]
-        view = resized_crop(sample, name, self.cfg.crop, rng)
-        hidden = draw(self.cfg.mask, rng, self.grid)
-        return MaskedPlan(view, hidden, predicted(self.cfg.mask, rng, hidden))
+        if self.cfg.series.n_dates > 1:
+            names = choose_dates(sample, names, self.cfg.series.n_dates, rng)
+        elif len(names) > 1:
+            names = [names[int(rng.integers(len(names)))]]
+        first = resized_crop(sample, names[0], self.cfg.crop, rng)
+        views = [first, *(same_ground(sample, first, name) for name in names[1:])]
+        hidden = draw(self.cfg.mask, rng, self.grid, self.n_steps)
+        shown = predicted(self.cfg.mask, rng, hidden)
+        moments = moments_at(sample, names, self.cfg.series, rng) if self.tells else None
+        return MaskedPlan(views, hidden, shown, moments)
 
     def collate(
         self, planned: list[tuple[Sample, MaskedPlan]], step: int, source: int, rng: np.random.Generator
     ) -> Batch:
         samples = [sample for sample, _ in planned]
         plans = [plan for _, plan in planned]
-        tiles, views = stack(samples, {_ROLE: [[plan.view for plan in plans]]}, self.schemas[source])
+        by_date = [[plan.views[date] for plan in plans] for date in range(self.cfg.series.n_dates)]
+        tiles, views = stack(samples, {_ROLE: by_date}, self.schemas[source])
+        moments = [plan.moments for plan in plans if plan.moments is not None]
         return Batch(
             step=step,
             source=source,
@@ -107,6 +124,7 @@ class MaskedViews:
             tiles=tiles,
             views=views,
             masks={_ROLE: stack_masks([plan.hidden for plan in plans], [plan.predicted for plan in plans])},
+            meta=stack_moments(moments, self.tells) if moments else {},
         )
 
 
@@ -119,15 +137,20 @@ class Objective(base.Objective):
         tiles = [schema[name] for schema in schemas for name in _tile_names(cfg, schema)]
         if encoder_cfg.mask_token:
             raise ValueError("model.mask_token: hidden patches never reach the encoder of mae; leave it false")
-        encoder = encoder_for(encoder_cfg, tiles)
-        self.patch_size = encoder_cfg.patch_size
+        encoder = encoder_for(encoder_cfg, tiles, takes_series=True)
+        self.patch_size, self.tubelet = encoder_cfg.patch_size, encoder_cfg.tubelet
+        self.is_series = cfg.series.n_dates > 1
+        self.has_dated_positions = self.is_series or encoder_cfg.position == "sincos_3d"
         self.student = nn.ModuleDict(
             {
                 "encoder": encoder,
                 "decoder": MaskedDecoder(cfg.decoder, encoder_cfg.width),
-                "output": _output_head(cfg, encoder.n_channels, encoder_cfg.patch_size),
+                "output": _output_head(cfg, encoder.n_channels, encoder_cfg),
             }
         )
+        for name in ("time_encoding", "location_encoding"):
+            if getattr(encoder_cfg, name):
+                self.student[f"decoder_{name}"] = CoordinateEncoding(cfg.decoder.embed_dim)
         if "gradients" in cfg.extra_targets:
             n_cells = (self.patch_size // cfg.gradient_cell_px) ** 2
             self.student["gradient_output"] = LinearOutput(cfg.decoder.embed_dim, cfg.gradient_bins, n_cells)
@@ -142,17 +165,21 @@ class Objective(base.Objective):
             raise ValueError(f"objective.gradient_cell_px {cell} does not divide model.patch_size {patch}")
         for schema in schemas:
             _tile_names(cfg, schema)
-        n_patches = (size // patch) ** 2
+        _check_series(cfg, encoder_cfg)
+        n_steps = cfg.series.n_dates // encoder_cfg.tubelet
+        n_patches = n_steps * (size // patch) ** 2
         if not 0 < (n_hidden := n_masked(n_patches, cfg.mask.mask_ratio)) < n_patches:
             raise ValueError(
                 f"objective.mask.mask_ratio {cfg.mask.mask_ratio} hides {n_hidden} of {n_patches} patches; some must be"
                 " hidden and some visible"
             )
-        return MaskedViews(cfg, (size // patch, size // patch), schemas)
+        used = {"dates": encoder_cfg.time_encoding, "location": encoder_cfg.location_encoding}
+        tells = tuple(key for key, is_used in used.items() if is_used)
+        return MaskedViews(cfg, (size // patch, size // patch), schemas, n_steps, tells)
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
-        view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
-        features = self._decode(view, mask.ids_keep, mask.ids_masked)  # [B, M, d]
+        view, mask = self._view(batch), batch.masks[_ROLE]
+        features = self._decode(view, batch.meta, mask.ids_keep, mask.ids_masked)  # [B, M, d]
         pixels, statistics = self._split(self.student["output"](features, view.channels), view.channels)
         answers = {"pixels": pixels}
         if "statistics" in self.cfg.extra_targets:
@@ -163,7 +190,8 @@ class Objective(base.Objective):
             targets = self._targets(view, mask.ids_masked)
             parts = {name: masked_mse(pred.float(), *targets[name]) for name, pred in answers.items()}
             total = torch.stack(list(parts.values())).sum()
-        return Losses(total=total, parts={name: part.detach() for name, part in parts.items()})
+        told = {f"known_{name}": values.isfinite().float().mean() for name, values in batch.meta.items()}
+        return Losses(total=total, parts={name: part.detach() for name, part in parts.items()}, metrics=told)
 
     def schedules(self, total_steps: int) -> dict[str, Schedule]:
         return {} if self.cfg.ema_momentum is None else {"momentum": Constant(self.cfg.ema_momentum)}
@@ -174,10 +202,10 @@ class Objective(base.Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        view, mask = batch.pixels[_ROLE], batch.masks[_ROLE]
-        pixels, hidden = view.pixels, mask.mask
+        view, mask = self._view(batch), batch.masks[_ROLE]
+        pixels, hidden = self._tall(view.pixels), mask.mask
         ids_hidden = hidden.nonzero()[:, 1].view(len(hidden), -1)  # [n, N-K]
-        features = self._decode(view, mask.ids_keep, ids_hidden)  # [n, N-K, d]
+        features = self._decode(view, batch.meta, mask.ids_keep, ids_hidden)  # [n, N-K, d]
         pred, statistics = self._split(self.student["output"](features, view.channels).float(), view.channels)
         patches = patchify(pixels, self.patch_size)  # [n, N, P*P*C]
         if self.cfg.norm_pix:
@@ -186,22 +214,50 @@ class Objective(base.Objective):
         index = ids_hidden[..., None].expand_as(pred)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
         masked = patches.masked_fill(hidden[..., None], torch.nan)  # a hole in the picture
-        return {
+        pictures = {
             "input": pixels,
             "masked": unpatchify(masked, self.patch_size, grid),
             "reconstruction": unpatchify(patches.scatter(1, index, pred), self.patch_size, grid),
         }
+        if self.tubelet == 1:
+            return pictures
+        n_dates = self.cfg.series.n_dates
+        return {name: one_by_one(tall, n_dates, self.tubelet).flatten(2, 3) for name, tall in pictures.items()}
 
-    def _decode(self, view: PixelBatch, ids_keep: Tensor, ids: Tensor) -> Tensor:
+    def _view(self, batch: Batch) -> PixelBatch:
+        """Pixels `[B, C, H, W]`, or `[B, C, T, H, W]` of a series."""
+        view = batch.pixels[_ROLE]
+        return series_of(view, self.cfg.series.n_dates) if self.is_series else view
+
+    def _tall(self, values: Tensor) -> Tensor:
+        """`[B, C, T, H, W]` as what patches are cut from: `[B, C*s, T/s*H, W]`."""
+        return below_each_other(values, self.tubelet) if self.is_series else values
+
+    def _decode(self, view: PixelBatch, meta: Mapping[str, Tensor], ids_keep: Tensor, ids: Tensor) -> Tensor:
         """Features `[B, M, d]` of the patches `ids [B, M]` from those at `ids_keep [B, K]` alone."""
-        inputs = EncoderInput(view.pixels, view.channels, view.gsd_m, ids_keep=ids_keep)
+        inputs = EncoderInput(view.pixels, view.channels, view.gsd_m, ids_keep=ids_keep, **meta)
         visible = self.student["encoder"]([inputs])[0]  # [B, P+K, D]
-        features: Tensor = self.student["decoder"](visible, ids_keep, ids)
+        features: Tensor = self.student["decoder"](visible, ids_keep, ids, self._decoder_table(visible, meta))
         return features
 
+    def _decoder_table(self, tokens: Tokens, meta: Mapping[str, Tensor]) -> Tensor | None:
+        """What is added to the patches in the decoder, `[N, d]` or `[B, N, d]`; None for its own table of a grid."""
+        dim, device, student = self.cfg.decoder.embed_dim, tokens.x.device, self.student
+        if not self.has_dated_positions and not meta:
+            return None
+        table = sincos_grid(tokens.grid, dim, device)
+        if self.has_dated_positions:
+            table = sincos_3d(tokens.n_steps, tokens.grid, dim, tokens.grid[0], device)
+        if "decoder_time_encoding" in student:
+            when = student["decoder_time_encoding"](meta["dates"])  # [B, T, d]
+            table = table + when.repeat_interleave(tokens.grid[0] * tokens.grid[1], dim=1)
+        if "decoder_location_encoding" in student:
+            table = table + student["decoder_location_encoding"](meta["location"])[:, None]
+        return table
+
     def _split(self, values: Tensor, channels: ChannelMeta) -> tuple[Tensor, Tensor]:
-        """Pixels `[B, M, P*P*C]` and statistics `[B, M, 2*C]` (empty unless asked for) of the head's output."""
-        n_pixels = self.patch_size**2 * channels.n_channels
+        """Pixels `[B, M, P*P*C*s]` and statistics `[B, M, 2*C*s]` (empty unless asked for) of the head's output."""
+        n_pixels = self.patch_size**2 * channels.n_channels * self.tubelet
         return values[..., :n_pixels], values[..., n_pixels:]
 
     def _moments(self, truth: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,8 +270,8 @@ class Objective(base.Objective):
 
     def _targets(self, view: PixelBatch, ids: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Target and validity of each thing that is predicted for the patches `ids [B, M]`."""
-        patches = _gather(patchify(view.pixels, self.patch_size), ids)  # [B, M, P*P*C]
-        valid = None if view.valid is None else _gather(patchify(view.valid, self.patch_size), ids)
+        patches = _gather(patchify(self._tall(view.pixels), self.patch_size), ids)  # [B, M, P*P*C*s]
+        valid = None if view.valid is None else _gather(patchify(self._tall(view.valid), self.patch_size), ids)
         targets = {
             "pixels": (
                 normalise_patches(patches, valid, self.cfg.norm_pix_eps) if self.cfg.norm_pix else patches,
@@ -223,17 +279,23 @@ class Objective(base.Objective):
             )
         }
         if "statistics" in self.cfg.extra_targets:
-            targets["statistics"] = patch_statistics(patches, view.channels.n_channels, valid)
+            targets["statistics"] = patch_statistics(patches, view.channels.n_channels * self.tubelet, valid)
         if "gradients" in self.cfg.extra_targets:
-            cfg = self.cfg
-            histograms = gradient_histograms(
-                view.pixels, self.patch_size, cfg.gradient_bins, cfg.gradient_cell_px, view.valid
-            )
-            targets["gradients"] = (
-                _gather(histograms[0], ids),
-                None if histograms[1] is None else _gather(histograms[1], ids),
-            )
+            values, known = self._histograms(view)
+            targets["gradients"] = (_gather(values, ids), None if known is None else _gather(known, ids))
         return targets
+
+    def _histograms(self, view: PixelBatch) -> tuple[Tensor, Tensor | None]:
+        """Those of all patches, `[B, N, Q]`, and their validity; each date by itself, since its edges are none."""
+        cfg, n_samples = self.cfg, len(view.pixels)
+        pixels, valid = (
+            values.transpose(1, 2).flatten(0, 1) if values is not None and self.is_series else values
+            for values in (view.pixels, view.valid)
+        )  # [B*T, C, H, W]
+        assert pixels is not None
+        values, known = gradient_histograms(pixels, self.patch_size, cfg.gradient_bins, cfg.gradient_cell_px, valid)
+        by_sample = (n_samples, -1, values.shape[-1])
+        return values.view(by_sample), None if known is None else known.view(by_sample)
 
 
 def _gather(patches: Tensor, ids: Tensor) -> Tensor:
@@ -250,17 +312,52 @@ def _tile_names(cfg: Config, schema: Mapping[str, TileSchema]) -> list[str]:
         raise ValueError(
             f"objective.tile: no tile {', '.join(map(repr, allowed))} in a source that has {', '.join(schema)}"
         )
+    if cfg.series.n_dates > 1:
+        _check_dates(cfg, names, schema)
     if len({len(schema[name].bands) for name in names}) > 1:
         counts = ", ".join(f"{name} has {len(schema[name].bands)}" for name in names)
         raise ValueError(f"objective.tile: the tiles of one source need as many bands each, but {counts}")
     return names
 
 
-def _output_head(cfg: Config, n_channels: int | None, patch_size: int) -> nn.Module:
+def _check_dates(cfg: Config, names: list[str], schema: Mapping[str, TileSchema]) -> None:
+    n_dates, kinds = cfg.series.n_dates, {(schema[name].sensor.name, schema[name].bands) for name in names}
+    if len(names) < n_dates or len(kinds) > 1:
+        raise ValueError(
+            f"objective.series.n_dates is {n_dates}: objective.tile must name at least as many tiles of one sensor,"
+            f" with the same bands, one for each date; in a source there are {', '.join(names)}"
+        )
+
+
+def _check_series(cfg: Config, encoder_cfg: EncoderConfig) -> None:
+    """Raise `ValueError` where the model cannot take so many dates, or a target is not defined for tubelets."""
+    n_dates, tubelet, dim = cfg.series.n_dates, encoder_cfg.tubelet, cfg.decoder.embed_dim
+    if n_dates % tubelet:
+        raise ValueError(f"model.tubelet {tubelet} does not divide objective.series.n_dates {n_dates}")
+    if tubelet > 1 and (cfg.output == "spectral" or "gradients" in cfg.extra_targets):
+        raise ValueError(f"model.tubelet {tubelet} needs objective.output: linear, and no gradients in extra_targets")
+    if n_dates > 1 and encoder_cfg.position != "sincos_3d" and not encoder_cfg.time_encoding:
+        raise ValueError(
+            f"nothing would tell the {n_dates} dates of objective.series.n_dates apart: set model.position: sincos_3d,"
+            " or model.time_encoding: true"
+        )
+    if (n_dates > 1 or encoder_cfg.position == "sincos_3d") and dim % 16:
+        raise ValueError(f"objective.decoder.embed_dim must be divisible by 16 for several dates, got {dim}")
+    for key, dropped, is_told in (
+        ("time_encoding", "drop_dates_prob", encoder_cfg.time_encoding),
+        ("location_encoding", "drop_location_prob", encoder_cfg.location_encoding),
+    ):
+        if not is_told and (prob := getattr(cfg.series, dropped)):
+            raise ValueError(
+                f"objective.series.{dropped} is {prob}, but nothing is told to the model: set model.{key}: true"
+            )
+
+
+def _output_head(cfg: Config, n_channels: int | None, encoder_cfg: EncoderConfig) -> nn.Module:
     """The head that answers for every channel of a patch: its pixels, then its statistics if they are predicted."""
-    n_values = patch_size**2 + 2 * ("statistics" in cfg.extra_targets)
+    n_values = encoder_cfg.patch_size**2 + 2 * ("statistics" in cfg.extra_targets)
     if cfg.output == "spectral":
         return SpectralOutput(cfg.decoder.embed_dim, n_values, cfg.spectral)
     if n_channels is None:
         raise ValueError("objective.output: linear needs sources with the same number of bands; use spectral")
-    return LinearOutput(cfg.decoder.embed_dim, n_channels, n_values)
+    return LinearOutput(cfg.decoder.embed_dim, n_channels * encoder_cfg.tubelet, n_values)

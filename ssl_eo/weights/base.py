@@ -90,7 +90,10 @@ def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str)
     whether there is a mask token. Raises `ValueError` that starts with `where` for any tensor missing, left over, or
     of another shape.
     """
-    found = released.adapt(tensors)
+    try:
+        found = released.adapt(tensors)
+    except ValueError as error:
+        raise ValueError(f"{where}: not the weights of {released.name}: {error}{_hint(tensors)}") from None
     config = _config_of(found, released)
     problems = _misfits(found, config, released.n_channels)
     if problems:
@@ -220,13 +223,17 @@ def _some(names: list[str]) -> str:
 def _hint(tensors: Mapping[str, Tensor]) -> str:
     """Which published encoder `tensors` are instead, if any."""
     n_blocks = sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in tensors)
-    fitting = []
-    for other in (other for other in _all_released() if other.config.n_blocks == n_blocks):
-        found = other.adapt(tensors)
-        if not _misfits(found, _config_of(found, other), other.n_channels):
-            fitting.append(other.name)
-    names = " or ".join(fitting)
-    return f"; it is one of {names}: choose --as {names}" if fitting else ""
+    same_depth = (other for other in _all_released() if other.config.n_blocks == n_blocks)
+    names = " or ".join(other.name for other in same_depth if _fits(tensors, other))
+    return f"; it is one of {names}: choose --as {names}" if names else ""
+
+
+def _fits(tensors: Mapping[str, Tensor], released: Released) -> bool:
+    try:
+        found = released.adapt(tensors)
+    except ValueError:  # what its family refuses is none of it
+        return False
+    return not _misfits(found, _config_of(found, released), released.n_channels)
 
 
 def _essence(config: EncoderConfig) -> dict[str, Any]:
@@ -239,6 +246,9 @@ def _essence(config: EncoderConfig) -> dict[str, Any]:
         "n_registers": config.n_registers,
         "position": config.position,
         "position_resize": config.position_resize,
+        "tubelet": config.tubelet,
+        "time_encoding": config.time_encoding,
+        "location_encoding": config.location_encoding,
         "norm_eps": config.norm_eps,
         "final_norm": config.final_norm,
         "LayerScale": config.layer_scale_init is not None,

@@ -96,8 +96,8 @@ def test_views_keep_to_the_crop_of_their_own_source(mixing: Literal["step", "sam
             part = opened[0].place(index)[0] if isinstance(opened[0], MixedSource) else source
             sample, plan = dataset._sample(step, source, slot, index, [])
             _, same = again._sample(step, source, slot, index, [])
-            assert plan.view == same.view
-            top, left, height, width = plan.view.box
+            assert plan.views[0] == same.views[0]
+            top, left, height, width = plan.views[0].box
             gsd_m = np.sqrt(height * width) * 10.0 / 8
             seen.add(part)
             if part == 0:

@@ -242,7 +242,7 @@ def _planned(config: Config, schemas: list[dict[str, TileSchema]], source: int, 
             pixels[band_without_data] = -np.inf
         sample = Sample(str(i), {name: Tile(pixels, tile.bands, 10.0)})
         plan = views.plan(sample, rng)
-        planned.append((cut_to_views(sample, [plan.masked.view], schemas[source]), plan))
+        planned.append((cut_to_views(sample, [plan.masked.views[0]], schemas[source]), plan))
     batch = views.collate(planned, 0, source, rng)
     batch.pixels = Renderer(schemas).render(batch)
     return batch

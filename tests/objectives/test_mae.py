@@ -62,7 +62,7 @@ def test_loss_is_the_paper_s_on_the_masked_patches(norm_pix: str) -> None:
     view, mask = batch.pixels["image"], batch.masks["image"]
     batch = _with_pixels(batch, view.pixels.double())
     loss = objective(batch, {}).total
-    features = objective._decode(batch.pixels["image"], mask.ids_keep, mask.ids_masked)
+    features = objective._decode(batch.pixels["image"], {}, mask.ids_keep, mask.ids_masked)
     pred = objective.student["output"](features, view.channels).detach()
     total = 0.0
     for b in range(2):
@@ -81,7 +81,7 @@ def test_hidden_pixels_do_not_reach_the_prediction() -> None:
     view, mask = batch.pixels["image"], batch.masks["image"]
     hidden = mask.mask.view(2, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
     changed = replace(view, pixels=torch.where(hidden, 7.0, view.pixels))
-    before, after = (objective._decode(v, mask.ids_keep, mask.ids_masked) for v in (view, changed))
+    before, after = (objective._decode(v, {}, mask.ids_keep, mask.ids_masked) for v in (view, changed))
     assert torch.equal(before, after)
 
 
@@ -159,7 +159,7 @@ def test_two_products_of_a_sensor_share_a_batch() -> None:
         pixels = rng.integers(1, 9000, (12, 40, 40)).astype(np.uint16)
         sample = Sample(str(i), {name: Tile(pixels, tuple(bands), 10.0)})
         plan = views.plan(sample, rng)
-        planned.append((cut_to_views(sample, [plan.view], schema), plan))
+        planned.append((cut_to_views(sample, [plan.views[0]], schema), plan))
     batch = views.collate(planned, 0, 0, rng)
     batch.pixels = Renderer([schema]).render(batch)
     assert batch.pixels["image"].channels.wavelength_um.shape == (3, 12)

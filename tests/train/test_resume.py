@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,24 @@ SHORT = (
     "log.keys=true",
     "train.global_batch_size=16",
 )
+
+# Of every debug config but that of `mae`: what of its state is beside the student's weights.
+STATE_OF = {
+    "mae_temporal": (),
+    "dinov2": (r"^objective\.center$", r"^objective\.ibot_center$", r"^objective\.teacher\."),
+    "simclr": (),
+    "moco": (r"^objective\.queue$", r"^objective\.teacher\."),
+    "moco_v3": (r"^objective\.teacher\.",),
+    "byol": (r"^objective\.teacher\.",),
+    "multimae": (r"balance",),
+    "croma": (r"temperature",),
+    "dofa": (r"^objective\.teacher\.",),
+}
+
+
+def test_no_objective_is_left_out() -> None:
+    variants = {"mae", "dino", "panopticon"}  # dino and panopticon are settings of dinov2
+    assert {path.stem for path in (ROOT / "configs" / "debug").glob("*.yaml")} == STATE_OF.keys() | variants
 
 
 def _final(out_dir: Path, name: str = "debug_mae") -> dict[str, torch.Tensor]:
@@ -60,9 +79,10 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
     assert _losses(tmp_path) == _losses(uninterrupted)
 
 
-def test_kill_9_in_self_distillation(tmp_path: Path) -> None:
-    """Teacher, centers and the ratios of masks go on as well."""
-    config, name = str(ROOT / "configs" / "debug" / "dinov2.yaml"), "debug_dinov2"
+@pytest.mark.parametrize("kind", STATE_OF)
+def test_kill_9_in_every_objective(kind: str, tmp_path: Path) -> None:
+    """Teachers, queues, centers, learned weights and the ratios of masks go on as well."""
+    config, name = str(ROOT / "configs" / "debug" / f"{kind}.yaml"), f"debug_{kind}"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     status, output = train(config, whole, *SHORT)
     assert status == 0, output
@@ -74,7 +94,7 @@ def test_kill_9_in_self_distillation(tmp_path: Path) -> None:
     assert status == 0, output
     assert "going on after step 10" in output
     final = _final(whole, name)
-    assert {"objective.center", "objective.ibot_center"} <= final.keys()
+    assert all(any(re.search(pattern, key) for key in final) for pattern in STATE_OF[kind])
     assert_same_bits(final, _final(killed, name))
     assert _keys(killed, name) == _keys(whole, name)
     assert _losses(killed, name) == _losses(whole, name)

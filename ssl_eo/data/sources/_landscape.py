@@ -9,8 +9,10 @@ n pixels of the base grid, S surfaces, K materials.
 
 from __future__ import annotations
 
+import copy
 import datetime
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,7 +30,7 @@ from ssl_eo.data.sources._painters import (
 )
 from ssl_eo.data.sources._spectra import Material
 
-__all__ = ["SCENES", "Scene", "build_scene"]
+__all__ = ["SCENES", "Scene", "build_scene", "build_series"]
 
 Array = NDArray[np.float32]
 
@@ -102,12 +104,39 @@ class Scene:
 
 def build_scene(rng: np.random.Generator, extent_m: float) -> Scene:
     """Draw a place of `extent_m` a side. Everything random comes from `rng`, so equal generators give equal scenes."""
+    label, canvas = _build_place(rng, extent_m)
+    return _at_date(rng, label, canvas, extent_m)
+
+
+def build_series(rng: np.random.Generator, extent_m: float, air: Sequence[np.random.Generator]) -> list[Scene]:
+    """The place of `build_scene` at as many dates as there are generators `air`, spread over a year from its own date.
+
+    Each generator draws how far its date is off an even spread, and haze, light and wind of that day. The first scene
+    is that of `build_scene`.
+    """
+    label, canvas = _build_place(rng, extent_m)
+    scenes = [_at_date(copy.deepcopy(rng), label, canvas, extent_m)]
+    for i, weather in enumerate(air[1:], start=1):
+        days = round((i + weather.uniform(-0.3, 0.3)) * 365 / len(air))
+        scene = _at_date(copy.deepcopy(rng), label, canvas, extent_m, days)
+        haze, gain, wind_db = _weather(weather)
+        scenes.append(replace(scene, haze=haze, gain=gain, wind_db=wind_db))
+    return scenes
+
+
+def _build_place(rng: np.random.Generator, extent_m: float) -> tuple[int, Canvas]:
+    """What does not change from date to date: the kind of place, and where each surface is."""
     label = int(rng.integers(len(SCENES)))
-    name = SCENES[label]
     n = max(2, min(int(np.ceil(extent_m / _BASE_M)), _MAX_BASE_PIXELS))
     canvas = Canvas.blank(rng, n, extent_m)
-    PAINTERS[name](canvas)
-    climate = _climate(rng, name)
+    PAINTERS[SCENES[label]](canvas)
+    return label, canvas
+
+
+def _at_date(rng: np.random.Generator, label: int, canvas: Canvas, extent_m: float, days: int = 0) -> Scene:
+    """The place so many days after its own date, with equal generators of an equal make."""
+    n = len(canvas.surface)
+    climate = _climate(rng, SCENES[label], days)
     elevation = canvas.height * np.float32(canvas.relief_m)
     elevation += np.float32(rng.uniform(0, 300) if canvas.relief_m < 50 else rng.uniform(600, 2200))
     slope = _slope(elevation, extent_m / n)
@@ -115,28 +144,37 @@ def build_scene(rng: np.random.Generator, extent_m: float) -> Scene:
     texture = 1 + roughness * rng.standard_normal((n, n), np.float32)
     if canvas.rows is not None:
         texture += canvas.rows * (canvas.surface >= PARCELS.start)
+    mixture = _mixture(rng, climate)
+    drought = np.clip(np.float32(0.12) + np.float32(rng.uniform(0.02, 0.15)) * canvas.wetness, 0, 0.6)
+    haze, gain, wind_db = _weather(rng)
     return Scene(
         label=label,
         extent_m=extent_m,
         surface=canvas.surface,
-        mixture=_mixture(rng, climate),
+        mixture=mixture,
         light=_illumination(slope, climate) * np.maximum(texture, np.float32(0.3)),
-        drought=np.clip(np.float32(0.12) + np.float32(rng.uniform(0.02, 0.15)) * canvas.wetness, 0, 0.6),
+        drought=drought,
         elevation_m=elevation,
         slope=slope,
         climate=climate,
-        haze=float(rng.gamma(1.5, 0.02)),
-        gain=float(np.exp(rng.normal(0, 0.10))),
-        wind_db=float(rng.normal(0, 3)),
+        haze=haze,
+        gain=gain,
+        wind_db=wind_db,
         backscatter_db=rng.normal(0, 1.0, N_SURFACES).astype(np.float32),
     )
 
 
-def _climate(rng: np.random.Generator, scene_name: str) -> Climate:
+def _weather(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Haze, gain of the light and backscatter of waves (dB) of one day."""
+    return float(rng.gamma(1.5, 0.02)), float(np.exp(rng.normal(0, 0.10))), float(rng.normal(0, 3))
+
+
+def _climate(rng: np.random.Generator, scene_name: str, days: int = 0) -> Climate:
     low, high = {"dunes": (14.0, 34.0), "alpine": (30.0, 58.0)}.get(scene_name, (2.0, 60.0))
     north = 1 if rng.random() < 0.7 else -1
     latitude = float(rng.uniform(low, high)) * north
-    day = int(rng.integers(365))
+    first = int(rng.integers(365))
+    day = (first + days) % 365
     summer = -np.cos(2 * np.pi * (day + 10) / 365) * north  # 1 at midsummer, -1 at midwinter
     polewards = abs(latitude)
     air_k = 273.15 + 29 - 0.42 * polewards + 0.24 * polewards * summer + rng.normal(0, 2.5)
@@ -146,7 +184,7 @@ def _climate(rng: np.random.Generator, scene_name: str) -> Climate:
     return Climate(
         latitude=latitude,
         longitude=float(rng.uniform(-180, 180)),
-        date=datetime.date(2020, 1, 1) + datetime.timedelta(days=int(rng.integers(4)) * 365 + day),
+        date=datetime.date(2020, 1, 1) + datetime.timedelta(days=int(rng.integers(4)) * 365 + first + days),
         air_k=float(air_k),
         greenness=float(greenness),
         sun_elevation=max(elevation, np.radians(12.0)),

@@ -10,7 +10,7 @@ C bands, N pixels of a tile.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from hashlib import sha256
@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ssl_eo.data.sources._instruments import Instrument, cover_fractions
-from ssl_eo.data.sources._landscape import SCENES, Scene, build_scene
+from ssl_eo.data.sources._landscape import SCENES, Scene, build_scene, build_series
 from ssl_eo.data.sources._painters import LAND_COVER
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.seeding import numpy_generator
@@ -43,14 +43,15 @@ class Config:
     seed: int = 0  # of the world; another seed has other scenes
     sensors: list[str] = field(default_factory=lambda: ["sentinel2_l2a"])  # names, or `name:subset` ("enmap:rgb")
     extent_m: float = 640.0  # side of a scene; whole pixels for every sensor
+    n_dates: int = 1  # of a place, over a year; more than one are tiles of their own: sentinel2_l2a@0, ...
     split: Literal["train", "val", "test"] = "train"  # disjoint scenes
     labels: Literal["scene", "landcover", "presence"] = (
         "scene"  # a class | a class map on the first sensor's grid | multi-hot
     )
 
     def __post_init__(self) -> None:
-        if self.n_samples < 1:
-            raise ValueError(f"n_samples must be at least 1, got {self.n_samples}")
+        if self.n_samples < 1 or self.n_dates < 1:
+            raise ValueError(f"n_samples and n_dates must be at least 1, got {self.n_samples} and {self.n_dates}")
         if not self.sensors:
             raise ValueError("sensors is empty; name at least one, such as sentinel2_l2a")
         if not self.extent_m > 0:
@@ -81,7 +82,10 @@ class Source:
     @cached_property
     def schema(self) -> Mapping[str, TileSchema]:
         """Statistics are measured on first use, on scenes of their own that do not depend on seed or split."""
-        return {name: self._schema_of(name, instrument) for name, instrument in self._instruments.items()}
+        schemas = {name: self._schema_of(name, instrument) for name, instrument in self._instruments.items()}
+        if self.cfg.n_dates == 1:
+            return schemas
+        return {f"{name}@{i}": schema for name, schema in schemas.items() for i in range(self.cfg.n_dates)}
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -99,6 +103,8 @@ class Source:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         address = (self.cfg.seed, self.cfg.split, index)
+        if self.cfg.n_dates > 1:
+            return self._read_series(index, address)
         scene = build_scene(numpy_generator("synthetic", *address), self.cfg.extent_m)
         tiles = {
             name: self._tile(instrument, scene, numpy_generator("synthetic", *address, name))
@@ -108,6 +114,17 @@ class Source:
 
     def fingerprint(self) -> str:
         return sha256(repr((_VERSION, sorted(asdict(self.cfg).items()))).encode()).hexdigest()[:16]
+
+    def _read_series(self, index: int, address: tuple[int | str, ...]) -> Sample:
+        """The place of a sample at several dates; label and `meta` are those of the first."""
+        air = [numpy_generator("synthetic", *address, "date", i) for i in range(self.cfg.n_dates)]
+        scenes = build_series(numpy_generator("synthetic", *address), self.cfg.extent_m, air)
+        tiles = {}
+        for name, instrument in self._instruments.items():
+            for i, scene in enumerate(scenes):
+                tile = self._tile(instrument, scene, numpy_generator("synthetic", *address, name, *([i] if i else [])))
+                tiles[f"{name}@{i}"] = replace(tile, date=scene.climate.date.isoformat())
+        return Sample(f"{self.cfg.split}-{index:06d}", tiles, _meta(scenes[0]), self._label(scenes[0]))
 
     def _tile(self, instrument: Instrument, scene: Scene, rng: np.random.Generator) -> Tile:
         names = tuple(band.name for band in instrument.bands)

@@ -121,13 +121,19 @@ class ConvConfig:
 
 
 class ConvPatchEmbed(PatchEmbed):
-    """A convolution with stride p for a fixed set of channels, evaluated as one matrix product over patches."""
+    """A convolution with stride p for a fixed set of channels, evaluated as one matrix product over patches.
 
-    def __init__(self, embed_dim: int, patch_size: int, n_channels: int, cfg: ConvConfig | None = None) -> None:
+    With a `tubelet` of s dates it is one in three dimensions, for pixels `[B, C*s, H, W]`: the dates of each channel.
+    """
+
+    def __init__(
+        self, embed_dim: int, patch_size: int, n_channels: int, cfg: ConvConfig | None = None, tubelet: int = 1
+    ) -> None:
         super().__init__(embed_dim, patch_size)
         self.n_channels = n_channels
+        self.tubelet = tubelet
         self.padding = (cfg or ConvConfig()).padding
-        self.proj = nn.Conv2d(n_channels, embed_dim, patch_size, patch_size, self.padding)
+        self.proj = nn.Conv2d(n_channels * tubelet, embed_dim, patch_size, patch_size, self.padding)
 
     def forward(
         self,
@@ -136,9 +142,10 @@ class ConvPatchEmbed(PatchEmbed):
         ids_keep: Tensor | None = None,
         products: WeightProducts | None = None,
     ) -> tuple[Tensor, tuple[int, int]]:
-        if pixels.shape[1] != self.n_channels:
+        if pixels.shape[1] != self.n_channels * self.tubelet:
             raise ValueError(
-                f"this patch embedding was built for {self.n_channels} channels and got {pixels.shape[1]}: choose the"
+                f"this patch embedding was built for {self.n_channels} channels and got"
+                f" {pixels.shape[1] // self.tubelet}: choose the"
                 " same bands, or a patch embedding for any sensor (model.patch_embed: channel_attention or dynamic)"
             )
         patches, grid = cut_patches(pixels, self.patch_size, ids_keep, self.padding)  # [B, K, C, E]
