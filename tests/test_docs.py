@@ -263,7 +263,12 @@ def test_tables_are_those_of_the_code(page: Path) -> None:
 
 def test_every_key_is_documented() -> None:
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not re.findall(r"^\| `(\S+)` \|.* \|  \|$", _key_tables(text), re.MULTILINE), "these keys say nothing"
     assert not [section for section in sections() if f"<!-- keys of {section} -->" not in text]
+
+
+def _key_tables(text: str) -> str:
+    return "".join(re.findall(r"<!-- keys of .*? -->\n.*?<!-- end -->\n", text, re.DOTALL))
 
 
 def test_the_tree_of_the_architecture_is_that_of_the_package() -> None:

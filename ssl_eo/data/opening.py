@@ -41,7 +41,7 @@ class WeightedSourceConfig(SourceConfig):
 class DataConfig:
     """What is read, in which order, and how. From `n_workers` on, nothing changes a batch."""
 
-    sources: list[WeightedSourceConfig]
+    sources: list[WeightedSourceConfig]  # one or more, each with the keys of its source
     # A batch comes from one source, or from all; then tiles are optional, and the objective draws among a sample's own.
     mixing: Literal["step", "sample"] = "step"
     temperature: float | None = None  # multiplies weights by n_samples ** (1 / temperature); None: as they are

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssl_eo.data.types import PixelBatch, Sample
 
-__all__ = ["Moments", "SeriesConfig", "choose_dates", "moments_at", "series_of", "stack_moments"]
+__all__ = ["Acquisitions", "SeriesConfig", "acquisitions_at", "choose_dates", "series_of", "stack_acquisitions"]
 
 
 @dataclass
@@ -24,10 +24,9 @@ class SeriesConfig:
     """How many dates a view has, and how often the model is not told when and where they were."""
 
     n_dates: int = 1  # tiles of one sensor that are a view together, drawn of those of objective.tile, in order of time
-    # Probabilities that the dates, or the location, of a sample are kept from a model with model.time_encoding or
-    # model.location_encoding: one that never missed them cannot do without.
-    drop_dates_prob: float = 0.0
-    drop_location_prob: float = 0.0
+    # A model that never missed dates or location cannot do without.
+    drop_dates_prob: float = 0.0  # share of samples whose dates are kept from a model with model.time_encoding
+    drop_location_prob: float = 0.0  # share of samples whose location is kept from one with model.location_encoding
 
     def __post_init__(self) -> None:
         if self.n_dates < 1:
@@ -38,7 +37,7 @@ class SeriesConfig:
 
 
 @dataclass(frozen=True)
-class Moments:
+class Acquisitions:
     """`dates [T, 2]` (year, day of the year from 1) and `location [2]` (latitude, longitude in degrees), float32.
 
     NaN for what is not known, or not to be told.
@@ -65,7 +64,7 @@ def choose_dates(sample: Sample, names: Sequence[str], n_dates: int, rng: np.ran
     return sorted(drawn, key=lambda name: (_date_of(sample, name) is None, _date_of(sample, name) or ""))
 
 
-def moments_at(sample: Sample, names: Sequence[str], cfg: SeriesConfig, rng: np.random.Generator) -> Moments:
+def acquisitions_at(sample: Sample, names: Sequence[str], cfg: SeriesConfig, rng: np.random.Generator) -> Acquisitions:
     """When the tiles `names` were taken, and where; each is left out as often as `cfg` says."""
     dates = np.array([_year_and_day(_date_of(sample, name)) for name in names], np.float32)  # [T, 2]
     location = np.array([sample.meta.get(key, np.nan) for key in ("latitude", "longitude")], np.float32)
@@ -74,12 +73,12 @@ def moments_at(sample: Sample, names: Sequence[str], cfg: SeriesConfig, rng: np.
         dates[:] = np.nan
     if drop_location:
         location[:] = np.nan
-    return Moments(dates, location)
+    return Acquisitions(dates, location)
 
 
-def stack_moments(moments: Sequence[Moments], keys: Sequence[str]) -> dict[str, Tensor]:
+def stack_acquisitions(acquisitions: Sequence[Acquisitions], keys: Sequence[str]) -> dict[str, Tensor]:
     """`dates [B, T, 2]` and `location [B, 2]`, those of `keys`, for `Batch.meta`."""
-    return {key: torch.from_numpy(np.stack([getattr(m, key) for m in moments])) for key in keys}
+    return {key: torch.from_numpy(np.stack([getattr(a, key) for a in acquisitions])) for key in keys}
 
 
 def series_of(view: PixelBatch, n_dates: int) -> PixelBatch:

@@ -15,7 +15,8 @@ class UncertaintyWeights(nn.Module):
     """A learned log variance s of each task: loss / exp(s) + s (Kendall et al. 2018, arXiv 1705.07115, simplified).
 
     s = bound * tanh(parameter / bound) stays within `bound` and always has a gradient. The parameter is no `weight`, so
-    it does not decay, and it is saved with the student. The gradient of s is 0 on average where exp(s) is the loss.
+    it does not decay, and it is saved with the student. The gradient of s is 0 on average where exp(s) is the mean
+    loss of the samples that have the task, as far as the bound allows.
     """
 
     def __init__(self, n_tasks: int, bound: float) -> None:

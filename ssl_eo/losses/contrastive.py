@@ -1,7 +1,8 @@
 """Contrastive losses: which of many is the other view of this place? And BYOL's, which knows no others.
 
 NT-Xent (SimCLR, arXiv 2002.05709), InfoNCE with keys of a moving average (MoCo v2, arXiv 2003.04297, and v3,
-arXiv 2104.02057) and the regression of BYOL (arXiv 2006.07733). Candidates are those of all ranks, so that the mean of
+arXiv 2104.02057) or between two encoders with a learned temperature (CLIP, arXiv 2103.00020, and CROMA, arXiv
+2311.00566), and the regression of BYOL (arXiv 2006.07733). Candidates are those of all ranks, so that the mean of
 the ranks' losses is what one process would have; every rank holds equally many samples.
 
 B samples of a rank, N = ranks * B of all, K keys of a queue, D width.
@@ -17,7 +18,15 @@ from torch import Tensor
 
 from ssl_eo.distributed import gather, rank
 
-__all__ = ["Contrast", "in_batch_contrast", "nt_xent_contrast", "pair_metrics", "queue_contrast", "regression_loss"]
+__all__ = [
+    "Contrast",
+    "in_batch_contrast",
+    "nt_xent_contrast",
+    "pair_contrasts",
+    "pair_metrics",
+    "queue_contrast",
+    "regression_loss",
+]
 
 
 class Contrast(NamedTuple):
@@ -27,7 +36,7 @@ class Contrast(NamedTuple):
     positive: Tensor
 
     def loss(self) -> Tensor:
-        """Mean cross-entropy over rows; log M where all candidates are equally similar."""
+        """Mean cross-entropy over rows; where all candidates are equally similar, the logarithm of their number."""
         return F.cross_entropy(self.logits, self.positive)
 
     def accuracy(self) -> Tensor:
@@ -53,6 +62,21 @@ def in_batch_contrast(queries: Tensor, keys: Tensor, temperature: float) -> Cont
     candidates = gather(F.normalize(keys, dim=-1))  # [N, D]
     logits = F.normalize(queries, dim=-1) @ candidates.T / temperature  # [B, N]
     return Contrast(logits, rank() * len(queries) + torch.arange(len(queries), device=queries.device))
+
+
+def pair_contrasts(first: Tensor, second: Tensor, logit_scale: Tensor) -> tuple[Contrast, Contrast]:
+    """CLIP: each row of `first [B, D]` among the `second` of all samples of all ranks, and the other way round.
+
+    Row i of the one belongs to row i of the other. Logits are cosines times exp(`logit_scale`), a 0-d tensor. The
+    gradient flows through both sides, on all ranks.
+    """
+    both = F.normalize(torch.stack((first, second), dim=1), dim=-1)  # [B, 2, D]
+    candidates = gather(both)  # [N, 2, D]
+    own = rank() * len(both) + torch.arange(len(both), device=both.device)  # [B]
+    scale = logit_scale.exp()
+    to_second = scale * both[:, 0] @ candidates[:, 1].T  # [B, N]
+    to_first = scale * both[:, 1] @ candidates[:, 0].T  # [B, N]
+    return Contrast(to_second, own), Contrast(to_first, own)
 
 
 def queue_contrast(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Contrast:

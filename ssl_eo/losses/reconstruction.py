@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["masked_mse", "normalise_patches", "patchify", "unpatchify"]
+from ssl_eo.losses.modalities import pixel_errors
+
+__all__ = ["masked_mse", "normalise_patches", "patch_moments", "patchify", "pictures_of", "unpatchify"]
 
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
@@ -29,19 +31,40 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return x.reshape(b, c, h * p, w * p)  # [B, C, H, W]
 
 
+def pictures_of(
+    patches: Tensor, hidden: Tensor, predicted: Tensor, patch_size: int, grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """For a person to look at, `[n, C, H, W]`: the input, with holes where patches are hidden, with predictions there.
+
+    `patches`, `predicted` `[n, N, P*P*C]`, `hidden [n, N]`.
+    """
+    holes = hidden[..., None]
+    shown = {
+        "input": patches,
+        "masked": patches.masked_fill(holes, torch.nan),
+        "reconstruction": torch.where(holes, predicted, patches),
+    }
+    return {title: unpatchify(picture, patch_size, grid) for title, picture in shown.items()}
+
+
+def patch_moments(patches: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance over the valid values of each patch `[B, M, P*P*C]`: `[B, M, 1]` each."""
+    if valid is None:
+        var, mean = torch.var_mean(patches, -1, keepdim=True)
+        return mean, var
+    n = valid.sum(-1, keepdim=True)
+    mean = torch.where(valid, patches, 0.0).sum(-1, keepdim=True) / n.clamp(min=1)
+    centred = torch.where(valid, patches - mean, 0.0)
+    return mean, centred.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)
+
+
 def normalise_patches(patches: Tensor, valid: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Each patch to mean 0 and variance 1 (unbiased) over its valid values; invalid values become 0.
 
     `patches`, `valid`: `[B, M, P*P*C]`. He et al. 2022 (arXiv 2111.06377), section 3.
     """
-    if valid is None:
-        mean = patches.mean(-1, keepdim=True)
-        var = patches.var(-1, keepdim=True)
-        return (patches - mean) / (var + eps).sqrt()
-    n = valid.sum(-1, keepdim=True)
-    mean = torch.where(valid, patches, 0.0).sum(-1, keepdim=True) / n.clamp(min=1)
-    centred = torch.where(valid, patches - mean, 0.0)
-    var = centred.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)
+    mean, var = patch_moments(patches, valid)
+    centred = patches - mean if valid is None else torch.where(valid, patches - mean, 0.0)
     return centred / (var + eps).sqrt()
 
 
@@ -52,8 +75,4 @@ def masked_mse(pred: Tensor, target: Tensor, valid: Tensor | None = None) -> Ten
     valid or not: it does not depend on the data, so the mean over ranks or micro-batches is exactly the global loss.
     Without no-data this is equation-for-equation the loss of MAE (arXiv 2111.06377).
     """
-    if valid is None:
-        return (pred - target).square().mean()
-    # `where` before the subtraction: a NaN target would otherwise reach the gradient through 0 * NaN.
-    error = torch.where(valid, pred - torch.where(valid, target, 0.0), 0.0)
-    return error.square().sum() / error.numel()
+    return pixel_errors(pred, target, valid, "mse").mean()

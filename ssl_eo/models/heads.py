@@ -96,9 +96,9 @@ class MLPHead(nn.Module):
     """Projector or predictor of contrastive objectives: linear layers with ReLU between them.
 
     With `batch_norm` each hidden layer is normalised over the global batch, and with `norm_output` the output too,
-    without gain (MoCo v3, arXiv 2104.02057; BYOL's, arXiv 2006.07733, is without). A bias would be taken out again by
-    the normalisation that follows it, here or in the next head, so there is none. Without `batch_norm` layers have
-    biases (MoCo v2, arXiv 2003.04297).
+    without gain (MoCo v3, arXiv 2104.02057; BYOL's, arXiv 2006.07733, is without). As there, layers have no biases
+    then: a normalisation that follows would take them out again. Without `batch_norm` they have (MoCo v2, arXiv
+    2003.04297).
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class MLPHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every parameter; widths of layers leave the scale of activations as it is."""
+        """Fill every parameter."""
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=1.0 / math.sqrt(layer.in_features))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssl_eo.models.position import sincos
 
-__all__ = ["CoordinateEncoding", "Place", "below_each_other", "one_by_one", "sincos_3d"]
+__all__ = ["CoordinateEncoding", "TokenGrid", "below_each_other", "one_by_one", "sincos_3d"]
 
 _FIRST_SCALE = 0.1
 
@@ -52,10 +52,10 @@ def sincos_3d(n_dates: int, grid: tuple[int, int], dim: int, native: int, device
     if dim % 16:
         raise ValueError(f"position sincos_3d needs a width divisible by 16, got {dim}")
     with torch.inference_mode(False):
-        place = sincos(torch.arange(native, dtype=torch.float64, device=device), dim // 16 * 6)  # [M, 6D/16]
+        code = sincos(torch.arange(native, dtype=torch.float64, device=device), dim // 16 * 6)  # [M, 6D/16]
         date = sincos(torch.arange(n_dates, dtype=torch.float64, device=device), dim // 16 * 4)  # [T', 4D/16]
         shape = (n_dates, native, native, -1)
-        columns, rows = place[None, None].expand(shape), place[None, :, None].expand(shape)
+        columns, rows = code[None, None].expand(shape), code[None, :, None].expand(shape)
         table = torch.cat((columns, rows, date[:, None, None].expand(shape)), dim=-1).float()  # [T', M, M, D]
         if grid != (native, native):
             image = F.interpolate(table.permute(0, 3, 1, 2), size=grid, mode="bicubic", align_corners=True)
@@ -63,7 +63,7 @@ def sincos_3d(n_dates: int, grid: tuple[int, int], dim: int, native: int, device
         return table.reshape(-1, dim)
 
 
-class Place(NamedTuple):
+class TokenGrid(NamedTuple):
     """Where the patches of an input are: in a grid (h, w), or in as many as it has steps in time."""
 
     grid: tuple[int, int]

@@ -38,7 +38,7 @@ from ssl_eo.models.position import (
     sincos_resized,
     take_patches,
 )
-from ssl_eo.models.space_time import CoordinateEncoding, Place, below_each_other, sincos_3d
+from ssl_eo.models.space_time import CoordinateEncoding, TokenGrid, below_each_other, sincos_3d
 from ssl_eo.sensors import ChannelMeta
 
 __all__ = ["SIZES", "Encoder", "EncoderConfig", "EncoderInput", "Tokens"]
@@ -48,6 +48,7 @@ SIZES = {  # width, blocks, heads
     "small": (384, 12, 6),
     "base": (768, 12, 12),
     "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
     "giant": (1536, 40, 24),
 }
 
@@ -56,7 +57,7 @@ SIZES = {  # width, blocks, heads
 class EncoderConfig:
     """Everything that decides the encoder's weights and what it computes from them."""
 
-    size: str = "small"  # tiny, small, base, large or giant; the next three override it
+    size: str = "small"  # tiny, small, base, large, huge or giant; the next three override it
     embed_dim: int | None = None  # width of a token
     depth: int | None = None  # number of blocks
     n_heads: int | None = None  # of attention; divides the width
@@ -231,10 +232,10 @@ class Encoder(nn.Module):
         """Tokens of each input after the final norm. All inputs share every matmul; the numbers are those of one call
         per input. Raises `ValueError` for sizes that the patch size does not divide.
         """
-        x, groups, places = self._embed(inputs)  # [R, D]
+        x, groups, layouts = self._embed(inputs)  # [R, D]
         for block in self.blocks:
             x = block(x, groups)  # [R, D]
-        return self._unpack(self.norm(x), groups, places)
+        return self._unpack(self.norm(x), groups, layouts)
 
     def intermediates(self, input: EncoderInput, layers: int | Sequence[int], norm: bool = True) -> list[Tokens]:
         """Tokens after the blocks `layers` (counted from 0; an int n means the last n), in that order.
@@ -245,12 +246,12 @@ class Encoder(nn.Module):
         wanted = list(range(n_blocks - layers, n_blocks)) if isinstance(layers, int) else list(layers)
         if not wanted or min(wanted) < 0 or max(wanted) >= n_blocks:
             raise ValueError(f"layers must name blocks 0 to {n_blocks - 1}, or be their number, got {layers}")
-        x, groups, places = self._embed([input])
+        x, groups, layouts = self._embed([input])
         found: dict[int, Tokens] = {}
         for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             x = block(x, groups)  # [B*L, D]
             if i in wanted:
-                found[i] = self._unpack(self.norm(x) if norm else x, groups, places)[0]
+                found[i] = self._unpack(self.norm(x) if norm else x, groups, layouts)[0]
         return [found[i] for i in wanted]
 
     def forward_patches(self, x: Tensor, grid: tuple[int, int], ids: Tensor) -> Tokens:
@@ -264,7 +265,7 @@ class Encoder(nn.Module):
         rows = x.flatten(0, 1)
         for block in self.blocks:
             rows = block(rows, [group])  # [B*L, D]
-        return self._unpack(self.norm(rows), [group], [Place(grid, 1)])[0]
+        return self._unpack(self.norm(rows), [group], [TokenGrid(grid, 1)])[0]
 
     def position_table(
         self, grid: tuple[int, int], device: torch.device, gsd_m: Tensor | None = None, n_steps: int = 1
@@ -313,20 +314,20 @@ class Encoder(nn.Module):
         if self.mask_token is not None:
             nn.init.zeros_(self.mask_token)
 
-    def _embed(self, inputs: Sequence[EncoderInput]) -> tuple[Tensor, list[Group], list[Place]]:
+    def _embed(self, inputs: Sequence[EncoderInput]) -> tuple[Tensor, list[Group], list[TokenGrid]]:
         """Packed tokens `[R, D]` of all inputs, the shape of each, and where its patches are."""
         products = self.patch_embed.products()
-        rows, groups, places = [], [], []
+        rows, groups, layouts = [], [], []
         for item in inputs:
-            x, place = self._embed_one(item, products)  # [B, L, D]
+            x, layout = self._embed_one(item, products)  # [B, L, D]
             rows.append(x.flatten(0, 1))
-            ids = place.in_grid(item.ids_keep, x.device)
-            rope, bias = self._rope(x.device, place.grid, ids), self._bias(x.device, place.grid, ids)
+            ids = layout.in_grid(item.ids_keep, x.device)
+            rope, bias = self._rope(x.device, layout.grid, ids), self._bias(x.device, layout.grid, ids)
             groups.append(Group(x.shape[0], x.shape[1], rope, bias))
-            places.append(place)
-        return rows[0] if len(rows) == 1 else torch.cat(rows), groups, places
+            layouts.append(layout)
+        return rows[0] if len(rows) == 1 else torch.cat(rows), groups, layouts
 
-    def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, Place]:
+    def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, TokenGrid]:
         # FSDP casts every floating tensor that enters a unit, unless told not to with cast_forward_inputs=False.
         assert item.channels.wavelength_um.dtype.itemsize >= 4, "wavelengths were rounded to half precision"
         series = item.pixels.ndim == 5
@@ -335,7 +336,7 @@ class Encoder(nn.Module):
             raise ValueError(f"tubelets of {self.cfg.tubelet} dates need pixels [B, C, T, H, W] (model.tubelet)")
         pixels = below_each_other(item.pixels, self.cfg.tubelet) if series else item.pixels  # [B, C*s, T/s*H, W]
         x, (height, width) = self.patch_embed(pixels, item.channels, item.ids_keep, products)  # [B, K, D]
-        place = Place((height // n_steps, width), n_steps)
+        layout = TokenGrid((height // n_steps, width), n_steps)
         if item.mask is not None:
             if self.mask_token is None:
                 raise ValueError("masked input needs an encoder with a mask token: set model.mask_token: true")
@@ -344,15 +345,15 @@ class Encoder(nn.Module):
         gsd_m = item.gsd_m
         if isinstance(gsd_m, float | int):
             gsd_m = torch.full(x.shape[:1], float(gsd_m), dtype=torch.float64, device=x.device)  # [B]
-        position = self.position_table(place.grid, x.device, gsd_m, n_steps)  # [N, D] or [B, N, D]
+        position = self.position_table(layout.grid, x.device, gsd_m, n_steps)  # [N, D] or [B, N, D]
         if position is not None:
             x = x + take_patches(position, item.ids_keep)
-        return self._with_prefix(self._with_coordinates(x, item, place)), place
+        return self._with_prefix(self._with_coordinates(x, item, layout)), layout
 
-    def _with_coordinates(self, x: Tensor, item: EncoderInput, place: Place) -> Tensor:
+    def _with_coordinates(self, x: Tensor, item: EncoderInput, layout: TokenGrid) -> Tensor:
         """Patches `x [B, K, D]` with what is known of when and where they were seen."""
         if self.time_encoding is not None and item.dates is not None:
-            x = x + place.of_patches(self.time_encoding(item.dates), item.ids_keep)
+            x = x + layout.of_patches(self.time_encoding(item.dates), item.ids_keep)
         if self.location_encoding is not None and item.location is not None:
             x = x + self.location_encoding(item.location)[:, None]
         return x
@@ -376,11 +377,11 @@ class Encoder(nn.Module):
             return None
         return alibi_bias(grid, self.cfg.heads, device, ids, n_prefix=self.n_prefix_tokens)
 
-    def _unpack(self, x: Tensor, groups: Sequence[Group], places: Sequence[Place]) -> list[Tokens]:
+    def _unpack(self, x: Tensor, groups: Sequence[Group], layouts: Sequence[TokenGrid]) -> list[Tokens]:
         parts = torch.split(x, [g.n_rows for g in groups])
         return [
-            Tokens(part.view(g.n_samples, g.n_tokens, -1), self.n_prefix_tokens, place.grid, place.n_steps)
-            for part, g, place in zip(parts, groups, places, strict=True)
+            Tokens(part.view(g.n_samples, g.n_tokens, -1), self.n_prefix_tokens, layout.grid, layout.n_steps)
+            for part, g, layout in zip(parts, groups, layouts, strict=True)
         ]
 
 

@@ -52,7 +52,7 @@ class Config:
     # the predictor and a slow teacher.
     head_norm: Literal["batch", "none"] = "batch"
     momentum: float = 0.996  # of the teacher, at the start; a cosine to end_momentum
-    end_momentum: float = 1.0
+    end_momentum: float = 1.0  # of the teacher, at the end
 
     def __post_init__(self) -> None:
         check_positive(self, "projector_layers", "predictor_layers", "hidden_dim", "out_dim")

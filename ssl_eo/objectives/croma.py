@@ -26,10 +26,11 @@ from ssl_eo.data.multicrop import Image, crop_image, images_of
 from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, PixelBatch, Sample, View
-from ssl_eo.losses.cross_modal import pair_contrasts
-from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from ssl_eo.losses.contrastive import pair_contrasts
+from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patch_moments, patchify, pictures_of
 from ssl_eo.models.cross_encoder import CrossEncoder, OpticalRadar, PairHead, PoolHead
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
+from ssl_eo.models.position import take_patches
 from ssl_eo.models.vit import EncoderConfig, EncoderInput, Tokens
 from ssl_eo.objectives import base
 from ssl_eo.objectives._groups import GROUPS, SensorGroups
@@ -45,7 +46,7 @@ class Config:
     # Which tiles are of which group: their names, or kinds (optical, thermal, sar, elevation) that all their bands are
     # of. Of several images of a group that a sample has (sensors, dates), one is drawn.
     optical: str | list[str] = "optical"
-    radar: str | list[str] = "sar"
+    radar: str | list[str] = "sar"  # likewise, of the other group
     published: Literal["optical", "radar"] = "optical"  # whose encoder is probed and exported
     radar_depth: int | None = None  # blocks of the radar encoder; null: half of model.depth, which is the optical one's
     cross_depth: int | None = None  # blocks of the cross encoder; null: half of model.depth
@@ -191,7 +192,9 @@ class Objective(base.Objective):
             parts = {"contrast": torch.stack([contrast.loss() for contrast in contrasts]).mean()}
             for group, (target, valid) in targets.items():
                 ids = batch.masks[group].ids_masked
-                of_hidden = [None if x is None else _take(x, ids) for x in (predicted[group].float(), target, valid)]
+                of_hidden = [
+                    None if x is None else take_patches(x, ids) for x in (predicted[group].float(), target, valid)
+                ]
                 parts[group] = masked_mse(*of_hidden)  # type: ignore[arg-type]  # only valid may be None
             mae = parts["optical"] + parts["radar"]
             total = cfg.contrast_weight * parts["contrast"] + cfg.mae_weight * mae
@@ -214,17 +217,12 @@ class Objective(base.Objective):
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Of the published encoder's group."""
         group = self.cfg.published
-        view, hidden = batch.pixels[group], batch.masks[group].mask[..., None]  # [n, N, 1]
+        view, hidden = batch.pixels[group], batch.masks[group].mask
         predicted = self._predict(batch, {group: self._encode_visible(batch, group) for group in GROUPS})[group]
         patches = patchify(view.pixels, self.patch_size)  # [n, N, P*P*C]
-        mean, std = self._moments(batch.pixels)
-        shown = {
-            "input": patches,
-            "masked": patches.masked_fill(hidden, torch.nan),  # a hole in the picture
-            "reconstruction": torch.where(hidden, predicted.float() * std + mean, patches),
-        }
+        mean, std = self._taken_out(batch.pixels)
         grid = (view.pixels.shape[2] // self.patch_size, view.pixels.shape[3] // self.patch_size)
-        return {title: unpatchify(values, self.patch_size, grid) for title, values in shown.items()}
+        return pictures_of(patches, hidden, predicted.float() * std + mean, self.patch_size, grid)
 
     def _encoder_name(self, group: str) -> str:
         return "encoder" if group == self.cfg.published else f"{group}_encoder"
@@ -253,14 +251,14 @@ class Objective(base.Objective):
             patches = {g: normalise_patches(patches[g], valid[g], self.cfg.norm_pix_eps) for g in GROUPS}
         return {group: (patches[group], valid[group]) for group in GROUPS}
 
-    def _moments(self, pixels: Mapping[str, PixelBatch]) -> tuple[Tensor | float, Tensor | float]:
+    def _taken_out(self, pixels: Mapping[str, PixelBatch]) -> tuple[Tensor | float, Tensor | float]:
         """Mean and spread that were taken out of the published group's patches, `[n, N, 1]` each."""
         if self.cfg.norm_pix == "none":
             return 0.0, 1.0
         patches, valid = self._patches(pixels)
         is_joint = self.cfg.norm_pix == "joint"
-        values = self._joined(patches, valid)[0] if is_joint else patches[self.cfg.published]
-        var, mean = torch.var_mean(values, -1, keepdim=True)
+        group = self.cfg.published
+        mean, var = patch_moments(*(self._joined(patches, valid) if is_joint else (patches[group], valid[group])))
         return mean, (var + self.cfg.norm_pix_eps).sqrt()
 
     def _patches(self, pixels: Mapping[str, PixelBatch]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
@@ -281,11 +279,6 @@ class Objective(base.Objective):
             return both, None
         known = [torch.ones_like(patches[g], dtype=torch.bool) if (v := valid[g]) is None else v for g in GROUPS]
         return both, torch.cat(known, dim=-1)
-
-
-def _take(patches: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids [B, M]` of `patches [B, N, ...]`."""
-    return patches.take_along_dim(ids[..., None], dim=1)
 
 
 def _output_head(cfg: Config, group: str, n_channels: int | None, patch_size: int) -> nn.Module:

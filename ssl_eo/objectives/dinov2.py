@@ -43,7 +43,10 @@ _ROLES = ("global", "local")
 
 @dataclass
 class Config:
-    """Defaults are those of DINOv2 (its short ViT-L schedule). DINO: no `ibot_weight`, no `koleo_weight`."""
+    """Defaults are those of DINOv2's short ViT-L schedule, but without its warm-up of the teacher's temperature.
+
+    DINO: no `ibot_weight`, no `koleo_weight`.
+    """
 
     crops: MultiCropConfig = field(default_factory=MultiCropConfig)
     mask: SpreadMaskConfig = field(default_factory=SpreadMaskConfig)

@@ -24,11 +24,12 @@ from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
 from ssl_eo.losses.feature_distillation import cosine_loss
-from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patch_moments, patchify, pictures_of
 from ssl_eo.models.decoders import DecoderConfig, MaskedDecoder
 from ssl_eo.models.generated_output import GeneratedOutput
 from ssl_eo.models.heads import MLPHead
 from ssl_eo.models.patch_embed import DynamicPatchEmbed
+from ssl_eo.models.position import take_patches
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
 from ssl_eo.objectives import base, mae
 from ssl_eo.objectives.base import Losses, Schemas, encoder_for
@@ -112,7 +113,9 @@ class DofaViews:
         samples, masked = [sample for sample, _ in planned], [plan.masked for _, plan in planned]
         roles = {_ROLE: [[plan.views[0] for plan in masked]]}
         if self.bands:
-            roles[_COMPARED] = [[plan.compared for _, plan in planned if plan.compared is not None]]
+            compared = [plan.compared for _, plan in planned if plan.compared is not None]
+            assert len(compared) == len(planned), "a view for the teacher is missing"
+            roles[_COMPARED] = [compared]
         tiles, views = stack(samples, roles, self.masked.schemas[source])
         masks = stack_masks([plan.hidden for plan in masked], [plan.predicted for plan in masked])
         return Batch(step, source, [sample.key for sample in samples], tiles, views, {_ROLE: masks})
@@ -190,15 +193,12 @@ class Objective(base.Objective):
         pred = self._predict(view, batch.masks[_ROLE].ids_keep, ids).float()  # [n, N-K, P*P*C]
         patches = patchify(view.pixels, self.patch_size)  # [n, N, P*P*C]
         if self.cfg.norm_pix:
-            var, mean = torch.var_mean(patches.take_along_dim(ids[..., None], 1), -1, keepdim=True)
+            valid = None if view.valid is None else take_patches(patchify(view.valid, self.patch_size), ids)
+            mean, var = patch_moments(take_patches(patches, ids), valid)
             pred = pred * (var + self.cfg.norm_pix_eps).sqrt() + mean
         grid = (view.pixels.shape[2] // self.patch_size, view.pixels.shape[3] // self.patch_size)
-        pictures = {
-            "masked": patches.masked_fill(hidden[..., None], torch.nan),  # a hole in the picture
-            "reconstruction": patches.scatter(1, ids[..., None].expand_as(pred), pred),
-        }
-        shown = {title: unpatchify(picture, self.patch_size, grid) for title, picture in pictures.items()}
-        return {"input": view.pixels, **shown}
+        predicted = patches.scatter(1, ids[..., None].expand_as(pred), pred)
+        return pictures_of(patches, hidden, predicted, self.patch_size, grid)
 
     def _predict(self, view: PixelBatch, ids_keep: Tensor, ids: Tensor) -> Tensor:
         """Values `[B, M, P*P*C]` of the patches `ids [B, M]` from those at `ids_keep [B, K]` alone."""
@@ -213,9 +213,8 @@ class Objective(base.Objective):
 
     def _target(self, view: PixelBatch, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values `[B, M, P*P*C]` of the patches `ids [B, M]`, and which of them were measured."""
-        index = ids[..., None]
-        target = patchify(view.pixels, self.patch_size).take_along_dim(index, 1)
-        valid = None if view.valid is None else patchify(view.valid, self.patch_size).take_along_dim(index, 1)
+        target = take_patches(patchify(view.pixels, self.patch_size), ids)
+        valid = None if view.valid is None else take_patches(patchify(view.valid, self.patch_size), ids)
         return normalise_patches(target, valid, self.cfg.norm_pix_eps) if self.cfg.norm_pix else target, valid
 
     def _compare(self, view: PixelBatch) -> tuple[Tensor, Tensor]:

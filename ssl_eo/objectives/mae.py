@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from ssl_eo.data.masking import MaskConfig, draw, n_masked, predicted, stack_masks
 from ssl_eo.data.plans import CropConfig, resized_crop, same_ground
-from ssl_eo.data.series import Moments, SeriesConfig, choose_dates, moments_at, series_of, stack_moments
+from ssl_eo.data.series import Acquisitions, SeriesConfig, acquisitions_at, choose_dates, series_of, stack_acquisitions
 from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
-from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patch_moments, patchify, pictures_of
 from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
-from ssl_eo.models.position import sincos_grid
+from ssl_eo.models.position import sincos_grid, take_patches
 from ssl_eo.models.space_time import CoordinateEncoding, below_each_other, one_by_one, sincos_3d
 from ssl_eo.models.vit import EncoderConfig, EncoderInput, Tokens
 from ssl_eo.objectives import base
@@ -44,7 +44,7 @@ _ROLE = "image"
 class Config:
     """Paper values where the paper has one; sizes are those of the debug scale and are set by recipes."""
 
-    # Which tile of a sample to learn from; None: its only one. Of a list, one that the sample has is drawn (products or
+    # Which tile of a sample to learn from; null: its only one. Of a list, one that the sample has is drawn (products or
     # sensors with as many bands), or as many as a series has dates.
     tile: str | list[str] | None = None
     series: SeriesConfig = field(default_factory=SeriesConfig)
@@ -80,7 +80,7 @@ class MaskedPlan(NamedTuple):
     views: list[ViewPlan]
     hidden: NDArray[np.bool_]
     predicted: NDArray[np.bool_]
-    moments: Moments | None  # of the dates, for a model that is told
+    acquisitions: Acquisitions | None  # when and where, for a model that is told
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class MaskedViews:
         views = [first, *(same_ground(sample, first, name) for name in names[1:])]
         hidden = draw(self.cfg.mask, rng, self.grid, self.n_steps)
         shown = predicted(self.cfg.mask, rng, hidden)
-        moments = moments_at(sample, names, self.cfg.series, rng) if self.tells else None
-        return MaskedPlan(views, hidden, shown, moments)
+        told = acquisitions_at(sample, names, self.cfg.series, rng) if self.tells else None
+        return MaskedPlan(views, hidden, shown, told)
 
     def collate(
         self, planned: list[tuple[Sample, MaskedPlan]], step: int, source: int, rng: np.random.Generator
@@ -116,7 +116,7 @@ class MaskedViews:
         plans = [plan for _, plan in planned]
         by_date = [[plan.views[date] for plan in plans] for date in range(self.cfg.series.n_dates)]
         tiles, views = stack(samples, {_ROLE: by_date}, self.schemas[source])
-        moments = [plan.moments for plan in plans if plan.moments is not None]
+        told = [plan.acquisitions for plan in plans if plan.acquisitions is not None]
         return Batch(
             step=step,
             source=source,
@@ -124,7 +124,7 @@ class MaskedViews:
             tiles=tiles,
             views=views,
             masks={_ROLE: stack_masks([plan.hidden for plan in plans], [plan.predicted for plan in plans])},
-            meta=stack_moments(moments, self.tells) if moments else {},
+            meta=stack_acquisitions(told, self.tells) if told else {},
         )
 
 
@@ -209,16 +209,13 @@ class Objective(base.Objective):
         pred, statistics = self._split(self.student["output"](features, view.channels).float(), view.channels)
         patches = patchify(pixels, self.patch_size)  # [n, N, P*P*C]
         if self.cfg.norm_pix:
-            mean, var = self._moments(_gather(patches, ids_hidden), statistics)
+            valid = None if view.valid is None else patchify(self._tall(view.valid), self.patch_size)
+            known = None if valid is None else take_patches(valid, ids_hidden)
+            mean, var = self._patch_moments(take_patches(patches, ids_hidden), known, statistics)
             pred = pred * (var + self.cfg.norm_pix_eps).sqrt() + mean  # [n, N-K, P*P*C]
         index = ids_hidden[..., None].expand_as(pred)
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        masked = patches.masked_fill(hidden[..., None], torch.nan)  # a hole in the picture
-        pictures = {
-            "input": pixels,
-            "masked": unpatchify(masked, self.patch_size, grid),
-            "reconstruction": unpatchify(patches.scatter(1, index, pred), self.patch_size, grid),
-        }
+        pictures = pictures_of(patches, hidden, patches.scatter(1, index, pred), self.patch_size, grid)
         if self.tubelet == 1:
             return pictures
         n_dates = self.cfg.series.n_dates
@@ -260,18 +257,17 @@ class Objective(base.Objective):
         n_pixels = self.patch_size**2 * channels.n_channels * self.tubelet
         return values[..., :n_pixels], values[..., n_pixels:]
 
-    def _moments(self, truth: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    def _patch_moments(self, truth: Tensor, valid: Tensor | None, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and unbiased variance of each patch, `[B, M, 1]`: predicted ones if there are, else those of `truth`."""
         if "statistics" in self.cfg.extra_targets:
             mean, var = moments_of(statistics)
             return mean, var * (truth.shape[-1] / (truth.shape[-1] - 1))
-        var, mean = torch.var_mean(truth, -1, keepdim=True)
-        return mean, var
+        return patch_moments(truth, valid)
 
     def _targets(self, view: PixelBatch, ids: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Target and validity of each thing that is predicted for the patches `ids [B, M]`."""
-        patches = _gather(patchify(self._tall(view.pixels), self.patch_size), ids)  # [B, M, P*P*C*s]
-        valid = None if view.valid is None else _gather(patchify(self._tall(view.valid), self.patch_size), ids)
+        patches = take_patches(patchify(self._tall(view.pixels), self.patch_size), ids)  # [B, M, P*P*C*s]
+        valid = None if view.valid is None else take_patches(patchify(self._tall(view.valid), self.patch_size), ids)
         targets = {
             "pixels": (
                 normalise_patches(patches, valid, self.cfg.norm_pix_eps) if self.cfg.norm_pix else patches,
@@ -282,7 +278,7 @@ class Objective(base.Objective):
             targets["statistics"] = patch_statistics(patches, view.channels.n_channels * self.tubelet, valid)
         if "gradients" in self.cfg.extra_targets:
             values, known = self._histograms(view)
-            targets["gradients"] = (_gather(values, ids), None if known is None else _gather(known, ids))
+            targets["gradients"] = (take_patches(values, ids), None if known is None else take_patches(known, ids))
         return targets
 
     def _histograms(self, view: PixelBatch) -> tuple[Tensor, Tensor | None]:
@@ -296,10 +292,6 @@ class Objective(base.Objective):
         values, known = gradient_histograms(pixels, self.patch_size, cfg.gradient_bins, cfg.gradient_cell_px, valid)
         by_sample = (n_samples, -1, values.shape[-1])
         return values.view(by_sample), None if known is None else known.view(by_sample)
-
-
-def _gather(patches: Tensor, ids: Tensor) -> Tensor:
-    return patches.gather(1, ids[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 def _tile_names(cfg: Config, schema: Mapping[str, TileSchema]) -> list[str]:
@@ -336,13 +328,16 @@ def _check_series(cfg: Config, encoder_cfg: EncoderConfig) -> None:
         raise ValueError(f"model.tubelet {tubelet} does not divide objective.series.n_dates {n_dates}")
     if tubelet > 1 and (cfg.output == "spectral" or "gradients" in cfg.extra_targets):
         raise ValueError(f"model.tubelet {tubelet} needs objective.output: linear, and no gradients in extra_targets")
-    if n_dates > 1 and encoder_cfg.position != "sincos_3d" and not encoder_cfg.time_encoding:
+    if n_dates > tubelet and encoder_cfg.position != "sincos_3d" and not encoder_cfg.time_encoding:
         raise ValueError(
             f"nothing would tell the {n_dates} dates of objective.series.n_dates apart: set model.position: sincos_3d,"
             " or model.time_encoding: true"
         )
     if (n_dates > 1 or encoder_cfg.position == "sincos_3d") and dim % 16:
-        raise ValueError(f"objective.decoder.embed_dim must be divisible by 16 for several dates, got {dim}")
+        raise ValueError(
+            "objective.decoder.embed_dim must be divisible by 16 for several dates or model.position sincos_3d, got"
+            f" {dim}"
+        )
     for key, dropped, is_told in (
         ("time_encoding", "drop_dates_prob", encoder_cfg.time_encoding),
         ("location_encoding", "drop_location_prob", encoder_cfg.location_encoding),

@@ -53,7 +53,7 @@ class Config:
     Version 2 is projector_layers 2, hidden_dim 2048, out_dim 128, head_norm none, momentum and end_momentum 0.999.
     """
 
-    version: Literal[2, 3] = 3
+    version: Literal[2, 3] = 3  # 2: keys of former batches wait in a queue; 3: keys of the global batch alone
     crops: PairCropConfig = field(
         default_factory=lambda: PairCropConfig(global_crop=CropConfig(size_px=224, scale=(0.08, 1.0)))
     )
@@ -66,7 +66,7 @@ class Config:
     out_dim: int = 256  # width of a key
     head_norm: Literal["batch", "none"] = "batch"  # batch: over one view of the global batch, at outputs too
     momentum: float = 0.99  # of the teacher, at the start; a cosine to end_momentum
-    end_momentum: float = 1.0
+    end_momentum: float = 1.0  # of the teacher, at the end
 
     def __post_init__(self) -> None:
         keys = ("queue_size", "projector_layers", "predictor_layers", "hidden_dim", "out_dim")

@@ -24,7 +24,7 @@ from ssl_eo.data.token_budget import TokenBudgetConfig
 from ssl_eo.data.types import Batch, PixelBatch, TileSchema, VisibleBatch, map_tensors
 from ssl_eo.losses.balancing import UncertaintyWeights
 from ssl_eo.losses.modalities import class_errors, mean_of_samples, pixel_errors
-from ssl_eo.losses.reconstruction import normalise_patches, patchify, unpatchify
+from ssl_eo.losses.reconstruction import normalise_patches, patchify, pictures_of
 from ssl_eo.models.modalities import ClassPatchEmbed, ImageHeads, Parts, take_visible, truncated_standardise
 from ssl_eo.models.modality_decoders import DecoderTarget, ModalityDecoderConfig, ModalityDecoders
 from ssl_eo.models.patch_embed import ConvPatchEmbed, DynamicPatchEmbed, WeightProducts
@@ -50,7 +50,7 @@ class Output(NamedTuple):
 
 @dataclass
 class Config:
-    """Defaults are those of MultiMAE, but for crops, which it takes at random in the size of the model's input."""
+    """Defaults are those of MultiMAE; crops are also turned by quarter turns."""
 
     modalities: dict[str, ModalityConfig]  # by name; their order is that of budget.alpha and of tokens
     crop: CropConfig = field(default_factory=lambda: CropConfig(size_px=224))
@@ -178,13 +178,8 @@ class Objective(base.Objective):
             return {}
         images = self._images(batch, visible)
         pred = self._decode(self._encode(visible, images), visible)[name].float()  # [B, N, E]
-        pixels, hidden = images[name].pixels, self._hidden(name, visible)[..., None]
-        patches = patchify(pixels, self.patch_size)
-        return {
-            "input": pixels,
-            "masked": unpatchify(patches.masked_fill(hidden, torch.nan), self.patch_size, self.grid),
-            "reconstruction": unpatchify(torch.where(hidden, pred, patches), self.patch_size, self.grid),
-        }
+        hidden, patches = self._hidden(name, visible), patchify(images[name].pixels, self.patch_size)
+        return pictures_of(patches, hidden, pred, self.patch_size, self.grid)
 
     def _images(self, batch: Batch, visible: VisibleBatch) -> dict[str, PixelBatch]:
         """The views of each modality; nothing valid where no sample of the batch has it."""

@@ -5,6 +5,7 @@ Nothing but tensors is unpickled, and the values of a large file stay on disk un
 
 from __future__ import annotations
 
+import argparse
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,8 @@ def _is_safetensors(path: Path) -> bool:
 def _load_pickled(path: Path) -> Any:
     try:
         # The format that torch wrote before 1.6 cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many keep the arguments of their training
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UnpicklingError as error:
         unsafe = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
         if unsafe is None:

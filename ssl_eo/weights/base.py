@@ -246,6 +246,8 @@ def _essence(config: EncoderConfig) -> dict[str, Any]:
         "n_registers": config.n_registers,
         "position": config.position,
         "position_resize": config.position_resize,
+        # The grid that positions are stretched from; that of a learned table is read off the table.
+        "image_size": config.image_size if config.position in ("sincos_3d", "sincos_resized") else None,
         "tubelet": config.tubelet,
         "time_encoding": config.time_encoding,
         "location_encoding": config.location_encoding,

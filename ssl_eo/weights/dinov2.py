@@ -6,25 +6,13 @@ registers stretch their positions in another way, which no tensor tells: what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ssl_eo.hub import SensorInput
 from ssl_eo.models.vit import EncoderConfig
-from ssl_eo.sensors import load_sensor
+from ssl_eo.weights._imagenet import colour_inputs
 from ssl_eo.weights.base import Released
 
 __all__ = ["MODELS"]
 
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
-_MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, where 1 is the brightest
-_STD = (0.229, 0.224, 0.225)
-_BRIGHTEST = 255  # of 8-bit images
-
-
-def _inputs() -> Mapping[str, SensorInput]:
-    """Colour images of 8 bits; the size of a pixel on the ground is unknown and makes no difference."""
-    mean, std = (tuple(_BRIGHTEST * value for value in values) for values in (_MEAN, _STD))
-    return {"rgb": SensorInput(load_sensor("rgb"), ("R", "G", "B"), mean, std, gsd_m=1.0)}
 
 
 def _released(letter: str, n_registers: int) -> Released:
@@ -45,7 +33,7 @@ def _released(letter: str, n_registers: int) -> Released:
         licence="Apache-2.0",
         source="https://github.com/facebookresearch/dinov2",
         n_channels=3,
-        inputs=_inputs,
+        inputs=colour_inputs,
     )
 
 

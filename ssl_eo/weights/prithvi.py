@@ -116,19 +116,16 @@ def _released(
     name: str,
     statistics: _Statistics,
     n_dates: int,
-    sizes: tuple[int, int, int],
+    size: str,
     patch_size: int = 16,
     is_told: bool = False,
 ) -> Released:
-    width, depth, n_heads = sizes
     native = _PIXELS // patch_size
     version = "1.0" if name.startswith("v1") else "2.0"
     return Released(
         name=f"prithvi_eo_{name}",
         config=EncoderConfig(
-            embed_dim=width,
-            depth=depth,
-            n_heads=n_heads,
+            size=size,
             patch_size=patch_size,
             norm_eps=1e-5,
             position="sincos_3d",
@@ -146,14 +143,12 @@ def _released(
     )
 
 
-_TINY, _BASE, _LARGE, _HUGE = (192, 12, 3), (768, 12, 12), (1024, 24, 16), (1280, 32, 16)  # width, blocks, heads
-
 MODELS = (
-    _released("v1_100", _V1, 3, _BASE),
-    _released("v2_tiny_tl", _V2, 1, _TINY, is_told=True),
-    _released("v2_100_tl", _V2, 4, _BASE, is_told=True),
-    _released("v2_300", _V2, 4, _LARGE),
-    _released("v2_300_tl", _V2, 4, _LARGE, is_told=True),
-    _released("v2_600", _V2, 4, _HUGE, patch_size=14),
-    _released("v2_600_tl", _V2, 4, _HUGE, patch_size=14, is_told=True),
+    _released("v1_100", _V1, 3, "base"),
+    _released("v2_tiny_tl", _V2, 1, "tiny", is_told=True),
+    _released("v2_100_tl", _V2, 4, "base", is_told=True),
+    _released("v2_300", _V2, 4, "large"),
+    _released("v2_300_tl", _V2, 4, "large", is_told=True),
+    _released("v2_600", _V2, 4, "huge", patch_size=14),
+    _released("v2_600_tl", _V2, 4, "huge", patch_size=14, is_told=True),
 )

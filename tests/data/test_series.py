@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_eo.data.masking import MaskConfig, draw
-from ssl_eo.data.series import Moments, SeriesConfig, choose_dates, moments_at, series_of, stack_moments
+from ssl_eo.data.series import Acquisitions, SeriesConfig, acquisitions_at, choose_dates, series_of, stack_acquisitions
+from ssl_eo.data.sources._landscape import build_series
 from ssl_eo.data.sources.synthetic import Config, Source
 from ssl_eo.data.types import PixelBatch, Sample, Tile
 from ssl_eo.seeding import numpy_generator
@@ -57,28 +58,28 @@ def test_too_few_dates_are_a_bad_sample() -> None:
         choose_dates(sample_of("2020-01-01", "2020-02-01"), ["rgb@0", "rgb@1"], 3, rng_of())
 
 
-def test_moments_are_years_days_and_degrees() -> None:
+def test_acquisitions_are_years_days_and_degrees() -> None:
     sample = sample_of("2020-12-31T10:30:00Z", None, "2019-01-01", latitude=52.5, longitude=-13.25)
-    found = moments_at(sample, list(sample.tiles), SeriesConfig(3), rng_of())
+    found = acquisitions_at(sample, list(sample.tiles), SeriesConfig(3), rng_of())
     expected = [[2020, 366], [math.nan, math.nan], [2019, 1]]
     np.testing.assert_array_equal(found.dates, np.array(expected, np.float32))
     np.testing.assert_array_equal(found.location, np.array([52.5, -13.25], np.float32))
     assert found.dates.dtype == found.location.dtype == np.float32
-    unknown = moments_at(sample_of(None), ["rgb@0"], SeriesConfig(), rng_of())
+    unknown = acquisitions_at(sample_of(None), ["rgb@0"], SeriesConfig(), rng_of())
     assert np.isnan(unknown.location).all()
-    of_sample = moments_at(sample_of(None, date="2018-02-01"), ["rgb@0"], SeriesConfig(), rng_of())
+    of_sample = acquisitions_at(sample_of(None, date="2018-02-01"), ["rgb@0"], SeriesConfig(), rng_of())
     assert of_sample.dates.tolist() == [[2018, 32]]
 
 
 def test_a_date_that_is_none_is_a_bad_sample() -> None:
     with pytest.raises(ValueError, match="isoformat"):
-        moments_at(sample_of("yesterday"), ["rgb@0"], SeriesConfig(), rng_of())
+        acquisitions_at(sample_of("yesterday"), ["rgb@0"], SeriesConfig(), rng_of())
 
 
 def test_metadata_are_dropped_as_often_as_said() -> None:
     sample = sample_of("2020-06-01", "2020-07-01", latitude=1.0, longitude=2.0)
     cfg, n = SeriesConfig(2, drop_dates_prob=0.25, drop_location_prob=0.6), 2000
-    found = [moments_at(sample, list(sample.tiles), cfg, rng_of(i)) for i in range(n)]
+    found = [acquisitions_at(sample, list(sample.tiles), cfg, rng_of(i)) for i in range(n)]
     no_dates, no_location = (np.array([np.isnan(getattr(m, k)).all() for m in found]) for k in ("dates", "location"))
     assert no_dates.mean() == pytest.approx(0.25, abs=0.04)
     assert no_location.mean() == pytest.approx(0.6, abs=0.04)
@@ -86,14 +87,14 @@ def test_metadata_are_dropped_as_often_as_said() -> None:
     assert not any(np.isnan(m.dates).any() != np.isnan(m.dates).all() for m in found)
 
 
-def test_moments_become_tensors() -> None:
-    one = Moments(np.zeros((3, 2), np.float32), np.ones(2, np.float32))
-    meta = stack_moments([one, one], ["dates", "location"])
+def test_acquisitions_become_tensors() -> None:
+    one = Acquisitions(np.zeros((3, 2), np.float32), np.ones(2, np.float32))
+    meta = stack_acquisitions([one, one], ["dates", "location"])
     assert {k: (tuple(v.shape), v.dtype) for k, v in meta.items()} == {
         "dates": ((2, 3, 2), torch.float32),
         "location": ((2, 2), torch.float32),
     }
-    assert stack_moments([one], ["location"]).keys() == {"location"}
+    assert stack_acquisitions([one], ["location"]).keys() == {"location"}
 
 
 def test_rows_of_dates_become_series_of_samples() -> None:
@@ -147,3 +148,19 @@ def test_procedural_places_at_several_dates() -> None:
     assert source.fingerprint() != single.fingerprint()
     again = Source(Config(n_samples=8, n_dates=4, extent_m=320.0)).read(3)
     assert all(np.array_equal(again.tiles[k].array, v.array) for k, v in source.read(3).tiles.items())
+
+
+def test_what_a_place_is_made_of_does_not_change_with_the_date() -> None:
+    """Also where some dates have snow, which draws numbers of its own."""
+    n_frozen = 0
+    for seed in range(60):
+        later = [rng_of(seed, date) for date in (1, 2)]
+        scenes = build_series(rng_of(seed), 160.0, later)
+        for scene in scenes[1:]:
+            assert np.array_equal(scene.surface, scenes[0].surface)
+            assert np.array_equal(scene.backscatter_db, scenes[0].backscatter_db)
+            assert np.array_equal(scene.drought, scenes[0].drought)
+            assert np.array_equal(scene.elevation_m, scenes[0].elevation_m)
+        frozen = {scene.climate.air_k < 273 for scene in scenes}
+        n_frozen += len(frozen) == 2
+    assert n_frozen > 3  # the case that is meant does occur

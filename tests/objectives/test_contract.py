@@ -92,6 +92,21 @@ def test_has_a_debug_config(name: str) -> None:
     assert name in LEAST_LOSS_IS_0
 
 
+SINGLE_DATES = sorted(set(NAMES) - {"mae"})
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        *((name, (f"model.{key}_encoding=true",)) for name in SINGLE_DATES for key in ("time", "location")),
+        *((name, ("model.tubelet=2", "model.patch_embed=conv")) for name in ("simclr", "byol")),
+    ],
+)
+def test_objectives_of_single_dates_refuse_what_they_would_not_tell(name: str, asked: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=asked[0].partition("=")[0]):
+        _setup(name, *asked)
+
+
 def test_forward_is_pure_and_every_student_parameter_gets_a_gradient(case: tuple[str, ...]) -> None:
     _, objective, batch = _setup(*case)
     now = {k: s(0) for k, s in objective.schedules(100).items()}

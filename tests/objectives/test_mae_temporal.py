@@ -171,10 +171,3 @@ def test_two_ranks_equal_one_process(on_ranks: Callable[..., list[Any]], overrid
 def test_wrong_combinations_are_refused(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         wrong_combination(NAME, *overrides)
-
-
-@pytest.mark.parametrize("name", ["simclr", "dinov2", "croma", "multimae", "dofa"])
-@pytest.mark.parametrize("key", ["time_encoding", "location_encoding"])
-def test_objectives_of_single_dates_refuse_what_they_would_not_tell(name: str, key: str) -> None:
-    with pytest.raises(ValueError, match=f"model.{key}"):
-        wrong_combination(name, f"model.{key}=true")

@@ -229,20 +229,26 @@ def test_every_kind_of_position_reaches_patches(position: str) -> None:
     images = objective._images(batch, batch.visible)
     tokens = objective._encode(batch.visible, images).x
     visible = batch.visible
-    # The same pixels elsewhere: what is in patch i moves to patch 15 - i.
-    turned = {n: replace(v, pixels=_moved(v.pixels)) for n, v in images.items()}
-    rows = {n: (r // N_PATCHES) * N_PATCHES + (N_PATCHES - 1 - r % N_PATCHES) for n, r in visible.rows.items()}
-    ids = visible.ids_keep // N_PATCHES * N_PATCHES + (N_PATCHES - 1 - visible.ids_keep % N_PATCHES)
-    moved = objective._encode(replace(visible, rows=rows, ids_keep=ids), turned).x
-    assert (moved - tokens).abs().mean() > 1e-4 or position == "alibi"
-    if position in ("alibi", "rope"):  # only distances matter, and these are the same
-        assert moved.isfinite().all()
+    # The same pixels elsewhere: what is in patch i moves to the patch that `to` says.
+    reflected, shifted = torch.arange(N_PATCHES).flip(0), (torch.arange(N_PATCHES) + 5) % N_PATCHES
+    for to in (reflected, shifted):
+        elsewhere = {n: replace(v, pixels=_moved(v.pixels, to)) for n, v in images.items()}
+        rows = {n: r // N_PATCHES * N_PATCHES + to[r % N_PATCHES] for n, r in visible.rows.items()}
+        ids = visible.ids_keep // N_PATCHES * N_PATCHES + to[visible.ids_keep % N_PATCHES]
+        moved = objective._encode(replace(visible, rows=rows, ids_keep=ids), elsewhere).x
+        if position == "alibi" and to is reflected:  # only distances matter, and these are the same
+            torch.testing.assert_close(moved, tokens)
+        else:
+            assert (moved - tokens).abs().mean() > 1e-4
 
 
-def _moved(pixels: Tensor) -> Tensor:
+def _moved(pixels: Tensor, to: Tensor) -> Tensor:
+    """`[B, C, H, W]` with the patch i of 4 x 4 at `to[i]`."""
     p = pixels.shape[-1] // 4
-    tiles = pixels.unflatten(3, (4, p)).unflatten(2, (4, p))  # [B, C, 4, p, 4, p]
-    return tiles.flip(2, 4).flatten(4).flatten(2, 3)
+    tiles = pixels.unflatten(3, (4, p)).unflatten(2, (4, p)).transpose(3, 4).flatten(2, 3)  # [B, C, 16, p, p]
+    placed = torch.empty_like(tiles)
+    placed[:, :, to] = tiles
+    return placed.unflatten(2, (4, 4)).transpose(3, 4).flatten(4).flatten(2, 3)
 
 
 # What is missing

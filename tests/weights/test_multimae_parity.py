@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_a_file_of_the_authors_is_an_encoder_of_each_group(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "multimae_eo.pth"
     if not path.exists():
-        torch.save({"model": tensors, "epoch": 999}, path)
+        torch.save({"model": tensors, "epoch": 999, "args": argparse.Namespace(batch_size=256)}, path)
     encoder = load_released(path, f"multimae_eo_vitb8_{group}")
     bands = find_released(f"multimae_eo_vitb8_{group}").inputs()["sentinel2_l2a"].bands
     assert list(bands) == BANDS[group][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ def test_no_encoder(tensors: dict[str, Tensor], problem: str) -> None:
         find_encoder(Path("x.pth"), tensors)
 
 
+def test_the_arguments_of_a_training_are_left_out(tmp_path: Path) -> None:
+    saved(tmp_path / "whole.pth", {"model": ENCODER, "args": argparse.Namespace(lr=1.0, betas=(0.9, 0.95), name="run")})
+    found = read_state_dict(tmp_path / "whole.pth")
+    assert found.keys() == {f"model.{name}" for name in ENCODER}
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("<html>not found</html>")
     (tmp_path / "empty.pth").touch()
@@ -140,7 +147,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:20_000])
     write_tensors(tmp_path / "whole.safetensors", ENCODER)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-1])
-    saved(tmp_path / "objects.pth", {"model": ENCODER, "args": argparse.Namespace(lr=1.0)})
+    saved(tmp_path / "objects.pth", {"model": ENCODER, "when": datetime.date(2020, 1, 1)})
     saved(tmp_path / "tensor.pth", torch.ones(3))
     saved(tmp_path / "numbers.pth", {"epoch": 3, "lr": 0.1})
     saved(tmp_path / "twice.pth", {"a": torch.ones(1), "module.a": torch.ones(1)})
@@ -151,7 +158,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         "empty.pth": "neither a safetensors file nor one of torch.save",
         "cut.pth": "neither a safetensors file nor one of torch.save",
         "cut.safetensors": "truncated",
-        "objects.pth": r"holds Python objects \(argparse.Namespace\) beside tensors, which could run code",
+        "objects.pth": r"holds Python objects \(datetime.date\) beside tensors, which could run code",
         "tensor.pth": "expected tensors by name, found a Tensor",
         "numbers.pth": "no tensor in it, the first keys are epoch, lr",
         "twice.pth": "two tensors are named a once parts",

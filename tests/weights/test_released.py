@@ -295,6 +295,16 @@ def test_an_encoder_that_published_code_would_read_otherwise_is_refused(changes:
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["prithvi_eo_v2_tiny_tl", "multimae_eo_vitb8_rgb"])
+def test_an_encoder_of_another_native_grid_is_refused(name: str) -> None:
+    """No tensor's shape tells it, and positions are stretched from it."""
+    released = find_released(name)
+    with torch.device("meta"):
+        encoder = Encoder(replace(released.config, image_size=112), released.n_channels)
+    with pytest.raises(ValueError, match="its image_size is 112, expected 224"):
+        released_state_dict(encoder, released)
+
+
 def test_an_encoder_without_a_mask_token_gets_zeros(tmp_path: Path) -> None:
     released = find_released(TINY)
     encoder = Encoder(replace(released.config, mask_token=False, drop_path_prob=0.1, layer_scale_init=0.1), 3)

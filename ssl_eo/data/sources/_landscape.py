@@ -108,18 +108,20 @@ def build_scene(rng: np.random.Generator, extent_m: float) -> Scene:
     return _at_date(rng, label, canvas, extent_m)
 
 
-def build_series(rng: np.random.Generator, extent_m: float, air: Sequence[np.random.Generator]) -> list[Scene]:
-    """The place of `build_scene` at as many dates as there are generators `air`, spread over a year from its own date.
+def build_series(rng: np.random.Generator, extent_m: float, later: Sequence[np.random.Generator]) -> list[Scene]:
+    """The place of `build_scene` at its own date, and at as many later ones as there are generators `later`, in a year.
 
-    Each generator draws how far its date is off an even spread, and haze, light and wind of that day. The first scene
-    is that of `build_scene`.
+    Each of these draws how far its date is off an even spread, and haze, light and wind of that day.
     """
     label, canvas = _build_place(rng, extent_m)
-    scenes = [_at_date(copy.deepcopy(rng), label, canvas, extent_m)]
-    for i, weather in enumerate(air[1:], start=1):
-        days = round((i + weather.uniform(-0.3, 0.3)) * 365 / len(air))
+    first = _at_date(copy.deepcopy(rng), label, canvas, extent_m)
+    scenes = [first]
+    for i, weather in enumerate(later, start=1):
+        days = round((i + weather.uniform(-0.3, 0.3)) * 365 / (1 + len(later)))
         scene = _at_date(copy.deepcopy(rng), label, canvas, extent_m, days)
         haze, gain, wind_db = _weather(weather)
+        # Snow draws numbers of its own, so what is drawn after it would be another place's.
+        scene = replace(scene, drought=first.drought, backscatter_db=first.backscatter_db)
         scenes.append(replace(scene, haze=haze, gain=gain, wind_db=wind_db))
     return scenes
 
@@ -134,7 +136,7 @@ def _build_place(rng: np.random.Generator, extent_m: float) -> tuple[int, Canvas
 
 
 def _at_date(rng: np.random.Generator, label: int, canvas: Canvas, extent_m: float, days: int = 0) -> Scene:
-    """The place so many days after its own date, with equal generators of an equal make."""
+    """The place so many days after its own date. Equal generators give equal soil, crops and relief."""
     n = len(canvas.surface)
     climate = _climate(rng, SCENES[label], days)
     elevation = canvas.height * np.float32(canvas.relief_m)

@@ -44,7 +44,7 @@ class Config:
     split_by: Literal["file", "geography"] = "geography"  # file: published train and test; geography: cells of both
     cell_deg: float = 0.5  # side of a cell of the geographic split, degrees of latitude and of longitude
     split_seed: int = 0  # of the geographic split
-    sensors: list[Product] = field(default_factory=lambda: list(PRODUCTS))
+    sensors: list[Product] = field(default_factory=lambda: list(PRODUCTS))  # whose tiles are offered
     max_images_per_sensor: int = 4  # scenes of a sensor in one sample
 
     def __post_init__(self) -> None:

@@ -117,8 +117,8 @@ class Source:
 
     def _read_series(self, index: int, address: tuple[int | str, ...]) -> Sample:
         """The place of a sample at several dates; label and `meta` are those of the first."""
-        air = [numpy_generator("synthetic", *address, "date", i) for i in range(self.cfg.n_dates)]
-        scenes = build_series(numpy_generator("synthetic", *address), self.cfg.extent_m, air)
+        later = [numpy_generator("synthetic", *address, "date", i) for i in range(1, self.cfg.n_dates)]
+        scenes = build_series(numpy_generator("synthetic", *address), self.cfg.extent_m, later)
         tiles = {}
         for name, instrument in self._instruments.items():
             for i, scene in enumerate(scenes):

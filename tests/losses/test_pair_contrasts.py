@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_eo.distributed import mean_over_ranks, rank, world_size
-from ssl_eo.losses.cross_modal import pair_contrasts
+from ssl_eo.losses.contrastive import pair_contrasts
 
 SCALE = math.log(1 / 0.07)
 
