@@ -201,6 +201,8 @@ def _input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:
 def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
     """A (nested) dataclass from the plain values that `asdict` gave."""
     hints, spelt = get_type_hints(cls), {f.name: f.type for f in fields(cls)}
+    for key in (key for key in hints if key not in raw):
+        raise KeyError(key)  # a default in its place would be another encoder
     values = {}
     for key, value in raw.items():
         if key not in hints:

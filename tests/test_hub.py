@@ -378,6 +378,8 @@ WRONG_PAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "encoder is a list": (_put([1], "encoder"), "encoder.json: "),
     "inputs is a number": (_put(3, "inputs"), "encoder.json: "),
     "sensor is a word": (_put("s2", *S2, "sensor"), "encoder.json: "),
+    "no position": (lambda page: page["encoder"].pop("position"), "encoder.json: key 'position' is missing"),
+    "no heads": (lambda page: page["encoder"]["dynamic"].pop("n_heads"), "encoder.json: key 'n_heads' is missing"),
     "unknown key": (_put(1, "encoder", "width"), "unknown key 'width'"),
     "unknown choice": (_put("moved", "encoder", "position"), "position is 'moved', which this version"),
     "a word for a number": (_put("four", "encoder", "patch_size"), "encoder.json: "),

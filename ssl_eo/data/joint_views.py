@@ -81,6 +81,8 @@ class ImageTargetConfig:
         for key in ("mean", "std"):
             if (n := len(getattr(self, key))) not in (0, self.size):
                 raise ValueError(f"{key} must have as many values as size says, {self.size}, got {n}")
+        if self.kind == "class" and self.key == "month" and self.size < 13:
+            raise ValueError("months are 1 to 12: size 13 for kind class, or kind angle with period 12")
         if self.weight < 0 or not self.period > 0 or not all(value > 0 for value in self.std):
             raise ValueError(f"weight must not be negative, period and std positive, got {self.weight}, {self.period}")
 

@@ -19,7 +19,7 @@ from ssl_eo.components import suggest
 from ssl_eo.data.plans import CropConfig, band_subset, carried_box, resized_crop
 from ssl_eo.data.spectral import covered_bands, synthesise
 from ssl_eo.data.stacking import stack
-from ssl_eo.data.types import Batch, Sample, TileSchema, View, ViewPlan
+from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, View, ViewPlan
 from ssl_eo.seeding import numpy_generator
 
 __all__ = [
@@ -232,9 +232,31 @@ class MultiCropViews:
     def collate(self, planned: list[tuple[Sample, Crops]], step: int, source: int, rng: np.random.Generator) -> Batch:
         samples, plans = [sample for sample, _ in planned], [plan for _, plan in planned]
         by_number = {role: list(zip(*(plan[role] for plan in plans), strict=True)) for role in plans[0]}
-        roles = self.crops.share_bands({role: rows for role, rows in by_number.items() if rows}, source, rng)
+        shared = self.crops.share_bands({role: rows for role, rows in by_number.items() if rows}, source, rng)
+        roles = {
+            role: [[_with_data(view, sample) for view, sample in zip(row, samples, strict=True)] for row in rows]
+            for role, rows in shared.items()
+        }
         tiles, views = stack(samples, roles, self.crops.schemas[source])
         return Batch(step=step, source=source, keys=[s.key for s in samples], tiles=tiles, views=views)
+
+
+def _with_data(view: View, sample: Sample) -> View:
+    """The view, with other bands where those that were drawn hold no data in the sample: as many of those that do."""
+    parts = view if isinstance(view, tuple) else (view,)
+    if any(part.synthesis is not None or _holds_data(sample.tiles[part.tile], part.bands) for part in parts):
+        return view
+    tiles = [sample.tiles[part.tile] for part in parts]
+    held = [[i for i in range(len(tile.bands)) if _holds_data(tile, (i,))] for tile in tiles]
+    n_drawn = sum(0 if part.bands is None else len(part.bands) for part in parts)
+    part, bands = max(zip(parts, held, strict=True), key=lambda pair: len(pair[1]))
+    return replace(part, bands=tuple(bands[:n_drawn]))
+
+
+def _holds_data(tile: Tile, bands: tuple[int, ...] | None) -> bool:
+    """Whether any pixel of the bands of a tile, which was cut to its views, was measured."""
+    measured = tile.measured
+    return measured is None or any(measured[i].any() for i in (range(len(tile.bands)) if bands is None else bands))
 
 
 def images_of(sample: Sample, names: Iterable[str]) -> list[Image]:

@@ -71,7 +71,8 @@ def cut_to_views(sample: Sample, plans: Iterable[ViewPlan], schema: Mapping[str,
     """The sample with the tiles that `plans` show, and of these what is to be read: see `Tile`.
 
     Tiles of one size stay whole; of others only the pixels in the boxes are kept. Raises `ValueError` for a tile that
-    the sample lacks, whose pixels are not what `schema` says, now that they are read, or that is nothing but no-data.
+    the sample lacks, whose pixels are not what `schema` says, now that they are read, or that is nothing but no-data
+    where a view looks.
     """
     boxes: dict[str, list[tuple[float, float, float, float]]] = {}
     for plan in plans:
@@ -85,8 +86,8 @@ def cut_to_views(sample: Sample, plans: Iterable[ViewPlan], schema: Mapping[str,
             tile = replace(tile, pixels=tile.array)
         _check_tile(tile, name, sample.key, schema[name])
         tile.measured = _measured(tile, schema[name].sensor)
-        if tile.measured is not None and not tile.measured.any():
-            raise ValueError(f"tile {name!r} of sample {sample.key!r} is all no-data")
+        if tile.measured is not None and not all(_shows_data(tile, box) for box in shown):
+            raise ValueError(f"tile {name!r} of sample {sample.key!r} is all no-data where a view looks")
         tiles[name] = tile
     return replace(sample, tiles=tiles)
 
@@ -188,6 +189,14 @@ def _cut(tile: Tile, boxes: Sequence[tuple[float, float, float, float]]) -> Tile
     bottom, right = (math.ceil(max(box[axis] + box[axis + 2] for box in boxes)) for axis in (0, 1))
     pixels = tile.pixels[:, top:bottom, left:right]
     return replace(tile, pixels=pixels, origin=(tile.origin[0] + top, tile.origin[1] + left))
+
+
+def _shows_data(tile: Tile, box: tuple[float, float, float, float]) -> bool:
+    """Whether any band of the tile, what is left of it, was measured at a pixel that the box touches."""
+    assert tile.measured is not None
+    top, left = (math.floor(box[axis]) - tile.origin[axis] for axis in (0, 1))
+    bottom, right = (math.ceil(box[axis] + box[axis + 2]) - tile.origin[axis] for axis in (0, 1))
+    return bool(tile.measured[:, top:bottom, left:right].any())
 
 
 def _plans_of(view: View, sample: Sample) -> tuple[ViewPlan, ...]:

@@ -30,7 +30,8 @@ def truncated_standardise(
     """Each channel of each view with the mean and variance of its middle ranks; invalid pixels become 0.
 
     `pixels`, `valid`: `[B, C, H, W]`. Of a channel's n valid values those of ranks `int(low * n)` to `int(high * n)`
-    count, so that outliers do not. MultiMAE (arXiv 2204.01678) does this to depth.
+    count, so that outliers do not; where these are fewer than two, all become 0. MultiMAE (arXiv 2204.01678) does this
+    to depth.
     """
     flat = pixels.flatten(2)  # [B, C, H*W]
     known = torch.ones_like(flat, dtype=torch.bool) if valid is None else valid.expand_as(pixels).flatten(2)
@@ -41,7 +42,8 @@ def truncated_standardise(
     n_counted = counts.sum(-1, keepdim=True)
     mean = torch.where(counts, ranked, 0.0).sum(-1, keepdim=True) / n_counted.clamp(min=1)
     var = torch.where(counts, ranked - mean, 0.0).square().sum(-1, keepdim=True) / (n_counted - 1).clamp(min=1)
-    return torch.where(known, (flat - mean) / (var + eps).sqrt(), 0.0).view_as(pixels)
+    is_enough = known & (n_counted >= 2)  # one value has no spread
+    return torch.where(is_enough, (flat - mean) / (var + eps).sqrt(), 0.0).view_as(pixels)
 
 
 class ClassPatchEmbed(nn.Module):

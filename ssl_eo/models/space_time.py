@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ssl_eo.models.position import sincos
 
-__all__ = ["CoordinateEncoding", "TokenGrid", "below_each_other", "one_by_one", "sincos_3d"]
+__all__ = ["CoordinateEncoding", "TokenGrid", "as_images", "below_each_other", "one_by_one", "sincos_3d"]
 
 _FIRST_SCALE = 0.1
 
@@ -33,6 +33,24 @@ def below_each_other(series: Tensor, tubelet: int = 1) -> Tensor:
         raise ValueError(f"{n_dates} dates cannot be cut into tubelets of {tubelet} (model.tubelet)")
     parts = series.reshape(b, c, n_dates // tubelet, tubelet, height, width).transpose(2, 3)  # [B, C, s, T', H, W]
     return parts.reshape(b, c * tubelet, n_dates // tubelet * height, width)
+
+
+def as_images(pixels: Tensor, tubelet: int, patch_size: int) -> tuple[Tensor, int]:
+    """What patches are cut from, of `[B, C, H, W]` or of a series `[B, C, T, H, W]`, and of how many steps it is.
+
+    Raises `ValueError` for sizes of a date that the patch size does not divide: patches would straddle two dates.
+    """
+    if pixels.ndim == 4 and tubelet == 1:
+        return pixels, 1
+    if pixels.ndim != 5:
+        raise ValueError(f"tubelets of {tubelet} dates need pixels [B, C, T, H, W] (model.tubelet)")
+    n_dates, height, width = pixels.shape[2:]
+    if not n_dates or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"{n_dates} dates of {height} x {width} pixels cannot be cut into patches of {patch_size} x {patch_size}:"
+            f" choose sizes that are multiples of {patch_size}"
+        )
+    return below_each_other(pixels, tubelet), n_dates // tubelet
 
 
 def one_by_one(tall: Tensor, n_dates: int, tubelet: int = 1) -> Tensor:
@@ -80,6 +98,8 @@ class TokenGrid(NamedTuple):
     def of_patches(self, of_steps: Tensor, ids: Tensor | None) -> Tensor:
         """What is known of each step, `[B, T, D]`, for each patch: `[B, K, D]`."""
         n_patches = self.grid[0] * self.grid[1]
+        if of_steps.shape[1] != self.n_steps:
+            raise ValueError(f"dates of {of_steps.shape[1]} images are given for {self.n_steps} images")
         if ids is None:
             return of_steps.repeat_interleave(n_patches, dim=1)
         return of_steps.take_along_dim((ids // n_patches)[..., None], dim=1)

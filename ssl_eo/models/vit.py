@@ -38,7 +38,7 @@ from ssl_eo.models.position import (
     sincos_resized,
     take_patches,
 )
-from ssl_eo.models.space_time import CoordinateEncoding, TokenGrid, below_each_other, sincos_3d
+from ssl_eo.models.space_time import CoordinateEncoding, TokenGrid, as_images, sincos_3d
 from ssl_eo.sensors import ChannelMeta
 
 __all__ = ["SIZES", "Encoder", "EncoderConfig", "EncoderInput", "Tokens"]
@@ -106,8 +106,10 @@ class EncoderConfig:
             raise ValueError(f"n_heads must divide embed_dim, got {self.heads} and {self.width}")
         if self.n_registers and not self.cls_token:
             raise ValueError(f"n_registers {self.n_registers} needs cls_token: true")
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1 pixel, got {self.patch_size}")
+        if self.patch_size < 1 or self.image_size < 1:
+            raise ValueError(
+                f"patch_size and image_size must be at least 1 pixel, got {self.patch_size} and {self.image_size}"
+            )
         if not 0.0 <= self.drop_path_prob < 1.0:
             raise ValueError(f"drop_path_prob must be in [0, 1), got {self.drop_path_prob}")
         if self.position.startswith("sincos") and self.width % 4:
@@ -330,11 +332,7 @@ class Encoder(nn.Module):
     def _embed_one(self, item: EncoderInput, products: WeightProducts | None) -> tuple[Tensor, TokenGrid]:
         # FSDP casts every floating tensor that enters a unit, unless told not to with cast_forward_inputs=False.
         assert item.channels.wavelength_um.dtype.itemsize >= 4, "wavelengths were rounded to half precision"
-        series = item.pixels.ndim == 5
-        n_steps = item.pixels.shape[2] // self.cfg.tubelet if series else 1
-        if not series and self.cfg.tubelet > 1:
-            raise ValueError(f"tubelets of {self.cfg.tubelet} dates need pixels [B, C, T, H, W] (model.tubelet)")
-        pixels = below_each_other(item.pixels, self.cfg.tubelet) if series else item.pixels  # [B, C*s, T/s*H, W]
+        pixels, n_steps = as_images(item.pixels, self.cfg.tubelet, self.patch_size)  # [B, C*s, T/s*H, W]
         x, (height, width) = self.patch_embed(pixels, item.channels, item.ids_keep, products)  # [B, K, D]
         layout = TokenGrid((height // n_steps, width), n_steps)
         if item.mask is not None:

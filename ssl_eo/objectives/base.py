@@ -126,6 +126,12 @@ def encoder_for(cfg: EncoderConfig, tiles: Sequence[TileSchema], takes_series: b
     for key in (key for key, is_set in asked.items() if is_set and not takes_series):
         raise ValueError(f"model.{key}: this objective shows single dates, without when and where; mae has series")
     counts = {len(tile.bands) for tile in tiles}
+    if cfg.patch_embed == "conv" and len(counts) > 1:
+        held = ", ".join(dict.fromkeys(f"{tile.sensor.name} with {len(tile.bands)}" for tile in tiles))
+        raise ValueError(
+            f"model.patch_embed: conv is built for one number of bands, but there are {held}; use channel_attention or"
+            " dynamic, or show one of them"
+        )
     encoder = Encoder(cfg, counts.pop() if len(counts) == 1 else None)
     # On the CPU whatever the default device is: a check must not wait for an accelerator, nor run on meta.
     with torch.device("cpu"):

@@ -126,6 +126,8 @@ class Objective(base.Objective):
                 f"model.mask_token must be {'true' if cfg.ibot_weight else 'false'} with objective.ibot_weight"
                 f" {cfg.ibot_weight}: masked patches are replaced by it, and nothing else trains it"
             )
+        if not encoder_cfg.cls_token:
+            raise ValueError("model.cls_token must be true: the loss is of CLS tokens")
         for role in _ROLES:
             if encoder_cfg.patch_embed == "conv" and cfg.crops.of(role).bands.n_bands is not None:
                 raise ValueError(

@@ -149,6 +149,11 @@ class Objective(base.Objective):
     @classmethod
     def views(cls, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> DofaViews:
         chosen = [(name := _tile_of(cfg, schema), schema[name]) for schema in schemas]
+        for name in cfg.distill_bands:
+            if name not in (known := list(dict.fromkeys(tile for tile, _ in chosen))):
+                raise ValueError(
+                    f"objective.distill_bands: {name} is no tile that is learned from (these are {', '.join(known)})"
+                )
         masked = mae.Objective.views(mae.Config(tile=cfg.tile, crop=cfg.crop, mask=cfg.mask), encoder_cfg, schemas)
         size = cfg.distill_size_px or cfg.crop.size_px
         if cfg.teacher is None:
@@ -251,6 +256,8 @@ def _check_student(cfg: EncoderConfig) -> None:
 
 def _teacher_for(cfg: Config, teacher_cfg: EncoderConfig, schemas: Schemas) -> Encoder:
     """The teacher, with a channel for each of `distill_um` if it is a convolution; it can embed what it is to see."""
+    if teacher_cfg.takes_series and teacher_cfg.position != "sincos_3d":
+        raise ValueError("objective.teacher: it sees single dates, without when and where; leave tubelet and codes out")
     if teacher_cfg.n_blocks < 2:
         raise ValueError(f"objective.teacher.depth must be at least 2, got {teacher_cfg.n_blocks}")
     is_conv, n_channels = teacher_cfg.patch_embed == "conv", len(cfg.distill_um)

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ssl_eo.components import suggest
 from ssl_eo.data.masking import MaskConfig, draw, n_masked, predicted, stack_masks
 from ssl_eo.data.plans import CropConfig, resized_crop, same_ground
 from ssl_eo.data.series import Acquisitions, SeriesConfig, acquisitions_at, choose_dates, series_of, stack_acquisitions
@@ -94,7 +95,7 @@ class MaskedViews:
     tells: tuple[str, ...] = ()  # of dates and location, what the model is told
 
     def plan(self, sample: Sample, rng: np.random.Generator) -> MaskedPlan:
-        allowed = [self.cfg.tile] if isinstance(self.cfg.tile, str) else self.cfg.tile
+        allowed = None if self.cfg.tile is None else _as_list(self.cfg.tile)
         names = [name for name in sample.tiles if allowed is None or name in allowed]
         if not names:
             raise ValueError(f"it has none of the tiles of objective.tile, but {', '.join(sample.tiles)}")
@@ -165,6 +166,10 @@ class Objective(base.Objective):
             raise ValueError(f"objective.gradient_cell_px {cell} does not divide model.patch_size {patch}")
         for schema in schemas:
             _tile_names(cfg, schema)
+        known = list(dict.fromkeys(name for schema in schemas for name in schema))
+        for name in (name for name in ([] if cfg.tile is None else _as_list(cfg.tile)) if name not in known):
+            hint = suggest(name, known)
+            raise ValueError(f"objective.tile: no source has {name}{hint} (there are {', '.join(known)})")
         _check_series(cfg, encoder_cfg)
         n_steps = cfg.series.n_dates // encoder_cfg.tubelet
         n_patches = n_steps * (size // patch) ** 2
@@ -294,11 +299,15 @@ class Objective(base.Objective):
         return values.view(by_sample), None if known is None else known.view(by_sample)
 
 
+def _as_list(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
+
+
 def _tile_names(cfg: Config, schema: Mapping[str, TileSchema]) -> list[str]:
     """The tiles of a source that are learned from, all with as many bands."""
     if cfg.tile is None and len(schema) > 1:
         raise ValueError(f"objective.tile: a source has several tiles, name one or more of {', '.join(schema)}")
-    allowed = list(schema) if cfg.tile is None else [cfg.tile] if isinstance(cfg.tile, str) else cfg.tile
+    allowed = list(schema) if cfg.tile is None else _as_list(cfg.tile)
     names = [name for name in schema if name in allowed]
     if not names:
         raise ValueError(
@@ -317,7 +326,8 @@ def _check_dates(cfg: Config, names: list[str], schema: Mapping[str, TileSchema]
     if len(names) < n_dates or len(kinds) > 1:
         raise ValueError(
             f"objective.series.n_dates is {n_dates}: objective.tile must name at least as many tiles of one sensor,"
-            f" with the same bands, one for each date; in a source there are {', '.join(names)}"
+            f" with the same bands, one for each date; of those it names, a source has {', '.join(names)} (all of its"
+            f" tiles: {', '.join(schema)})"
         )
 
 
@@ -344,7 +354,8 @@ def _check_series(cfg: Config, encoder_cfg: EncoderConfig) -> None:
     ):
         if not is_told and (prob := getattr(cfg.series, dropped)):
             raise ValueError(
-                f"objective.series.{dropped} is {prob}, but nothing is told to the model: set model.{key}: true"
+                f"objective.series.{dropped} is {prob}, but nothing is told to the model: set it to 0, or"
+                f" model.{key}: true"
             )
 
 

@@ -241,8 +241,8 @@ class Objective(base.Objective):
         encoder, device = self.published_encoder(), images[name].pixels.device
         if encoder.cfg.position == "sincos_resized" and self.cfg.modalities[name].kind == "classes":
             return sincos_resized(encoder.native_grid, self.grid, encoder.embed_dim, device, "bilinear")
-        # Of one ground, so of one size of pixels, wherever a sample has the image.
-        gsd_m = torch.stack([images[n].gsd_m for n in self.inputs if self.cfg.modalities[n].kind == "pixels"])
+        # Of one ground, so of one size of pixels, wherever a sample has the image; a pixel of a class map is so many.
+        gsd_m = torch.stack([images[n].gsd_m / self.cfg.modalities[n].stride for n in self.inputs])
         return encoder.position_table(self.grid, device, gsd_m.amax(0))
 
     def _decode(self, tokens: Tokens, visible: VisibleBatch) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -145,11 +147,25 @@ def _inputs_of(tiles: list[TileSchema]) -> Inputs:
 
 
 def _inputs(schemas: Schemas) -> dict[str, SensorInput]:
-    """What the encoder was trained on, by tile name; a later source that differs is `name@<index of the source>`."""
+    """What the encoder was trained on, by tile name; a later source that differs is `name@<index of the source>`.
+
+    Dates of one sensor with the same statistics are one input, by the sensor's name. Class maps are none.
+    """
     inputs: dict[str, SensorInput] = {}
     for i, source in enumerate(schemas):
-        for name, schema in source.items():
+        for name, schema in _distinct(source).items():
             known = SensorInput(schema.sensor, schema.bands, schema.mean, schema.std, schema.gsd_m)
             if inputs.setdefault(name, known) != known:
                 inputs[f"{name}@{i}"] = known
     return inputs
+
+
+def _distinct(source: Mapping[str, TileSchema]) -> dict[str, TileSchema]:
+    """The tiles that an encoder may see; of those of a sensor that are all alike, as its dates are, only one."""
+    shown = {n: replace(schema, optional=False) for n, schema in source.items() if not schema.sensor.is_categorical}
+    found: dict[str, TileSchema] = {}
+    for name, schema in shown.items():
+        of_sensor = [other for other in shown.values() if other.sensor.name == schema.sensor.name]
+        is_alike = len(of_sensor) > 1 and all(other == schema for other in of_sensor)
+        found[schema.sensor.name if is_alike else name] = schema
+    return found

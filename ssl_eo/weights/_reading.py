@@ -41,6 +41,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for name, tensor in _flatten(content, ""):
         if name in tensors:
             raise ValueError(f"{path}: two tensors are named {name} once parts such as 'module.' are left out")
+        if not _is_plain(tensor):
+            raise ValueError(f"{path}: {name} {list(tensor.shape)} is sparse, or has fewer values than its shape says")
         tensors[name] = tensor
     if not tensors:
         raise ValueError(f"{path}: no tensor in it, the first keys are {', '.join(map(str, list(content)[:3]))}")
@@ -80,6 +82,13 @@ def _choose(path: Path, tensors: Mapping[str, Tensor], found: list[str], token: 
     if len(teachers) != 1:
         raise ValueError(f"{path}: it holds several encoders, choose one with --prefix: {_quoted(found)}")
     return teachers[0]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether all values are there: a repeated one would take no place in a file, and any in memory."""
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _quoted(prefixes: list[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ssl_eo.components import available, suggest
+from ssl_eo.components import available, one_line, suggest
 from ssl_eo.files import atomic_file
 from ssl_eo.hub import SensorInput, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig
@@ -31,6 +31,7 @@ __all__ = [
     "find_released",
     "import_released",
     "load_released",
+    "read_state_dict",
     "released_state_dict",
 ]
 
@@ -92,8 +93,8 @@ def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str)
     """
     try:
         found = released.adapt(tensors)
-    except ValueError as error:
-        raise ValueError(f"{where}: not the weights of {released.name}: {error}{_hint(tensors)}") from None
+    except (ValueError, IndexError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{where}: not the weights of {released.name}: {one_line(error)}{_hint(tensors)}") from None
     config = _config_of(found, released)
     problems = _misfits(found, config, released.n_channels)
     if problems:
@@ -231,7 +232,7 @@ def _hint(tensors: Mapping[str, Tensor]) -> str:
 def _fits(tensors: Mapping[str, Tensor], released: Released) -> bool:
     try:
         found = released.adapt(tensors)
-    except ValueError:  # what its family refuses is none of it
+    except (ValueError, IndexError, RuntimeError, KeyError):  # what its family cannot take is none of it
         return False
     return not _misfits(found, _config_of(found, released), released.n_channels)
 

@@ -142,7 +142,10 @@ def build_pair(theirs: Mapping[str, Tensor], pair: ReleasedPair, where: str) -> 
         if missing := [n for n in names if n not in theirs]:
             problems.append(f"{missing[0]} is missing")
             continue
-        found = torch.cat([theirs[n] for n in names])
+        if flat := [n for n in names if theirs[n].ndim == 0 and len(names) > 1]:
+            problems.append(f"{flat[0]} is one number")
+            continue
+        found = torch.cat([theirs[n] for n in names]) if len(names) > 1 else theirs[names[0]]
         shape = value.flatten(1).shape if name.endswith("patch_embed.proj.weight") else value.shape
         if found.shape != shape or not found.is_floating_point():
             problems.append(f"{names[0]} is {list(found.shape)} of {found.dtype}, expected {list(shape)} in all")

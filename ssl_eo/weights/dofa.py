@@ -100,7 +100,8 @@ def _encoder_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors, with the one norm that there is."""
     kept = {name: tensor for name, tensor in tensors.items() if not _NOT_OF_THE_ENCODER.match(name)}
     fc_norm = {key: kept.pop(f"fc_norm.{key}", None) for key in ("weight", "bias")}
-    if "norm.weight" not in kept and "cls_token" in kept:
+    is_whole = all(value is not None for value in fc_norm.values()) or all(value is None for value in fc_norm.values())
+    if kept.keys().isdisjoint(("norm.weight", "norm.bias")) and is_whole and "cls_token" in kept:
         width = kept["cls_token"].shape[-1]
         initial = {"weight": torch.ones(width), "bias": torch.zeros(width)}
         kept |= {f"norm.{key}": initial[key] if value is None else value for key, value in fc_norm.items()}

@@ -89,9 +89,9 @@ def _adapt(tensors: Mapping[str, Tensor], native: int) -> dict[str, Tensor]:
 
 def _check_positions(table: Tensor, native: int) -> None:
     """Raise `ValueError` unless `table [1, 1 + N, D]` is that of some number of dates, which is what we compute."""
-    n_patches, dim = table.shape[-2] - 1, table.shape[-1]
+    n_patches, dim = (table.shape[1] - 1, table.shape[2]) if table.ndim == 3 else (0, 0)
     n_dates = n_patches // native**2
-    if n_patches > 0 and n_dates * native**2 == n_patches and dim % 16 == 0:
+    if n_patches > 0 and n_dates * native**2 == n_patches and dim % 16 == 0 and table.stride(1):
         ours = sincos_3d(n_dates, (native, native), dim, native, torch.device("cpu"))  # [N, D]
         if (table[0, 1:].float().cpu() - ours).abs().max() < _POSITION_ERROR and not table[0, 0].any():
             return

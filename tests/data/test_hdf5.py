@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import h5py
 import numpy as np
 import pytest
 
+from ssl_eo.config import build
+from ssl_eo.data.loader import Loader
+from ssl_eo.data.opening import DataConfig, open_sources
+from ssl_eo.data.pack import pack
 from ssl_eo.data.plans import whole
+from ssl_eo.data.sources import shards
 from ssl_eo.data.sources.hdf5 import Config, Source
-from ssl_eo.data.stacking import check_sample, cut_to_views
+from ssl_eo.data.stacking import check_sample, cut_to_views, stack
+from ssl_eo.data.types import Batch, Sample
 from ssl_eo.sensors import load_sensor
 
 L2A = load_sensor("sentinel2_l2a").band_names
@@ -254,3 +261,336 @@ def test_real_enmap_tiles_without_their_empty_bands(real_samples: Callable[[str]
     assert sample.tiles["enmap"].pixels.shape == (218, 32, 32)
     assert sample.label.shape == (32, 32)
     assert sample.tiles["enmap"].gsd_m == 30.0
+
+
+# --- several arrays ---------------------------------------------------------------------------------------------------
+
+COVER = """
+title: Cover
+source: made up
+dtype: uint8
+unit: class
+no_data: [255]
+bands:
+  - {name: class, kind: categorical, gsd_m: 10.0, n_classes: 5}
+"""
+POLARIZATIONS = ("VV", "VH")
+
+
+@pytest.fixture
+def cover(tmp_path: Path) -> str:
+    (tmp_path / "cover.yaml").write_text(COVER)
+    return str(tmp_path / "cover.yaml")
+
+
+@pytest.fixture
+def places(path: Path) -> Path:
+    """The ten samples, and of the same places radar of twice the pixel size, and maps of five classes with gaps."""
+    radar = np.random.default_rng(0).normal(-12.0, 4.0, (N, 2, 2, 2)).astype(np.float32)
+    classes = (np.arange(N * 16).reshape(N, 4, 4) % 5).astype(np.uint8)
+    classes[:, 0, 0] = 255
+    with h5py.File(path, "a") as file:
+        file.create_dataset("radar", data=radar, chunks=(1, 2, 2, 2), compression="gzip")
+        file["radar"].attrs["bands"] = POLARIZATIONS
+        file.create_dataset("cover", data=classes, chunks=(1, 4, 4))
+        file["rescaled"] = file["sentinel2"][:, 1:4] // 2
+    return path
+
+
+def entries(cover: str, **of_radar: Any) -> list[dict[str, Any]]:
+    radar = {"dataset": "radar", "sensor": "sentinel1_grd", "gsd_m": 20.0, **of_radar}
+    return [radar, {"dataset": "cover", "sensor": cover}]
+
+
+def several(path: Path, others: list[dict[str, Any]], **options: Any) -> Source:
+    """As a config file names it."""
+    raw = {"root": str(path), "sensor": "sentinel2_l2a", "others": others, **options}
+    return Source(build(Config, raw, ""))
+
+
+def stored(path: Path, dataset: str) -> Any:
+    with h5py.File(path) as file:
+        return file[dataset][:]
+
+
+def pixels_by_tile(source: Source, index: int) -> dict[str, Any]:
+    return {name: tile.array for name, tile in source.read(index).tiles.items()}
+
+
+def assert_same_pixels(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, pixels in expected.items():
+        np.testing.assert_array_equal(found[name], pixels)
+
+
+def test_arrays_of_the_same_places_are_tiles_of_one_sample(places: Path, cover: str) -> None:
+    source = several(places, entries(cover), split="test", label_dataset="label", meta_datasets=["name"])
+    radar, classes = stored(places, "radar"), stored(places, "cover")
+    assert list(source.schema) == ["sentinel2_l2a", "sentinel1_grd", "cover"]
+    assert len(source) == 4
+    for i in range(4):
+        sample = source.read(i)
+        check_sample(sample, source.schema)
+        assert sample.key == source.locate(i)[0] == f"tiles_{6 + i}"
+        assert (sample.label, sample.meta) == (i % 2, {"name": f"tile {6 + i}"})
+        tiles = sample.tiles
+        assert tiles["sentinel2_l2a"].array[:, 0, 0].tolist() == [100 * (6 + i) + c + 1 for c in range(C)]
+        np.testing.assert_array_equal(tiles["sentinel1_grd"].array, radar[6 + i])
+        np.testing.assert_array_equal(tiles["cover"].array, classes[6 + i][None])
+        assert [tile.gsd_m for tile in tiles.values()] == [10.0, 20.0, 10.0]
+    assert source.schema["sentinel1_grd"].bands == POLARIZATIONS  # as the file says
+    assert source.schema["cover"].shape == (4, 4)
+
+
+def test_statistics_of_each_array_are_measured_or_given_and_class_maps_have_none(
+    places: Path, cover: str, tmp_path: Path
+) -> None:
+    schema = several(places, entries(cover), split="train").schema
+    alone = Source(config(places, split="train")).schema["sentinel2_l2a"]
+    assert schema["sentinel2_l2a"] == alone
+    radar = stored(places, "radar")[:6].astype(np.float64)
+    np.testing.assert_allclose(schema["sentinel1_grd"].mean, radar.mean(axis=(0, 2, 3)))
+    np.testing.assert_allclose(schema["sentinel1_grd"].std, radar.std(axis=(0, 2, 3)))
+    assert (schema["cover"].mean, schema["cover"].std) == ((0.0,), (1.0,))
+    given = tmp_path / "statistics.json"
+    given.write_text(json.dumps({"bands": ["VH", "VV"], "mean": [-18, -11], "std": [5, 4]}))
+    of_radar = several(places, entries(cover, statistics=str(given))).schema["sentinel1_grd"]
+    assert (of_radar.mean, of_radar.std) == ((-11.0, -18.0), (4.0, 5.0))
+
+
+def test_maps_of_one_class_and_a_file_of_class_maps_alone_are_fine(places: Path, cover: str) -> None:
+    with h5py.File(places, "a") as file:
+        file["water"] = np.full((N, 1, 4, 4), 3, np.uint8)
+    source = several(places, [{"dataset": "water", "sensor": cover}])
+    np.testing.assert_array_equal(source.read(5).tiles["cover"].array, np.full((1, 4, 4), 3))
+    alone = Source(config(places, dataset="cover", sensor=cover))
+    np.testing.assert_array_equal(pixels_of(alone, 7), stored(places, "cover")[7][None])
+
+
+def test_bands_of_each_array_are_named_and_left_out(places: Path) -> None:
+    rescaled = {"dataset": "rescaled", "sensor": "sentinel2_l2a", "tile": "half", "bands": ["B02", "B03", "B04"]}
+    source = several(places, [{**rescaled, "drop_bands": ["B03"]}], drop_bands=["B01"])
+    assert {name: schema.bands for name, schema in source.schema.items()} == {
+        "sentinel2_l2a": L2A[1:],
+        "half": ("B02", "B04"),
+    }
+    np.testing.assert_array_equal(source.read(2).tiles["half"].array, stored(places, "rescaled")[2, [0, 2]])
+
+
+def test_chunk_size_is_that_of_the_largest_chunks(places: Path, cover: str) -> None:
+    with h5py.File(places, "a") as file:
+        file.create_dataset("long", data=file["radar"][:], chunks=(5, 2, 2, 2))
+    others = [{"dataset": "long", "sensor": "sentinel1_grd", "bands": ["VV", "VH"]}]
+    assert several(places, entries(cover)).chunk_size == 18  # chunks of 3, 1 and 1
+    assert several(places, others).chunk_size == 20
+
+
+def test_tiles_of_one_name_are_refused(places: Path, cover: str) -> None:
+    again = {"dataset": "rescaled", "sensor": "sentinel2_l2a", "bands": ["B02", "B03", "B04"]}
+    with pytest.raises(ValueError, match=r"^others\[0\]\.tile: another array is 'sentinel2_l2a' already"):
+        several(places, [again])
+    with pytest.raises(ValueError, match=r"^others\[2\]\.tile: another array is 'cover' already"):
+        several(places, [*entries(cover), {**again, "tile": "cover"}])
+    for name in ("", "a.b", "../a", "label"):
+        with pytest.raises(ValueError, match=rf"others\[0\]: tile name '{name}'.*(allowed in shards|reserved)"):
+            several(places, [{**again, "tile": name}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "raddar"}, r"dataset: .*tiles\.h5 has no array 'raddar'; did you mean 'radar'"),
+        ({"dataset": "latitude"}, r"dataset: latitude in .* must be \[N, C, H, W\], its shape is \(10,\)"),
+        ({"dataset": "cover"}, r"dataset: cover in .* must be \[N, C, H, W\], its shape is \(10, 4, 4\)"),
+        ({"dataset": "rescaled"}, r"bands: rescaled in .* holds 3 bands, expected the 4 of sensor sentinel1_grd"),
+        ({"sensor": "sentinel_1"}, r"sensor: datasets_meta/sensors has no 'sentinel_1'"),
+        ({"bands": ["VV"]}, "bands: radar in .* holds 2 bands, expected the 1 of the config's bands"),
+        ({"bands": ["VV", "B02"]}, "bands: sensor sentinel1_grd has no band 'B02'"),
+        ({"bands": ["VV", "VV"]}, "dataset: radar in .*: bands of sentinel1_grd are .* named twice: VV, VV"),
+        ({"drop_bands": ["HH"]}, r"drop_bands: radar in .* has no band HH"),
+        ({"drop_bands": ["VV", "VH"]}, "drop_bands: nothing is left of the bands of radar"),
+        ({"statistics": "nowhere.json"}, r"statistics: nowhere\.json cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_an_array_is_told_with_its_entry(
+    places: Path, cover: str, change: dict[str, Any], message: str
+) -> None:
+    wrong, first = {**entries(cover)[0], **change}, entries(cover)[1]
+    with pytest.raises(ValueError, match=rf"^others\[1\]\.{message}"):
+        several(places, [first, wrong])
+    data = {"sources": [{"name": "hdf5", "root": str(places), "sensor": "sentinel2_l2a", "others": [first, wrong]}]}
+    with pytest.raises(ValueError, match=rf"^data\.sources\[0\] \(hdf5\): others\[1\]\.{message}"):
+        open_sources(build(DataConfig, data, "data"))
+
+
+def test_wrong_values_of_an_entry_are_refused(places: Path, cover: str) -> None:
+    with pytest.raises(ValueError, match=r"others\[0\]: gsd_m must be positive metres, got -1\.0"):
+        several(places, entries(cover, gsd_m=-1.0))
+    with pytest.raises(ValueError, match=r"others\[0\]\.band: unknown key; did you mean 'bands'"):
+        several(places, entries(cover, band=["VV"]))
+    with pytest.raises(ValueError, match=r"others\[0\]\.sensor: missing"):
+        several(places, [{"dataset": "radar"}])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((3, 2, 4, 4)), r"radar in .* has 3 rows, sentinel2 has 10; row n of all arrays must be"),
+        (np.zeros((0, 2, 4, 4)), r"radar in .* has 0 rows, sentinel2 has 10"),
+        (np.float32(1.0), r".*tiles\.h5: radar holds one value"),
+        (np.zeros((N, 2, 4, 0)), r"radar in .*: shape of sentinel1_grd must be \(height, width\)"),
+        (np.zeros((N, 2, 4, 4), "complex64"), "radar in .*: dtype of sentinel1_grd must be one of bool"),
+        (np.zeros((N, 2, 4, 4), ">f4"), "radar in .*: dtype of sentinel1_grd must be one of bool"),
+        (h5py.ExternalLink("other.h5", "radar"), ".*tiles.h5 has no array 'radar'"),
+    ],
+    ids=["fewer", "none", "one value", "no pixels", "complex", "swapped", "no file"],
+)
+def test_odd_arrays_are_refused(places: Path, cover: str, values: Any, message: str) -> None:
+    with h5py.File(places, "a") as file:
+        del file["radar"]
+        file["radar"] = values
+    with pytest.raises(ValueError, match=rf"^others\[0\]\.dataset: {message}"):
+        several(places, entries(cover, bands=["VV", "VH"]))
+
+
+def test_arrays_of_other_files_and_rows_that_are_too_large_are_refused(places: Path, cover: str) -> None:
+    with h5py.File(places, "a") as file, h5py.File(places.with_name("secret.h5"), "w") as secret:
+        file.copy("radar", secret)
+        file["linked"] = h5py.ExternalLink("secret.h5", "radar")
+        file.create_dataset("large", (N, 1, 40_000, 40_000), "u1", chunks=(1, 1, 512, 512))
+    with pytest.raises(ValueError, match=r"^others\[0\]\.dataset: .* has linked in another file, .* not followed"):
+        several(places, entries(cover, dataset="linked"))
+    with pytest.raises(ValueError, match=r"^others\[0\]\.dataset: .* rows of large have shape .* 1,600,000,000 bytes"):
+        several(places, entries(cover, dataset="large"))
+
+
+def test_constant_bands_are_told_with_their_entry(places: Path, cover: str) -> None:
+    with h5py.File(places, "a") as file:
+        file["radar"][:, 1] = -np.inf
+    with pytest.raises(ValueError, match=r"^others\[0\]\.drop_bands: in radar .* no data, or one value only.*: VH"):
+        several(places, entries(cover))
+    assert several(places, entries(cover, drop_bands=["VH"])).schema["sentinel1_grd"].bands == ("VV",)
+
+
+def test_class_maps_hold_classes_of_their_sensor(places: Path, cover: str) -> None:
+    with h5py.File(places, "a") as file:
+        file["cover"][2, 1, 1] = 5
+        file["negative"] = -np.ones((N, 4, 4), np.int16)
+        file["fractions"] = np.zeros((N, 4, 4), np.float32)
+        file["yes"] = np.ones((N, 4, 4), bool)
+    source = several(places, entries(cover))
+    for i in range(N):
+        if i == 2:
+            with pytest.raises(
+                ValueError, match=r"tiles\.h5: row 2 of cover holds \[5\], expected classes of sensor cov"
+            ):
+                source.read(i)
+        else:
+            check_sample(source.read(i), source.schema)
+    for dataset, message in (
+        ("negative", r"negative in .*: no sample of the 10 looked at can be used \(.*row 9 of negative holds \[-1\]"),
+        ("fractions", "fractions in .* must hold integers, the classes of cover, its dtype is float32"),
+        ("latitude", r"latitude in .* must be \[N, H, W\] or \[N, C, H, W\], its shape is \(10,\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"^others\[0\]\.dataset: {message}"):
+            several(places, [{"dataset": dataset, "sensor": cover}])
+    assert several(places, [{"dataset": "yes", "sensor": cover}]).read(0).tiles["cover"].array.all()
+
+
+def damage(path: Path, dataset: str, row: int) -> None:
+    with h5py.File(path) as file:
+        chunk = file[dataset].id.get_chunk_info_by_coord((row, *[0] * (file[dataset].ndim - 1)))
+    with path.open("r+b") as raw:
+        raw.seek(chunk.byte_offset)
+        raw.write(b"\xaa" * chunk.size)
+
+
+class Whole:
+    """Views of everything that a sample holds."""
+
+    def __init__(self, source: Source) -> None:
+        self.schema = source.schema
+
+    def plan(self, sample: Sample, rng: np.random.Generator) -> Any:
+        return {name: whole(name, tile.shape or (0, 0), 2) for name, tile in self.schema.items()}
+
+    def collate(self, planned: list[tuple[Sample, Any]], step: int, source: int, rng: np.random.Generator) -> Batch:
+        samples = [sample for sample, _ in planned]
+        tiles, views = stack(samples, {n: [[p[n] for _, p in planned]] for n in self.schema}, self.schema)
+        return Batch(step, source, [sample.key for sample in samples], tiles, views)
+
+
+def test_a_damaged_chunk_of_any_array_is_quarantined_with_its_name(places: Path, cover: str, tmp_path: Path) -> None:
+    damage(places, "radar", 4)
+    source = several(places, entries(cover))  # measured on what can be read
+    with pytest.raises(OSError, match=r"tiles\.h5: row 4 of radar cannot be read"):
+        source.read(4)
+    data = build(
+        DataConfig,
+        {"sources": [{"name": "hdf5", "root": "", "sensor": ""}], "n_workers": 0, "n_lanes": 1, "max_bad_ratio": 0.5},
+        "data",
+    )
+    size = {"global_batch_size": 5, "total_steps": 2, "quarantine_path": tmp_path / "quarantine.jsonl"}
+    with Loader(data, [source], Whole(source), seed=0, **size) as loader:
+        keys = {key for batch in loader for key in batch.keys}
+    assert keys == {f"tiles_{n}" for n in range(N) if n != 4}
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {(line["key"], line["shard"]) for line in lines} == {("tiles_4", "tiles.h5")}
+    assert "row 4 of radar" in lines[0]["reason"]
+
+
+def test_several_arrays_can_be_pickled_and_forked(places: Path, cover: str, on_ranks: Callable[..., list[Any]]) -> None:
+    source = several(places, entries(cover))
+    expected = [pixels_by_tile(source, i) for i in range(N)]  # the handle is open now
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.fingerprint() == source.fingerprint()
+    assert_same_pixels(pixels_by_tile(copy, 6), expected[6])
+    for found in on_ranks(2, pixels_by_tile, source, 4):
+        assert_same_pixels(found, expected[4])
+    assert_same_pixels(pixels_by_tile(source, 5), expected[5])
+
+
+def test_several_arrays_are_packed_as_they_are(places: Path, cover: str, tmp_path: Path) -> None:
+    source = several(places, entries(cover))
+    assert pack(source, tmp_path / "packed").n_samples == N
+    packed: Any = shards.Source(shards.Config(str(tmp_path / "packed")))
+    assert packed.schema == source.schema
+    for i in range(N):
+        assert_same_pixels(pixels_by_tile(packed, i), pixels_by_tile(source, i))
+
+
+def test_the_fingerprint_covers_every_array_and_where_there_is_one_is_what_it_was(places: Path, cover: str) -> None:
+    alone = Source(config(places))
+    content = f"{alone.schema['sentinel2_l2a']!r} {places.stat().st_size} {list(range(N))}"
+    assert alone.fingerprint() == blake2b(content.encode(), digest_size=16).hexdigest()
+    radar, classes = entries(cover)
+    variants = [[], [radar], [classes], [radar, classes], [classes, radar], [{**radar, "gsd_m": 10.0}, classes]]
+    variants.append([{**radar, "tile": "radar"}, classes])
+    assert len({several(places, others).fingerprint() for others in variants}) == len(variants)
+    for dataset, change in (("radar", 1.0), ("cover", 1)):
+        before = several(places, [radar, classes]).fingerprint()
+        with h5py.File(places, "a") as file:
+            file[dataset][3, ..., 1, 1] -= change
+        assert several(places, [radar, classes]).fingerprint() != before
+
+
+def test_real_pairs_with_land_cover(real_samples: Callable[[str], Path], tmp_path: Path) -> None:
+    path = real_samples("bigearthnet_v2_s1s2/ben_v2_s1s2_120px.h5")
+    (tmp_path / "landcover19.yaml").write_text(COVER.replace("n_classes: 5", "n_classes: 19"))
+    classes = {"dataset": "landcover19", "sensor": str(tmp_path / "landcover19.yaml")}
+    radar = {"dataset": "sentinel1", "sensor": "sentinel1_grd"}
+    source = several(path, [radar, classes], split="train", label_dataset="landcover19", n_statistics_samples=79)
+    assert {name: (s.bands, s.dtype) for name, s in source.schema.items()} == {
+        "sentinel2_l2a": (("B02", "B03", "B04", "B08"), "uint16"),
+        "sentinel1_grd": (("VV", "VH"), "float32"),
+        "landcover19": (("class",), "uint8"),
+    }
+    rows = np.flatnonzero(stored(path, "split") == b"train")
+    assert len(source) == len(rows) == 79
+    arrays = {name: stored(path, name) for name in ("sentinel2", "sentinel1", "landcover19")}
+    for i, row in enumerate(rows):
+        sample = source.read(i)
+        check_sample(sample, source.schema)
+        for tile, (name, array) in zip(sample.tiles.values(), arrays.items(), strict=True):
+            np.testing.assert_array_equal(tile.array, array[row].reshape(tile.array.shape), err_msg=name)
+        np.testing.assert_array_equal(sample.label, sample.tiles["landcover19"].array[0])

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo.data.multicrop import MultiCrop, MultiCropConfig, SpectralCropConfig
+from ssl_eo.data.multicrop import MultiCrop, MultiCropConfig, MultiCropViews, SpectralCropConfig
 from ssl_eo.data.plans import CropConfig
-from ssl_eo.data.stacking import stack_views
+from ssl_eo.data.stacking import cut_to_views, shown_plans, stack_views
 from ssl_eo.data.types import Sample, Tile, TileSchema, ViewLimits, ViewPlan
+from ssl_eo.seeding import numpy_generator
 from ssl_eo.sensors import load_sensor
 
 many = settings(max_examples=25, deadline=None)
@@ -340,6 +341,36 @@ def test_views_of_one_sensor_are_never_padded_in_a_step():
 
 
 # The rest
+
+
+@pytest.mark.parametrize("bands_per", ["sample", "step"])
+def test_no_view_is_of_bands_without_data_alone(bands_per):
+    """Of a sample that has one band, every view shows it, however few bands were drawn."""
+    schema = schema_of("sentinel2_l2a", 10.0)
+    pixels = np.zeros((len(schema.bands), *schema.shape), np.uint16)
+    pixels[3] = 100
+    one, sound = (
+        Sample(key, {"sentinel2_l2a": Tile(values, schema.bands, 10.0)})
+        for key, values in (("a", pixels), ("b", pixels + 1))
+    )
+    few = SpectralCropConfig((1, 3))
+    config = MultiCropConfig(**SMALL, global_bands=few, local_bands=few, bands_per=bands_per)
+    drawer = MultiCrop(config, [{"sentinel2_l2a": schema}])
+    views = MultiCropViews(drawer)
+    n_moved = 0
+    for seed in range(20):
+        planned = []
+        for sample in (one, sound):
+            plan = views.plan(sample, numpy_generator("test", seed, sample.key))
+            planned.append((cut_to_views(sample, shown_plans(plan), drawer.schemas[0]), plan))
+        batch = views.collate(planned, 0, 0, numpy_generator("test", seed))
+        for role in batch.views.values():
+            for view in role:
+                shown = view.bands.view(-1, 2, view.bands.shape[-1])  # [V, B, c]
+                assert (shown[:, 0] == 3).any(1).all()
+                assert ((shown[:, 1] >= 0).sum(1) >= 1).all()
+                n_moved += int((shown[:, 0] != shown[:, 1]).any(1).sum())
+    assert n_moved > 20
 
 
 def test_a_draw_is_a_function_of_the_generator_and_survives_pickling():

@@ -468,3 +468,16 @@ def test_metadata_is_stacked_and_what_is_absent_is_nan():
         torch.testing.assert_close(found[key], torch.tensor(values, dtype=torch.float32), equal_nan=True)
     with pytest.raises(ValueError, match="era5 of sample 'k' has 2 values, expected 12"):
         stack_meta([Sample("k", {}, metas[0])], {"era5": 12})
+
+
+def test_a_view_of_nothing_but_no_data_is_refused_in_tiles_of_any_size():
+    """Data elsewhere in the tile do not help: the view would be all zeros."""
+    pixels = np.zeros((2, 8, 8), np.uint16)
+    pixels[1, :2, :2] = 7
+    for shape in ((8, 8), None):
+        schema = {"demo": make_schema(shape=shape, no_data=(0.0,))}
+        seen = ViewPlan("demo", (1.5, 1.0, 4.0, 4.0), (4, 4))
+        assert cut_to_views(make_sample(pixels), [seen], schema).tiles["demo"].measured.any()
+        for plans in ([ViewPlan("demo", (2.0, 0.0, 4.0, 4.0), (4, 4))], [seen, ViewPlan("demo", (4.0,) * 4, (4, 4))]):
+            with pytest.raises(ValueError, match="'demo' of sample 'k7' is all no-data where a view looks"):
+                cut_to_views(make_sample(pixels), plans, schema)

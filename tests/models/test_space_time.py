@@ -221,3 +221,20 @@ def test_channels_of_samples_that_differ() -> None:
     spoilt = x.clone()
     spoilt[1, 1] = 7.0
     assert torch.equal(encoder([EncoderInput(spoilt, channels)])[0].x, tokens.x)
+
+
+@pytest.mark.parametrize("size", [(2, 6, 16), (4, 2, 16), (2, 16, 6), (0, 16, 16)])
+def test_patches_never_straddle_two_dates(size: tuple[int, int, int]) -> None:
+    """Also where the pixels of all dates together could be cut, and where only some patches are looked at."""
+    encoder = encoder_of(position="sincos_3d")
+    for ids in (None, torch.tensor([[0, 1]])):
+        with pytest.raises(ValueError, match=rf"{size[0]} dates of {size[1]} x {size[2]} pixels cannot be cut"):
+            encoder([EncoderInput(torch.zeros(1, 3, *size), RGB, ids_keep=ids)])
+
+
+@pytest.mark.parametrize("n_told", [1, 2, 5])
+def test_dates_are_those_of_the_pixels(n_told: int) -> None:
+    encoder = encoder_of(position="sincos_3d", time_encoding=True)
+    for ids in (None, torch.tensor([[0, 17], [3, 40]])):
+        with pytest.raises(ValueError, match=f"dates of {n_told} images are given for 3 images"):
+            encoder([EncoderInput(series(), RGB, ids_keep=ids, dates=torch.ones(2, n_told, 2))])

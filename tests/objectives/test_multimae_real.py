@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fitting import fit
@@ -14,49 +13,21 @@ from fitting import fit
 from ssl_eo.config import build, load, to_dict
 from ssl_eo.data.loader import Loader
 from ssl_eo.data.render import Renderer
-from ssl_eo.data.types import Batch, Sample, Source, Tile, TileSchema
+from ssl_eo.data.types import Batch, Source
 from ssl_eo.objectives.multimae import Config, Objective
-from ssl_eo.sensors import Band, Sensor, load_sensor
 from ssl_eo.train.parallel import build_objective
 
 DEBUG = Path(__file__).parent.parent.parent / "configs" / "debug" / "multimae.yaml"
 N_STEPS = 60
-
-
-class PairsWithLandCover:
-    """The 96 patches of BigEarthNet v2 in one HDF5 file: radar in dB, four bands, 19 classes."""
-
-    label_names: tuple[str, ...] = ()
-    chunk_size = 16
-
-    def __init__(self, path: Path) -> None:
-        h5py = pytest.importorskip("h5py")
-        with h5py.File(path / "ben_v2_s1s2_120px.h5") as file:
-            self._arrays = {name: file[name][:] for name in ("sentinel1", "sentinel2", "landcover19")}
-        cover = Sensor(
-            "cover", "cover", (Band("class", "categorical", 10.0, n_classes=19),), "uint8", "class", "", no_data=(255,)
-        )
-        layout = {
-            "sentinel1": (load_sensor("sentinel1_grd"), ("VV", "VH")),
-            "sentinel2": (load_sensor("sentinel2_l2a"), ("B02", "B03", "B04", "B08")),
-            "landcover19": (cover, ("class",)),
-        }
-        self.schema: Mapping[str, TileSchema] = {name: self._schema(name, *what) for name, what in layout.items()}
-
-    def _schema(self, name: str, sensor: Sensor, bands: tuple[str, ...]) -> TileSchema:
-        pixels = self._arrays[name].reshape(96, len(bands), -1).astype(np.float64)
-        mean, std = (tuple(f(pixels, axis=(0, 2)).tolist()) for f in (np.mean, np.std))
-        return TileSchema(sensor, bands, str(self._arrays[name].dtype), (120, 120), 10.0, mean, std)
-
-    def __len__(self) -> int:
-        return 96
-
-    def read(self, index: int) -> Sample:
-        tiles = {n: Tile(self._arrays[n][index].reshape(-1, 120, 120), s.bands, 10.0) for n, s in self.schema.items()}
-        return Sample(str(index), tiles)
-
-    def fingerprint(self) -> str:
-        return "pairs"
+LAND_COVER = """
+title: Land cover of BigEarthNet
+source: The 19 classes of BigEarthNet v2.
+dtype: uint8
+unit: class
+no_data: [255]
+bands:
+  - {name: class, kind: categorical, gsd_m: 10.0, n_classes: 19}
+"""
 
 
 def _learn(source: Source, modalities: dict[str, Any], *overrides: str) -> dict[str, float]:
@@ -90,12 +61,21 @@ def test_three_resolutions_and_radar(real_samples: Callable[[str], Path]) -> Non
     assert max(ratios.values()) < 0.7, ratios
 
 
-def test_a_real_map_of_land_cover(real_samples: Callable[[str], Path]) -> None:
-    source = PairsWithLandCover(real_samples("bigearthnet_v2_s1s2"))
+def test_a_real_map_of_land_cover(real_samples: Callable[[str], Path], tmp_path: Path) -> None:
+    """The 96 patches of BigEarthNet v2 in one HDF5 file: radar in dB, four bands, 19 classes."""
+    pytest.importorskip("h5py")
+    from ssl_eo.data.sources import hdf5
+
+    (tmp_path / "cover.yaml").write_text(LAND_COVER)
+    radar = {"dataset": "sentinel1", "sensor": "sentinel1_grd"}
+    cover = {"dataset": "landcover19", "sensor": str(tmp_path / "cover.yaml")}
+    path = str(real_samples("bigearthnet_v2_s1s2/ben_v2_s1s2_120px.h5"))
+    raw = {"root": path, "sensor": "sentinel2_l2a", "others": [radar, cover]}
+    source = hdf5.Source(build(hdf5.Config, raw, ""))
     modalities = {
-        "optical": {"tile": "sentinel2", "targets": ["values", "norm_pix"]},
-        "radar": {"tile": "sentinel1"},
-        "cover": {"tile": "landcover19", "kind": "classes", "stride": 2},
+        "optical": {"tile": "sentinel2_l2a", "targets": ["values", "norm_pix"]},
+        "radar": {"tile": "sentinel1_grd"},
+        "cover": {"tile": "cover", "kind": "classes", "stride": 2},
     }
     ratios = _learn(source, modalities, "model.patch_embed=conv")
     assert max(ratios.values()) < 0.9, ratios

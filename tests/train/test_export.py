@@ -9,8 +9,10 @@ import torch
 from launching import ROOT
 
 from ssl_eo.cli import main
+from ssl_eo.config import build
+from ssl_eo.data.opening import WeightedSourceConfig, open_source
 from ssl_eo.hub import load_bundle
-from ssl_eo.train.export import open_encoder
+from ssl_eo.train.export import _inputs, open_encoder
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (
@@ -48,3 +50,9 @@ def test_sources_with_other_bands_of_one_sensor_are_all_known(bundle: Path) -> N
 def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
     run = bundle.parent / "debug_mae"
     assert open_encoder(bundle)[1:] == open_encoder(run)[1:] == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
+
+
+def test_dates_of_a_sensor_are_one_input_and_class_maps_are_none() -> None:
+    sources = {"name": "synthetic", "n_samples": 64, "sensors": ["sentinel2_l2a", "synthetic_landcover"], "n_dates": 2}
+    source = open_source(build(WeightedSourceConfig, {**sources, "extent_m": 320.0}, ""))
+    assert list(_inputs([source.schema])) == ["sentinel2_l2a"]

@@ -142,6 +142,16 @@ def test_sar_is_the_placeholder_of_its_version(version: str, placeholder: float)
         assert not torch.equal(embed.codes(replace(as_optical, wavelength_um=torch.full((2,), other))), codes)
 
 
+@pytest.mark.parametrize("left", ["norm.bias", "norm.weight", "fc_norm.bias", "fc_norm.weight"])
+def test_half_a_norm_is_refused(left: str, tiny: Released) -> None:
+    """The other half would be made up."""
+    tensors = published(TINY, left.partition(".")[0])
+    gone = "weight" if left.endswith("bias") else "bias"
+    tensors.pop(f"{left.partition('.')[0]}.{gone}")
+    with pytest.raises(ValueError, match="missing"):
+        build_encoder(tensors, tiny, "file")
+
+
 @pytest.mark.parametrize("norms", [("norm",), ("fc_norm",), ()], ids=["authors", "classifier", "torchgeo"])
 def test_files_with_either_norm_or_none(norms: tuple[str, ...], tiny: Released) -> None:
     """What pretraining and a classifier had beside the encoder is left out; everything else must fit."""

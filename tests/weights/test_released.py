@@ -305,6 +305,25 @@ def test_an_encoder_of_another_native_grid_is_refused(name: str) -> None:
         released_state_dict(encoder, released)
 
 
+@pytest.mark.parametrize("shape", [(3,), (), (17, 16), (1, 16, 4, 4)])
+def test_a_table_of_positions_of_any_shape_is_refused_in_one_line(
+    tensors: dict[str, Tensor], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Also by the families that look at it to say whose file it is instead."""
+    torch.save({**tensors, "pos_embed": torch.zeros(shape)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=rf"odd\.pth: not the weights of {TINY}: ") as caught:
+        load_released(tmp_path / "odd.pth", TINY)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_are_not_all_there_are_refused(tensors: dict[str, Tensor], tmp_path: Path) -> None:
+    """Expanded to their shape they would take any amount of memory."""
+    for name, value in {"huge": torch.zeros(()).expand(1 << 40), "few": torch.zeros(4, 4).to_sparse()}.items():
+        torch.save({**tensors, name: value}, tmp_path / f"{name}.pth")
+        with pytest.raises(ValueError, match=f"{name} .* is sparse, or has fewer values than its shape says"):
+            load_released(tmp_path / f"{name}.pth", TINY)
+
+
 def test_an_encoder_without_a_mask_token_gets_zeros(tmp_path: Path) -> None:
     released = find_released(TINY)
     encoder = Encoder(replace(released.config, mask_token=False, drop_path_prob=0.1, layer_scale_init=0.1), 3)

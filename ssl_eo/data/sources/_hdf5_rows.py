@@ -34,7 +34,7 @@ _MAX_ROW_BYTES = 256 << 20  # inflated; those of MMEarth have up to half a megab
 
 @dataclass
 class _Array:
-    """An open dataset `[N, C, H, W]`, and how its rows are stored."""
+    """An open dataset `[N, C, H, W]` or `[N, H, W]`, and how its rows are stored."""
 
     dataset: Any
     shape: tuple[int, ...]  # of a row
@@ -117,7 +117,7 @@ class HDF5Rows:
         return self._array(name).is_direct
 
     def read(self, name: str, row: int) -> NDArray[Any]:
-        """Row `row` of the array `name`, `[C, H, W]` in the stored dtype, perhaps read-only.
+        """Row `row` of the array `name`, `[C, H, W]` or `[H, W]` in the stored dtype, perhaps read-only.
 
         Raises `OSError` that names file, array and row when it cannot be read or inflated.
         """

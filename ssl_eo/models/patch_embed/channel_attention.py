@@ -176,7 +176,8 @@ class ChannelAttentionPatchEmbed(PatchEmbed):
             logits = patches.to(dtype) @ products.pixel_logits.T  # [B, K, C, A]
             logits = logits + (by_code if by_code.ndim == 2 else by_code[:, None])
             if valid is not None:
-                logits = logits.masked_fill(~valid[:, None, :, None], -torch.inf)
+                # Not -inf: where a view shows no band that holds data, a softmax over nothing would be NaN.
+                logits = logits.masked_fill(~valid[:, None, :, None], torch.finfo(logits.dtype).min)
             return logits.transpose(2, 3).softmax(-1)
 
     def _code_values(self, code: Tensor) -> Tensor:
