@@ -155,6 +155,8 @@ class BundleEncoder(nn.Module):
             return next(iter(self.inputs.values()))
         if not self.inputs:
             raise ValueError("this encoder has statistics for no sensor: give normalised images with channels=")
+        if sensor is None:
+            raise ValueError(f"this encoder knows several sensors; say which by sensor=: {', '.join(self.inputs)}")
         if sensor not in self.inputs:
             raise ValueError(
                 f"sensor {sensor!r}: this encoder has statistics for {', '.join(self.inputs)}; name one of them, or"
@@ -166,11 +168,12 @@ class BundleEncoder(nn.Module):
 def _check_when_and_where(cfg: EncoderConfig, images: Tensor, dates: Tensor | None, location: Tensor | None) -> None:
     """Raise `ValueError` for what does not fit the images, or would not be looked at."""
     n_samples, n_dates = images.shape[0], images.shape[2] if images.ndim == 5 else 1
+    when, where = [[1900.0, 0.0], [2200.0, 366.0]], [[-90.0, -180.0], [90.0, 360.0]]
     given = {
-        "dates": (dates, (n_samples, n_dates, 2), cfg.time_encoding, "year and day of the year"),
-        "location": (location, (n_samples, 2), cfg.location_encoding, "latitude and longitude"),
+        "dates": (dates, (n_samples, n_dates, 2), cfg.time_encoding, "year and day of the year", when),
+        "location": (location, (n_samples, 2), cfg.location_encoding, "latitude and longitude", where),
     }
-    for name, (values, shape, is_used, meaning) in given.items():
+    for name, (values, shape, is_used, meaning, bounds) in given.items():
         if values is None:
             continue
         if not is_used:
@@ -178,6 +181,10 @@ def _check_when_and_where(cfg: EncoderConfig, images: Tensor, dates: Tensor | No
         if not isinstance(values, Tensor) or tuple(values.shape) != shape:
             found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
             raise ValueError(f"{name} must be a tensor {list(shape)}, {meaning}, got {found}")
+        low, high = torch.tensor(bounds, device=values.device)
+        # Looking at values would stall a device.
+        if values.device.type == "cpu" and bool(((values < low) | (values > high)).any()):
+            raise ValueError(f"{name} are {meaning}, in this order, within {bounds[0]} and {bounds[1]}; NaN if unknown")
 
 
 class BundlePair(nn.Module):

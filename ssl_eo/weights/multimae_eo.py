@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count, takewhile
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from ssl_eo.weights.base import Released
 __all__ = ["MODELS", "student_tensors"]
 
 _NATIVE_GRID = 28  # of a view of 224 pixels
+_N_CLASSES = 12  # of the published model: WorldCover and no data
 _POSITION_ERROR = 1e-2  # files of half precision round to 2e-3
 _CLASSES = "semseg"  # the modality of class numbers
 _GROUPS = {  # bands in the order of the convolution, their means and standard deviations
@@ -76,6 +78,14 @@ def student_tensors(
     Raises `KeyError` for a name that is not in the file, `ValueError` for other positions.
     """
     found = {f"encoder.{name}": tensor for name, tensor in _trunk(tensors).items()}
+    found |= _embeddings(tensors, inputs, n_classes)
+    found |= _decoders(tensors, inputs, [f"output_adapters.{name}" for name in outputs])
+    return found | _outputs(tensors, outputs, n_classes)
+
+
+def _embeddings(tensors: Mapping[str, Tensor], inputs: Sequence[str], n_classes: int) -> dict[str, Tensor]:
+    """Of each modality; the first is embedded by the encoder itself."""
+    found = {}
     for i, name in enumerate(inputs):
         own = "encoder.patch_embed" if i == 0 else f"embeddings.{name}"
         weight, bias = (tensors[f"input_adapters.{name}.proj.{part}"] for part in ("weight", "bias"))
@@ -85,13 +95,18 @@ def student_tensors(
             found[f"{own}.codes"] = torch.cat((codes, missing))
             weight = weight.permute(0, 2, 3, 1).flatten(1)  # a pixel's code is contiguous
         found[f"{own}.proj.weight"], found[f"{own}.proj.bias"] = weight, bias
-    decoders = [f"output_adapters.{name}" for name in outputs]
-    found["decoders.mask_token"] = torch.stack([tensors[f"{d}.mask_token"][0] for d in decoders])  # [O, 1, d]
+    return found
+
+
+def _decoders(tensors: Mapping[str, Tensor], inputs: Sequence[str], decoders: Sequence[str]) -> dict[str, Tensor]:
+    """All but their outputs, one beside the other."""
+    found = {"decoders.mask_token": torch.stack([tensors[f"{d}.mask_token"][0] for d in decoders])}  # [O, 1, d]
     found["decoders.modality_codes"] = torch.stack(
         [torch.stack([tensors[f"{d}.task_embeddings.{name}"][0, 0] for name in inputs]) for d in decoders]
     )
     layers = dict(_OF_DECODER)
-    for i in range(sum(f"{decoders[0]}.decoder_transformer.{i}.norm1.weight" in tensors for i in range(99))):
+    has_block = (f"{decoders[0]}.decoder_transformer.{i}.norm1.weight" in tensors for i in count())
+    for i, _ in enumerate(takewhile(bool, has_block)):
         layers |= {f"blocks.{i}.{ours}": f"decoder_transformer.{i}.{theirs}" for ours, theirs in _OF_BLOCK.items()}
     for ours, theirs in layers.items():
         weight, bias = (torch.stack([tensors[f"{d}.{theirs}.{p}"] for d in decoders]) for p in ("weight", "bias"))
@@ -99,11 +114,17 @@ def student_tensors(
             found[f"decoders.{ours}.gain"], found[f"decoders.{ours}.bias"] = weight[:, None, None], bias[:, None, None]
         else:
             found[f"decoders.{ours}.weight"], found[f"decoders.{ours}.bias"] = weight, bias
-    for name, decoder in zip(outputs, decoders, strict=True):
+    return found
+
+
+def _outputs(tensors: Mapping[str, Tensor], outputs: Sequence[str], n_classes: int) -> dict[str, Tensor]:
+    """The last layer of each decoder, channel last."""
+    found = {}
+    for name in outputs:
         n_channels = tensors[f"input_adapters.{name.removeprefix('norm_')}.proj.weight"].shape[1]
         for part in ("weight", "bias"):
-            values = tensors[f"{decoder}.out_proj.{part}"]
-            n = 12 if name == _CLASSES else n_channels
+            values = tensors[f"output_adapters.{name}.out_proj.{part}"]
+            n = _N_CLASSES if name == _CLASSES else n_channels
             by_channel = values.view(n, -1, *values.shape[1:])  # [C, p*p, ...]
             shown = by_channel[:n_classes] if name == _CLASSES else by_channel
             found[f"decoders.outputs.{name}.{part}"] = shown.transpose(0, 1).flatten(0, 1)  # channel last

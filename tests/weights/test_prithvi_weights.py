@@ -219,6 +219,11 @@ def test_a_bundle_takes_stored_values_of_several_dates(tmp_path: Path) -> None:
     assert (told - bundle(stored)).abs().max() > 1e-3  # when and where make a difference
     unknown = torch.full_like(dates, torch.nan)
     assert torch.equal(bundle(stored, dates=unknown), bundle(stored))
+    for swapped in ({"dates": dates.flip(2)}, {"location": torch.tensor([[13.0, 52.0], [-120.0, -3.0]])}):
+        with pytest.raises(ValueError, match="in this order, within"):
+            bundle(stored, **swapped)
+    with pytest.raises(ValueError, match=r"dates must be a tensor \[2, 3, 2\]"):
+        bundle(stored, dates=dates[:, :2])
     tokens = bundle.forward_features(stored)
     assert (tokens.n_steps, tokens.grid, tokens.patches.shape) == (3, (2, 2), (2, 12, 32))
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (prithvi._V2.mean, prithvi._V2.std))
