@@ -40,6 +40,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "data.multicrop",
         "data.joint_views",
         "data.token_budget",
+        "data.masked_views",
         "data.series",
         "data.spread_masking",
         "data.masking",

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_eo.data.masked_views import MaskedPlan, MaskedViews
 from ssl_eo.data.masking import MaskConfig, stack_masks
 from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.stacking import stack
@@ -31,9 +32,8 @@ from ssl_eo.models.heads import MLPHead
 from ssl_eo.models.patch_embed import DynamicPatchEmbed
 from ssl_eo.models.position import take_patches
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
-from ssl_eo.objectives import base, mae
+from ssl_eo.objectives import base
 from ssl_eo.objectives.base import Losses, Schemas, encoder_for
-from ssl_eo.objectives.mae import MaskedPlan, MaskedViews
 
 __all__ = ["Config", "DofaViews", "Objective"]
 
@@ -154,7 +154,8 @@ class Objective(base.Objective):
                 raise ValueError(
                     f"objective.distill_bands: {name} is no tile that is learned from (these are {', '.join(known)})"
                 )
-        masked = mae.Objective.views(mae.Config(tile=cfg.tile, crop=cfg.crop, mask=cfg.mask), encoder_cfg, schemas)
+        masked = MaskedViews(cfg.crop, cfg.mask, encoder_cfg.patch_size, 1, schemas, cfg.tile)
+        masked.check()
         size = cfg.distill_size_px or cfg.crop.size_px
         if cfg.teacher is None:
             return DofaViews(masked, {}, size)

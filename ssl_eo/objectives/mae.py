@@ -12,19 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ssl_eo.components import suggest
-from ssl_eo.data.masking import MaskConfig, draw, n_masked, predicted, stack_masks
-from ssl_eo.data.plans import CropConfig, resized_crop, same_ground
-from ssl_eo.data.series import Acquisitions, SeriesConfig, acquisitions_at, choose_dates, series_of, stack_acquisitions
-from ssl_eo.data.stacking import stack
-from ssl_eo.data.types import Batch, PixelBatch, Sample, TileSchema, ViewPlan
+from ssl_eo.data.masked_views import ROLE, MaskedViews
+from ssl_eo.data.masking import MaskConfig
+from ssl_eo.data.plans import CropConfig
+from ssl_eo.data.series import SeriesConfig, series_of
+from ssl_eo.data.types import Batch, PixelBatch
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patch_moments, patchify, pictures_of
 from ssl_eo.losses.targets import gradient_histograms, moments_of, patch_statistics
 from ssl_eo.models.decoders import DecoderConfig, LinearOutput, MaskedDecoder, SpectralConfig, SpectralOutput
@@ -36,9 +33,7 @@ from ssl_eo.objectives.base import Losses, Schemas, ema_update_, encoder_for, te
 from ssl_eo.schedules import Constant, Schedule
 from ssl_eo.sensors import ChannelMeta
 
-__all__ = ["Config", "MaskedViews", "Objective"]
-
-_ROLE = "image"
+__all__ = ["Config", "Objective"]
 
 
 @dataclass
@@ -75,67 +70,13 @@ class Config:
             )
 
 
-class MaskedPlan(NamedTuple):
-    """The view of each date, which patches of all of them are hidden, and which of those are predicted."""
-
-    views: list[ViewPlan]
-    hidden: NDArray[np.bool_]
-    predicted: NDArray[np.bool_]
-    acquisitions: Acquisitions | None  # when and where, for a model that is told
-
-
-@dataclass(frozen=True)
-class MaskedViews:
-    """One random crop, the same at all dates, and one random mask for each sample."""
-
-    cfg: Config
-    grid: tuple[int, int]  # of a date
-    schemas: Schemas
-    n_steps: int = 1  # grids of a view: its dates, or its tubelets
-    tells: tuple[str, ...] = ()  # of dates and location, what the model is told
-
-    def plan(self, sample: Sample, rng: np.random.Generator) -> MaskedPlan:
-        allowed = None if self.cfg.tile is None else _as_list(self.cfg.tile)
-        names = [name for name in sample.tiles if allowed is None or name in allowed]
-        if not names:
-            raise ValueError(f"it has none of the tiles of objective.tile, but {', '.join(sample.tiles)}")
-        if self.cfg.series.n_dates > 1:
-            names = choose_dates(sample, names, self.cfg.series.n_dates, rng)
-        elif len(names) > 1:
-            names = [names[int(rng.integers(len(names)))]]
-        first = resized_crop(sample, names[0], self.cfg.crop, rng)
-        views = [first, *(same_ground(sample, first, name) for name in names[1:])]
-        hidden = draw(self.cfg.mask, rng, self.grid, self.n_steps)
-        shown = predicted(self.cfg.mask, rng, hidden)
-        told = acquisitions_at(sample, names, self.cfg.series, rng) if self.tells else None
-        return MaskedPlan(views, hidden, shown, told)
-
-    def collate(
-        self, planned: list[tuple[Sample, MaskedPlan]], step: int, source: int, rng: np.random.Generator
-    ) -> Batch:
-        samples = [sample for sample, _ in planned]
-        plans = [plan for _, plan in planned]
-        by_date = [[plan.views[date] for plan in plans] for date in range(self.cfg.series.n_dates)]
-        tiles, views = stack(samples, {_ROLE: by_date}, self.schemas[source])
-        told = [plan.acquisitions for plan in plans if plan.acquisitions is not None]
-        return Batch(
-            step=step,
-            source=source,
-            keys=[sample.key for sample in samples],
-            tiles=tiles,
-            views=views,
-            masks={_ROLE: stack_masks([plan.hidden for plan in plans], [plan.predicted for plan in plans])},
-            meta=stack_acquisitions(told, self.tells) if told else {},
-        )
-
-
 class Objective(base.Objective):
     """`student` is encoder, decoder and output head; the teacher, if any, is the moving average of the encoder."""
 
     def __init__(self, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> None:
         super().__init__()
         self.cfg = cfg
-        tiles = [schema[name] for schema in schemas for name in _tile_names(cfg, schema)]
+        tiles = _views_of(cfg, encoder_cfg, schemas).tiles
         if encoder_cfg.mask_token:
             raise ValueError("model.mask_token: hidden patches never reach the encoder of mae; leave it false")
         encoder = encoder_for(encoder_cfg, tiles, takes_series=True)
@@ -159,31 +100,16 @@ class Objective(base.Objective):
 
     @classmethod
     def views(cls, cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> MaskedViews:
-        size, patch, cell = cfg.crop.size_px, encoder_cfg.patch_size, cfg.gradient_cell_px
-        if size % patch:
-            raise ValueError(f"objective.crop.size_px {size} is not a multiple of model.patch_size {patch}")
+        patch, cell = encoder_cfg.patch_size, cfg.gradient_cell_px
         if "gradients" in cfg.extra_targets and patch % cell:
             raise ValueError(f"objective.gradient_cell_px {cell} does not divide model.patch_size {patch}")
-        for schema in schemas:
-            _tile_names(cfg, schema)
-        known = list(dict.fromkeys(name for schema in schemas for name in schema))
-        for name in (name for name in ([] if cfg.tile is None else _as_list(cfg.tile)) if name not in known):
-            hint = suggest(name, known)
-            raise ValueError(f"objective.tile: no source has {name}{hint} (there are {', '.join(known)})")
         _check_series(cfg, encoder_cfg)
-        n_steps = cfg.series.n_dates // encoder_cfg.tubelet
-        n_patches = n_steps * (size // patch) ** 2
-        if not 0 < (n_hidden := n_masked(n_patches, cfg.mask.mask_ratio)) < n_patches:
-            raise ValueError(
-                f"objective.mask.mask_ratio {cfg.mask.mask_ratio} hides {n_hidden} of {n_patches} patches; some must be"
-                " hidden and some visible"
-            )
-        used = {"dates": encoder_cfg.time_encoding, "location": encoder_cfg.location_encoding}
-        tells = tuple(key for key, is_used in used.items() if is_used)
-        return MaskedViews(cfg, (size // patch, size // patch), schemas, n_steps, tells)
+        views = _views_of(cfg, encoder_cfg, schemas)
+        views.check()
+        return views
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
-        view, mask = self._view(batch), batch.masks[_ROLE]
+        view, mask = self._view(batch), batch.masks[ROLE]
         features = self._decode(view, batch.meta, mask.ids_keep, mask.ids_masked)  # [B, M, d]
         pixels, statistics = self._split(self.student["output"](features, view.channels), view.channels)
         answers = {"pixels": pixels}
@@ -207,7 +133,7 @@ class Objective(base.Objective):
 
     @torch.no_grad()
     def preview(self, batch: Batch) -> dict[str, Tensor]:
-        view, mask = self._view(batch), batch.masks[_ROLE]
+        view, mask = self._view(batch), batch.masks[ROLE]
         pixels, hidden = self._tall(view.pixels), mask.mask
         ids_hidden = hidden.nonzero()[:, 1].view(len(hidden), -1)  # [n, N-K]
         features = self._decode(view, batch.meta, mask.ids_keep, ids_hidden)  # [n, N-K, d]
@@ -228,7 +154,7 @@ class Objective(base.Objective):
 
     def _view(self, batch: Batch) -> PixelBatch:
         """Pixels `[B, C, H, W]`, or `[B, C, T, H, W]` of a series."""
-        view = batch.pixels[_ROLE]
+        view = batch.pixels[ROLE]
         return series_of(view, self.cfg.series.n_dates) if self.is_series else view
 
     def _tall(self, values: Tensor) -> Tensor:
@@ -299,36 +225,11 @@ class Objective(base.Objective):
         return values.view(by_sample), None if known is None else known.view(by_sample)
 
 
-def _as_list(names: str | list[str]) -> list[str]:
-    return [names] if isinstance(names, str) else names
-
-
-def _tile_names(cfg: Config, schema: Mapping[str, TileSchema]) -> list[str]:
-    """The tiles of a source that are learned from, all with as many bands."""
-    if cfg.tile is None and len(schema) > 1:
-        raise ValueError(f"objective.tile: a source has several tiles, name one or more of {', '.join(schema)}")
-    allowed = list(schema) if cfg.tile is None else _as_list(cfg.tile)
-    names = [name for name in schema if name in allowed]
-    if not names:
-        raise ValueError(
-            f"objective.tile: no tile {', '.join(map(repr, allowed))} in a source that has {', '.join(schema)}"
-        )
-    if cfg.series.n_dates > 1:
-        _check_dates(cfg, names, schema)
-    if len({len(schema[name].bands) for name in names}) > 1:
-        counts = ", ".join(f"{name} has {len(schema[name].bands)}" for name in names)
-        raise ValueError(f"objective.tile: the tiles of one source need as many bands each, but {counts}")
-    return names
-
-
-def _check_dates(cfg: Config, names: list[str], schema: Mapping[str, TileSchema]) -> None:
-    n_dates, kinds = cfg.series.n_dates, {(schema[name].sensor.name, schema[name].bands) for name in names}
-    if len(names) < n_dates or len(kinds) > 1:
-        raise ValueError(
-            f"objective.series.n_dates is {n_dates}: objective.tile must name at least as many tiles of one sensor,"
-            f" with the same bands, one for each date; of those it names, a source has {', '.join(names)} (all of its"
-            f" tiles: {', '.join(schema)})"
-        )
+def _views_of(cfg: Config, encoder_cfg: EncoderConfig, schemas: Schemas) -> MaskedViews:
+    told = {"dates": encoder_cfg.time_encoding, "location": encoder_cfg.location_encoding}
+    tells = tuple(key for key, is_told in told.items() if is_told)
+    size = encoder_cfg.patch_size, encoder_cfg.tubelet
+    return MaskedViews(cfg.crop, cfg.mask, *size, schemas, cfg.tile, cfg.series, tells)
 
 
 def _check_series(cfg: Config, encoder_cfg: EncoderConfig) -> None:

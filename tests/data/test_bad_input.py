@@ -34,6 +34,8 @@ from hypothesis import strategies as st
 
 from ssl_eo.components import available
 from ssl_eo.data.loader import Loader
+from ssl_eo.data.masked_views import MaskedViews
+from ssl_eo.data.masking import MaskConfig
 from ssl_eo.data.members import encode_array
 from ssl_eo.data.opening import DataConfig, WeightedSourceConfig
 from ssl_eo.data.order import Order
@@ -44,8 +46,6 @@ from ssl_eo.data.shards import ShardError
 from ssl_eo.data.sources._band_files import BandFiles, place_of
 from ssl_eo.data.sources.eurosat import decode_jpeg
 from ssl_eo.data.types import Source
-from ssl_eo.objectives.mae import Config as MaeConfig
-from ssl_eo.objectives.mae import MaskedViews
 
 VICTIM = 3  # index of the sample that is spoilt
 LIMIT_S, LIMIT_MB = 20.0, 200
@@ -1124,7 +1124,7 @@ def load(
     size_px: int = 16,
 ) -> Loader:
     views = MaskedViews(
-        MaeConfig(tile=list(ARCHIVES[name].tiles), crop=CropConfig(size_px=size_px)), (4, 4), [source.schema]
+        CropConfig(size_px=size_px), MaskConfig(), size_px // 4, 1, [source.schema], list(ARCHIVES[name].tiles)
     )
     cfg = DataConfig(
         [WeightedSourceConfig(name, None, crop=crop or SourceCrop())],

@@ -12,12 +12,13 @@ from launching import ROOT, assert_same_bits, read_checkpoint, records
 
 from ssl_eo.cli import main
 from ssl_eo.data.loader import StepDataset
+from ssl_eo.data.masked_views import MaskedViews
+from ssl_eo.data.masking import MaskConfig
 from ssl_eo.data.mixture import MixedSource, scaled_weights
 from ssl_eo.data.opening import DataConfig, WeightedSourceConfig
 from ssl_eo.data.plans import CropConfig, SourceCrop
 from ssl_eo.data.sources.synthetic import Config, Source
 from ssl_eo.data.types import ViewLimits
-from ssl_eo.objectives import mae
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 
@@ -85,8 +86,8 @@ def test_views_keep_to_the_crop_of_their_own_source(mixing: Literal["step", "sam
     cfg = DataConfig(sources, mixing=mixing, n_lanes=2, n_workers=0)
     opened = [MixedSource(parts())] if mixing == "sample" else list(parts())
     names = ["sentinel2_l2a", "sentinel2_l2a@1"] if mixing == "sample" else "sentinel2_l2a"
-    objective = mae.Config(tile=names, crop=CropConfig(size_px=8, scale=(0.05, 1.0)))
-    views = mae.MaskedViews(objective, (2, 2), [source.schema for source in opened])
+    crop = CropConfig(size_px=8, scale=(0.05, 1.0))
+    views = MaskedViews(crop, MaskConfig(), 4, 1, [source.schema for source in opened], names)
     options = {"seed": 3, "global_batch_size": 4}
     dataset, again = (StepDataset(cfg, opened, views, **options) for _ in range(2))
     seen = set()
