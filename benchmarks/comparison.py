@@ -32,7 +32,7 @@ BATCH = 32
 N_SHORT_STEPS = 60
 CROP = "{size_px: 32, scale: [0.25, 1.0]}"
 JITTERED = "{size_px: 32, scale: [0.25, 1.0], jitter_prob: 0.5, contrast: 0.2, brightness: 0.2}"
-PAIR = (f"objective.crops.global_crop={JITTERED}",)
+PAIR = (f"objective.crops.crop={JITTERED}",)
 # What of a debug recipe is said anew; all else is its own.
 RECIPES: dict[str, tuple[str, ...]] = {
     "mae": (f"objective.crop={CROP}", "objective.tile=sentinel2_l2a"),

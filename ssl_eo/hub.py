@@ -34,6 +34,7 @@ __all__ = [
     "BundleEncoder",
     "BundlePair",
     "SensorInput",
+    "check_free",
     "load_bundle",
     "read_tensors",
     "write_bundle",
@@ -53,6 +54,12 @@ def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInpu
     bundle, or a mixture that `load_bundle` refuses.
     """
     _write(folder, encoder, {"format": FORMAT}, {**_page_of(encoder, inputs), **facts})
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise `ValueError` where `folder` holds a bundle already, unless it may be overwritten."""
+    if (folder / "encoder.json").exists() and not overwrite:
+        raise ValueError(f"{folder} holds a bundle already; give another --out, or add --overwrite")
 
 
 def write_pair_bundle(

@@ -5,12 +5,13 @@ R = 2B rows of the role "global": B samples of a rank in their first view, then 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from torch import Tensor, nn
 
-from ssl_eo.data.multicrop import MultiCrop, MultiCropConfig, MultiCropViews
+from ssl_eo.data.multicrop import MultiCrop, MultiCropConfig, MultiCropViews, SpectralCropConfig
+from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.types import PixelBatch
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
 from ssl_eo.objectives.base import Schemas, encoder_for
@@ -31,10 +32,34 @@ Pool = Literal["cls", "mean"]  # what a head is given of a view: the CLS token, 
 
 
 @dataclass
-class PairCropConfig(MultiCropConfig):
-    """Two global views of a place, and no local ones."""
+class PairCropConfig:
+    """The two views of a place."""
 
-    n_local: int = 0  # none: an objective of pairs compares two views
+    # Tiles that may be shown; null: all with optical, thermal and radar bands (not elevation, not class maps).
+    tiles: list[str] | None = None
+    crop: CropConfig = field(default_factory=lambda: CropConfig(size_px=224, scale=(0.08, 1.0)))
+    # across: the views show different images of a sample if it has them; within: both show one.
+    pairing: Literal["across", "within"] = "across"
+    bands: SpectralCropConfig = field(default_factory=SpectralCropConfig)
+    # sample: each view draws bands of its own; step: all views have the same number of them, as far as their images go,
+    # and views of one number and image the same bands, so that views of one sensor are never padded.
+    bands_per: Literal["sample", "step"] = "sample"
+    hyperspectral_min_bands: int = 100  # an image with so many optical bands in one tile can be mixed into virtual ones
+
+    def __post_init__(self) -> None:
+        self.multi_crop()  # checks the values
+
+    def multi_crop(self) -> MultiCropConfig:
+        """Two global views and no local ones."""
+        return MultiCropConfig(
+            tiles=self.tiles,
+            global_crop=self.crop,
+            n_local=0,
+            pairing=self.pairing,
+            global_bands=self.bands,
+            bands_per=self.bands_per,
+            hyperspectral_min_bands=self.hyperspectral_min_bands,
+        )
 
 
 def check_positive(cfg: object, *keys: str) -> None:
@@ -52,17 +77,12 @@ def check_momentum(cfg: object) -> None:
 
 
 def views_of_pairs(crops: PairCropConfig, encoder_cfg: EncoderConfig, schemas: Schemas) -> MultiCropViews:
-    """The two views of each sample; `ValueError` where the crops ask for others, or do not fit encoder or sources."""
-    if crops.n_global != 2 or crops.n_local:
+    """The two views of each sample; `ValueError` where the crops do not fit encoder or sources."""
+    if (size := crops.crop.size_px) % encoder_cfg.patch_size:
         raise ValueError(
-            f"objective.crops: the loss is of two global views; set n_global 2 and n_local 0, got {crops.n_global} and"
-            f" {crops.n_local}"
+            f"objective.crops.crop.size_px {size} is not a multiple of model.patch_size {encoder_cfg.patch_size}"
         )
-    if (size := crops.global_crop.size_px) % encoder_cfg.patch_size:
-        raise ValueError(
-            f"objective.crops.global_crop.size_px {size} is not a multiple of model.patch_size {encoder_cfg.patch_size}"
-        )
-    return MultiCropViews(MultiCrop(crops, schemas))
+    return MultiCropViews(MultiCrop(crops.multi_crop(), schemas))
 
 
 def encoder_of_pairs(crops: PairCropConfig, pool: Pool, encoder_cfg: EncoderConfig, schemas: Schemas) -> Encoder:
@@ -71,12 +91,14 @@ def encoder_of_pairs(crops: PairCropConfig, pool: Pool, encoder_cfg: EncoderConf
         raise ValueError("objective.pool cls needs model.cls_token: true; use pool mean")
     if encoder_cfg.mask_token:
         raise ValueError("model.mask_token: no patch is hidden in an objective of pairs; leave it false")
-    if encoder_cfg.patch_embed == "conv" and crops.global_bands.n_bands is not None:
+    if encoder_cfg.patch_embed == "conv" and crops.bands.n_bands is not None:
         raise ValueError(
-            "objective.crops.global_bands.n_bands must be null with model.patch_embed conv, which takes the same bands"
+            "objective.crops.bands.n_bands must be null with model.patch_embed conv, which takes the same bands"
             " in every view"
         )
-    return encoder_for(encoder_cfg, [tile for usable in MultiCrop(crops, schemas).tiles for tile in usable.values()])
+    return encoder_for(
+        encoder_cfg, [tile for usable in MultiCrop(crops.multi_crop(), schemas).tiles for tile in usable.values()]
+    )
 
 
 def embed(encoder: nn.Module, view: PixelBatch, pool: Pool) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ssl_eo.data.multicrop import MultiCropViews
-from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.types import Batch
 from ssl_eo.losses.contrastive import pair_metrics, regression_loss
 from ssl_eo.models.heads import MLPHead
@@ -40,9 +39,7 @@ __all__ = ["Config", "Objective"]
 class Config:
     """Defaults are those of the paper, for its longest training."""
 
-    crops: PairCropConfig = field(
-        default_factory=lambda: PairCropConfig(global_crop=CropConfig(size_px=224, scale=(0.08, 1.0)))
-    )
+    crops: PairCropConfig = field(default_factory=PairCropConfig)
     pool: Pool = "cls"  # what the projector is given: the CLS token, or the mean of the patches
     projector_layers: int = 2  # linear layers
     predictor_layers: int = 2  # linear layers

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_eo.data.multicrop import MultiCropViews
-from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.types import Batch, PixelBatch
 from ssl_eo.distributed import gather
 from ssl_eo.losses.contrastive import in_batch_contrast, pair_metrics, queue_contrast
@@ -54,9 +53,7 @@ class Config:
     """
 
     version: Literal[2, 3] = 3  # 2: keys of former batches wait in a queue; 3: keys of the global batch alone
-    crops: PairCropConfig = field(
-        default_factory=lambda: PairCropConfig(global_crop=CropConfig(size_px=224, scale=(0.08, 1.0)))
-    )
+    crops: PairCropConfig = field(default_factory=PairCropConfig)
     temperature: float = 0.2  # of the softmax over keys
     queue_size: int = 65536  # version 2: keys of former batches that each query is compared with
     pool: Pool = "cls"  # what the projector is given: the CLS token, or the mean of the patches

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from ssl_eo.data.multicrop import MultiCropViews
-from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.types import Batch
 from ssl_eo.losses.contrastive import nt_xent_contrast, pair_metrics
 from ssl_eo.models.heads import MLPHead
@@ -31,9 +30,7 @@ __all__ = ["Config", "Objective"]
 class Config:
     """Defaults are those of the paper."""
 
-    crops: PairCropConfig = field(
-        default_factory=lambda: PairCropConfig(global_crop=CropConfig(size_px=224, scale=(0.08, 1.0)))
-    )
+    crops: PairCropConfig = field(default_factory=PairCropConfig)
     temperature: float = 0.1  # of the softmax over all other views
     pool: Pool = "cls"  # what the projector is given: the CLS token, or the mean of the patches
     projector_layers: int = 2  # linear layers

@@ -12,7 +12,7 @@ import torch
 from ssl_eo.components import resolve
 from ssl_eo.config import Config, build, read_yaml
 from ssl_eo.data.types import TileSchema
-from ssl_eo.hub import BundlePair, SensorInput, load_bundle, write_bundle, write_pair_bundle
+from ssl_eo.hub import BundlePair, SensorInput, check_free, load_bundle, write_bundle, write_pair_bundle
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder
 from ssl_eo.objectives.base import Objective, Schemas
@@ -93,8 +93,7 @@ def export_encoder(path: Path, out: Path, overwrite: bool = False) -> int:
 
     Raises `ValueError` when `out` holds a bundle already, unless it may `overwrite` it.
     """
-    if (out / "encoder.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    check_free(out, overwrite)
     trained = load_encoder(path)
     if isinstance(trained.objective, PairedObjective):
         inputs = _inputs_of(trained.objective.shown[trained.objective.published])
@@ -109,8 +108,7 @@ def export_pair(path: Path, out: Path, overwrite: bool = False) -> int:
 
     Raises `ValueError` as `export_encoder`, and for a run whose objective has one encoder.
     """
-    if (out / "encoder.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    check_free(out, overwrite)
     trained = load_encoder(path)
     paired = _paired(trained)
     inputs = {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}

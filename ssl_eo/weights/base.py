@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssl_eo.components import available, one_line, suggest
 from ssl_eo.files import atomic_file
-from ssl_eo.hub import SensorInput, write_bundle, write_tensors
+from ssl_eo.hub import SensorInput, check_free, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.weights._reading import find_encoder, read_state_dict
 
@@ -32,6 +32,7 @@ __all__ = [
     "import_released",
     "load_released",
     "read_state_dict",
+    "released_facts",
     "released_state_dict",
 ]
 
@@ -109,32 +110,30 @@ def import_released(path: Path, name: str, out: Path, prefix: str | None = None,
 
     Raises as `load_released`, and when `out` holds a bundle already, unless it may `overwrite` it.
     """
-    if (out / "encoder.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    check_free(out, overwrite)
     released = find_released(name)
     encoder = load_released(path, name, prefix)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    facts = released_facts(path, released.name, released.licence, released.source)
+    sha256 = facts["released"]["sha256"]
     for other in _all_released():
         if other.name != name and any(map(sha256.startswith, other.sha256)):
             raise ValueError(
                 f"{path}: this is the file of {other.name}, by its SHA-256, of which {name} would compute something"
                 f" else: choose --as {other.name}"
             )
-    facts = {
+    write_bundle(out, encoder, released.inputs(), {"features": {"pool": released.pool, "taps": [1.0]}, **facts})
+    return released
+
+
+def released_facts(path: Path, name: str, licence: str, source: str) -> dict[str, Any]:
+    """What a bundle says of the published file `path` that it is from."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
         # No file says after how many steps it was saved; evaluation takes step 0 for an encoder that nobody trained.
         "step": 1,
-        "features": {"pool": released.pool, "taps": [1.0]},
-        "released": {
-            "name": released.name,
-            "licence": released.licence,
-            "source": released.source,
-            "file": path.name,
-            "sha256": sha256,
-        },
+        "released": {"name": name, "licence": licence, "source": source, "file": path.name, "sha256": sha256},
     }
-    write_bundle(out, encoder, released.inputs(), facts)
-    return released
 
 
 def released_state_dict(encoder: Encoder, released: Released) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ of an image depend on which others it comes with; a bundle has those of SSL4EO-S
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,13 +18,13 @@ import torch
 from torch import Tensor
 
 from ssl_eo.files import atomic_file
-from ssl_eo.hub import SensorInput, write_pair_bundle
+from ssl_eo.hub import SensorInput, check_free, write_pair_bundle
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import EncoderConfig
 from ssl_eo.resources import find_resource
 from ssl_eo.sensors import load_sensor
 from ssl_eo.weights._reading import read_state_dict
-from ssl_eo.weights.base import Released
+from ssl_eo.weights.base import Released, released_facts
 
 __all__ = [
     "MODELS",
@@ -163,25 +162,12 @@ def import_pair(path: Path, name: str, out: Path, overwrite: bool = False) -> Re
 
     Raises as `load_pair`, and when `out` holds a bundle already, unless it may `overwrite` it.
     """
-    if (out / "encoder.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a bundle already; give another --out, or add --overwrite")
+    check_free(out, overwrite)
     pair = PAIRS[name]
     model = load_pair(path, pair)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {
-        "step": 1,  # the file does not say; evaluation takes step 0 for an encoder that nobody trained
-        "published": "optical",
-        "features": {"pool": "mean", "taps": [1.0]},
-        "released": {
-            "name": pair.name,
-            "licence": pair.licence,
-            "source": pair.source,
-            "file": path.name,
-            "sha256": sha256,
-        },
-    }
-    write_pair_bundle(out, model, pair_inputs(), facts)
+    facts = released_facts(path, pair.name, pair.licence, pair.source)
+    features = {"pool": "mean", "taps": [1.0]}
+    write_pair_bundle(out, model, pair_inputs(), {"published": "optical", "features": features, **facts})
     return pair
 
 

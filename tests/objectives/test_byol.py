@@ -134,7 +134,6 @@ def test_a_batch_that_is_not_finite_leaves_every_bit() -> None:
         ("objective.predictor_layers=0", "predictor_layers must be positive, got 0"),
         ("objective.momentum=1.5", r"momentum must be in \[0, 1\], got 1.5"),
         ("objective.end_momentum=-0.1", r"end_momentum must be in \[0, 1\]"),
-        ("objective.crops.n_local=1", "set n_global 2 and n_local 0, got 2 and 1"),
         ("model.mask_token=true", "model.mask_token: no patch is hidden"),
     ],
 )

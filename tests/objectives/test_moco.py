@@ -246,7 +246,6 @@ def test_accumulation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("objective.queue_size=0", "queue_size must be positive"),
         ("objective.temperature=-1", "temperature must be positive"),
         ("objective.momentum=2", r"momentum must be in \[0, 1\], got 2"),
-        ("objective.crops.n_global=4", "set n_global 2 and n_local 0, got 4 and 0"),
         ("model.mask_token=true", "model.mask_token: no patch is hidden"),
     ],
 )

@@ -90,9 +90,7 @@ def test_accumulation_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         ("objective.temperature=0", "temperature must be positive, got 0"),
         ("objective.projector_layers=0", "projector_layers must be positive"),
-        ("objective.crops.n_local=2", "set n_global 2 and n_local 0, got 2 and 2"),
-        ("objective.crops.n_global=3", "set n_global 2 and n_local 0, got 3 and 0"),
-        ("objective.crops.global_crop.size_px=30", "global_crop.size_px 30 is not a multiple of model.patch_size 4"),
+        ("objective.crops.crop.size_px=30", "crops.crop.size_px 30 is not a multiple of model.patch_size 4"),
         ("objective.crops.tiles=[sentinel2]", "no source has sentinel2"),
         ("model.mask_token=true", "model.mask_token: no patch is hidden"),
     ],
@@ -109,5 +107,5 @@ def test_a_cls_token_that_is_asked_for_must_be_there() -> None:
 
 
 def test_a_convolution_shows_the_same_bands_in_every_view() -> None:
-    with pytest.raises(ValueError, match=r"global_bands\.n_bands must be null with model\.patch_embed conv"):
-        wrong_combination("simclr", "model.patch_embed=conv", "objective.crops.global_bands.n_bands=[4, 6]")
+    with pytest.raises(ValueError, match=r"bands\.n_bands must be null with model\.patch_embed conv"):
+        wrong_combination("simclr", "model.patch_embed=conv", "objective.crops.bands.n_bands=[4, 6]")
