@@ -27,7 +27,7 @@ from ssl_eo.data.pack import pack
 from ssl_eo.data.sources.synthetic import Config, Source
 
 ROOT = Path(__file__).parents[1]
-N_PLACES, EXTENT_M = 4096, 640.0
+EXTENT_M = 640.0
 BATCH = 32
 N_SHORT_STEPS = 60
 CROP = "{size_px: 32, scale: [0.25, 1.0]}"
@@ -120,14 +120,14 @@ def _records(out_dir: Path, name: str, kind: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def write_data(folder: Path, names: list[str]) -> None:
+def write_data(folder: Path, names: list[str], n_places: int) -> None:
     """Packs the scenes that `names` need."""
     sensors = ["sentinel2_l2a", "sentinel1_grd:vv_vh", "synthetic_landcover"]
-    places = Config(n_samples=N_PLACES, extent_m=EXTENT_M, sensors=sensors)
+    places = Config(n_samples=n_places, extent_m=EXTENT_M, sensors=sensors)
     if names != ["mae_temporal"]:
         pack(Source(places), folder / "places", n_workers=2)
     if "mae_temporal" in names:
-        dated = Config(n_samples=N_PLACES, extent_m=EXTENT_M, sensors=sensors[:1], n_dates=3)
+        dated = Config(n_samples=n_places, extent_m=EXTENT_M, sensors=sensors[:1], n_dates=3)
         pack(Source(dated), folder / "series", n_workers=2)
 
 
@@ -135,11 +135,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=180, help="of training, for each")
     parser.add_argument("--only", choices=RECIPES, nargs="+", default=list(RECIPES), help="some objectives")
+    parser.add_argument("--places", type=int, default=4096, help="to train on")
     parser.add_argument("--folder", type=Path, help="where data and runs are left; default: nowhere")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        write_data(folder, arguments.only)
+        write_data(folder, arguments.only, arguments.places)
         print(HEADER, flush=True)
         for name in arguments.only:
             print(compare(name, arguments.seconds, folder).row(), flush=True)

@@ -238,7 +238,7 @@ def test_only_tiles_that_are_shown_must_hold_something(tmp_path: Path) -> None:
     with load(cfg=cfg, sources=[TwoTiles(53, {9: "empty"})], quarantine_path=path) as loader:
         used = {key for batch in loader for key in batch.keys}
     assert used == {f"toy_{i}" for i in range(53)} - {"toy_7", "toy_9"}
-    empty = "ValueError: tile 'toy' of sample 'toy_9' is all no-data"
+    empty = "ValueError: tile 'toy' of sample 'toy_9' is all no-data where a view looks"
     assert {r["reason"] for r in quarantined(path)} == {"ValueError: no view of 7", empty}
 
 

@@ -31,7 +31,7 @@ STATE_OF = {
     "moco_v3": (r"^objective\.teacher\.",),
     "byol": (r"^objective\.teacher\.",),
     "multimae": (r"balance\.",),
-    "croma": (r"temperature",),
+    "croma": (r"logit_scale$",),
     "dofa": (r"^objective\.teacher\.",),
 }
 
