@@ -24,8 +24,9 @@ from torch import Tensor
 from ssl_eo.models import cross_encoder, vit
 from ssl_eo.models.alibi import alibi_bias
 from ssl_eo.models.cross_encoder import OpticalRadar
-from ssl_eo.models.vit import EncoderConfig, EncoderInput
+from ssl_eo.models.vit import EncoderInput
 from ssl_eo.sensors import load_sensor
+from ssl_eo.weights.croma import PAIRS
 
 __all__ = ["measure_alibi"]
 
@@ -129,18 +130,9 @@ def _visible(n_samples: int, seed: int, device: torch.device) -> Tensor:
 
 def _model(toy: bool, device: torch.device) -> OpticalRadar:
     """CROMA base."""
-    size = {"embed_dim": 64, "depth": 2} if toy else {}
-    cfg = EncoderConfig(
-        size="base",
-        n_heads=N_HEADS,
-        patch_size=8,
-        qkv_bias=False,
-        cls_token=False,
-        norm_eps=1e-5,
-        position="alibi",
-        patch_embed="conv",
-        **size,
-    )
+    cfg = PAIRS["croma_base"].config
+    if toy:
+        cfg = replace(cfg, embed_dim=64, depth=2)
     half = cfg.n_blocks // 2
     model = OpticalRadar.of_sizes(cfg, replace(cfg, depth=half), (12, 2), half)
     for part in model.children():

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
-from _multimae import MOST_PPM, Setting
+from _objective_steps import MOST_PPM, Setting, Training
 from _table import Row
 from _timing import median_wall_seconds
 from torch import Tensor, nn
 
 from ssl_eo.data.plans import CropConfig
-from ssl_eo.data.render import Renderer
 from ssl_eo.data.sources import synthetic
-from ssl_eo.data.types import Batch, move_to
+from ssl_eo.data.types import Batch
 from ssl_eo.models import layers
 from ssl_eo.models.decoders import DecoderConfig
 from ssl_eo.models.vit import EncoderConfig
+from ssl_eo.objectives import base
 from ssl_eo.objectives.mae import Config, Objective
-from ssl_eo.seeding import numpy_generator
 from ssl_eo.sensors import ChannelMeta
-from ssl_eo.train.optim import OptimConfig, build_optimizer, step_if_finite
 from ssl_eo.train.parallel import build_objective
 
 __all__ = ["measure_masked"]
@@ -35,7 +32,7 @@ def measure_masked(setting: Setting, n_turns: int) -> list[Row]:
     """Steps of MAE ViT-B/16 on 224 pixels with the decoder of the paper, in both orders, and how far losses differ."""
     rows = []
     for what, (embed, sensor) in CASES.items():
-        training = Training(setting, embed, sensor or "sentinel2_l2a")
+        training = training_of(setting, embed, sensor or "sentinel2_l2a")
         batch = training.batch()
         ours = float(training.loss(batch).detach())
         with plain_order(training.objective):
@@ -57,43 +54,16 @@ def measure_masked(setting: Setting, n_turns: int) -> list[Row]:
     return rows
 
 
-class Training:
-    """The objective and its optimiser before the first step."""
-
-    def __init__(self, setting: Setting, embed: str, sensor: str) -> None:
-        self.setting = setting
-        self.source = synthetic.Source(synthetic.Config(sensors=[sensor], extent_m=2240.0))
-        small = {"embed_dim": 48, "depth": 2, "n_heads": 3} if setting.toy else {}
-        self.model = EncoderConfig(size="base", patch_embed=embed, **small)  # type: ignore[arg-type]
-        decoder = DecoderConfig("full", 64, 1, 4) if setting.toy else DecoderConfig("full", 512, 8, 16)
-        self.config = Config(crop=CropConfig(64 if setting.toy else 224), decoder=decoder, output="linear")
-        self.schemas = [self.source.schema]
-        built = build_objective(
-            lambda: Objective(self.config, self.model, self.schemas), 0, torch.device(setting.device)
-        ).train()
-        assert isinstance(built, Objective)
-        self.objective = built
-        self.optimizer = build_optimizer(OptimConfig(), built)
-
-    def batch(self) -> Batch:
-        """Rendered views of the first samples."""
-        views = Objective.views(self.config, self.model, self.schemas)
-        samples = [replace(self.source.read(slot), slot=slot) for slot in range(self.setting.batch_size)]
-        planned = [(sample, views.plan(sample, numpy_generator("benchmark", sample.slot))) for sample in samples]
-        batch = move_to(views.collate(planned, 0, 0, numpy_generator("benchmark")), self.setting.device)
-        batch.pixels = Renderer(self.schemas).to(self.setting.device).render(batch)
-        return batch
-
-    def loss(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.bfloat16):
-            total: Tensor = self.objective(batch, {}).total
-        return total
-
-    def step(self, batch: Batch) -> None:
-        """Forward, backward, and the optimiser."""
-        self.loss(batch).backward()
-        step_if_finite(self.optimizer, torch.ones((), device=self.setting.device))
-        self.optimizer.zero_grad(set_to_none=True)
+def training_of(setting: Setting, embed: str, sensor: str) -> Training:
+    """ViT-B/16 with the decoder of the paper, on procedural scenes of 224 pixels."""
+    source = synthetic.Source(synthetic.Config(sensors=[sensor], extent_m=2240.0))
+    small = {"embed_dim": 48, "depth": 2, "n_heads": 3} if setting.toy else {}
+    model = EncoderConfig(size="base", patch_embed=embed, **small)  # type: ignore[arg-type]
+    decoder = DecoderConfig("full", 64, 1, 4) if setting.toy else DecoderConfig("full", 512, 8, 16)
+    config = Config(crop=CropConfig(64 if setting.toy else 224), decoder=decoder, output="linear")
+    schemas = [source.schema]
+    built = build_objective(lambda: Objective(config, model, schemas), 0, torch.device(setting.device)).train()
+    return Training(setting, built, Objective.views(config, model, schemas), source)
 
 
 class _EmbedAllThenDrop(nn.Module):
@@ -117,7 +87,7 @@ def _explicit_softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 
 @contextlib.contextmanager
-def plain_order(objective: Objective) -> Iterator[None]:
+def plain_order(objective: base.Objective) -> Iterator[None]:
     """Embeds every patch before hidden ones are dropped, and attends by an explicit softmax; with the same weights."""
     encoder, attend = objective.student["encoder"], layers.attend
     embed = encoder.patch_embed

@@ -3,45 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
+from _objective_steps import MOST_PPM, Setting, Training
 from _table import Row
 from _timing import median_wall_seconds
 from torch import Tensor, nn
 
 from ssl_eo.config import load
-from ssl_eo.data.render import Renderer
 from ssl_eo.data.sources import synthetic
-from ssl_eo.data.types import Batch, move_to
+from ssl_eo.data.types import Batch
 from ssl_eo.models.modality_decoders import ModalityDecoderConfig, ModalityDecoders
 from ssl_eo.models.vit import Tokens
 from ssl_eo.objectives.multimae import Objective
-from ssl_eo.seeding import numpy_generator
-from ssl_eo.train.optim import OptimConfig, build_optimizer, step_if_finite
 from ssl_eo.train.parallel import build_objective
 
-__all__ = ["Setting", "measure_decoders"]
+__all__ = ["measure_decoders"]
 
 RECIPE = "pretrain/multimae_vitb8_mmearth64"
 SENSORS = ["sentinel2_l2a", "dem", "worldcover"]  # of procedural scenes, in place of MMEarth
-MOST_PPM = 50  # rounding to float32; a term that is wrong or missing makes thousands
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is run, and on what. A `toy` shows in seconds that everything works; its figures say nothing."""
-
-    device: str = "cpu"
-    batch_size: int = 8
-    bfloat16: bool = False
-    toy: bool = False
 
 
 def measure_decoders(setting: Setting, n_turns: int) -> list[Row]:
     """Steps of the recipe with its seven decoders in one and in a loop, the decoders alone, and how far they differ."""
-    batched, looped = (Training(setting, is_looped) for is_looped in (False, True))
+    batched, looped = (MultiMaeTraining(setting, is_looped) for is_looped in (False, True))
     batch = batched.batch()
     loss, other = (float(training.loss(batch).detach()) for training in (batched, looped))
     rows = []
@@ -84,48 +71,23 @@ class LoopedDecoders(nn.Module):
         return {name: decoder(tokens, ids_keep, table)[name] for name, decoder in self.parts.items()}
 
 
-class Training:
-    """An objective and its optimiser before the first step."""
+class MultiMaeTraining(Training):
+    """The recipe on procedural scenes."""
+
+    objective: Objective
 
     def __init__(self, setting: Setting, is_looped: bool) -> None:
-        self.setting = setting
         small = ("model.embed_dim=48", "model.depth=2", "model.n_heads=3", "objective.decoder.embed_dim=32")
         tiles = tuple(f"objective.modalities.{name}.tile=sentinel2_l2a" for name in ("rgb", "ired", "ebands", "sired"))
-        self.config = load(RECIPE, ["data.sources=[{name: synthetic}]", *tiles, *(small if setting.toy else ())])
-        self.source = synthetic.Source(synthetic.Config(sensors=SENSORS, extent_m=600.0))
-        options, model = self.config.objective.options, self.config.model
-        built = build_objective(
-            lambda: Objective(options, model, [self.source.schema]), 0, torch.device(setting.device)
-        ).train()
+        config = load(RECIPE, ["data.sources=[{name: synthetic}]", *tiles, *(small if setting.toy else ())])
+        source = synthetic.Source(synthetic.Config(sensors=SENSORS, extent_m=600.0))
+        options, model, schemas = config.objective.options, config.model, [source.schema]
+        built = build_objective(lambda: Objective(options, model, schemas), 0, torch.device(setting.device)).train()
         assert isinstance(built, Objective)
-        self.objective = built
         if is_looped:
             looped = LoopedDecoders(options.decoder, model.width, built.student["decoders"])
             built.student["decoders"] = looped.to(setting.device)
-        self.optimizer = build_optimizer(OptimConfig(), built)
-
-    def batch(self) -> Batch:
-        """Rendered views of the first samples."""
-        schemas = [self.source.schema]
-        views = Objective.views(self.config.objective.options, self.config.model, schemas)
-        samples = [replace(self.source.read(slot), slot=slot) for slot in range(self.setting.batch_size)]
-        planned = [(sample, views.plan(sample, numpy_generator("benchmark", sample.slot))) for sample in samples]
-        batch = move_to(views.collate(planned, 0, 0, numpy_generator("benchmark")), self.setting.device)
-        batch.pixels = Renderer(schemas).to(self.setting.device).render(batch)
-        return batch
-
-    def loss(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.bfloat16):
-            losses = self.objective(batch, {})
-        total: Tensor = losses.total
-        return total
-
-    def step(self, batch: Batch) -> None:
-        """Forward, backward, optimiser."""
-        loss = self.loss(batch)
-        loss.backward()
-        step_if_finite(self.optimizer, loss.isfinite().float())
-        self.optimizer.zero_grad(set_to_none=True)
+        super().__init__(setting, built, Objective.views(options, model, schemas), source)
 
     def decoding(self, batch: Batch) -> Callable[[], None]:
         """Forward and backward of the decoders, from tokens that are there."""

@@ -18,7 +18,8 @@ import _table
 import torch
 from _alibi import measure_alibi
 from _masked import measure_masked
-from _multimae import Setting, measure_decoders
+from _multimae import measure_decoders
+from _objective_steps import Setting
 
 SECTIONS: dict[str, Callable[[Setting, int], list[_table.Row]]] = {
     "masked": measure_masked,

@@ -173,9 +173,10 @@ class Objective(base.Objective):
         dim, device, student = self.cfg.decoder.embed_dim, tokens.x.device, self.student
         if not self.has_dated_positions and not meta:
             return None
-        table = sincos_grid(tokens.grid, dim, device)
         if self.has_dated_positions:
             table = sincos_3d(tokens.n_steps, tokens.grid, dim, tokens.grid[0], device)
+        else:
+            table = sincos_grid(tokens.grid, dim, device)
         if "decoder_time_encoding" in student:
             when = student["decoder_time_encoding"](meta["dates"])  # [B, T, d]
             table = table + when.repeat_interleave(tokens.grid[0] * tokens.grid[1], dim=1)
