@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ssl_eo import __version__
+from ssl_eo.cluster import EXIT_FAILURE, EXIT_RESUMABLE, STOP_SIGNALS, StoppedEarlyError, finish, signals_stop_early
 from ssl_eo.components import MissingExtraError
 
-__all__ = ["entry", "main"]
+__all__ = ["entry", "leave", "main"]
 
-EXIT_FAILURE = 1
 EXIT_USAGE = 2
+_FIRST_RANK_TELLS_WITHIN_S = 2.0
 PROGRESS_EVERY_S = 30.0  # where there is no terminal
 
 
@@ -34,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except (ValueError, MissingExtraError) as error:
-        return _fail(str(error), EXIT_USAGE)
+        return _fail(str(error), EXIT_USAGE, error)
     except (RuntimeError, OSError) as error:
         if os.environ.get("SSL_EO_TRACEBACK"):
             raise
-        return _fail(f"{error} (set SSL_EO_TRACEBACK=1 for the traceback)", EXIT_FAILURE)
+        return _fail(f"{error} (set SSL_EO_TRACEBACK=1 for the traceback)", EXIT_FAILURE, error)
+    except StoppedEarlyError:
+        return _fail("stopped on request before training began; the same command goes on", EXIT_RESUMABLE)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return status
@@ -46,7 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """`main` as a process of its own."""
-    status = main()
+    leave(main())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, whose command ended with `status`, with what its launcher is to see."""
+    if status == EXIT_RESUMABLE:
+        for name in STOP_SIGNALS:  # a scheduler may ask again, and what it asks for is being done
+            signal.signal(name, signal.SIG_IGN)
+    status = finish(status, os.environ)
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         # An error on this rank alone: at exit, gloo would wait for collectives that the other ranks never join.
@@ -56,9 +68,18 @@ def entry() -> NoReturn:
     sys.exit(status)
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"ssl-eo: {message}", file=sys.stderr)
+def _fail(message: str, status: int, error: Exception | None = None) -> int:
+    if error is not None and _is_told_elsewhere(error):
+        time.sleep(_FIRST_RANK_TELLS_WITHIN_S)  # torchrun ends the first rank as soon as another has ended
+    else:
+        print(f"ssl-eo: {message}", file=sys.stderr, flush=True)
     return status
+
+
+def _is_told_elsewhere(error: Exception) -> bool:
+    """Whether all ranks have this error, and another one says so."""
+    distributed = sys.modules.get("ssl_eo.distributed")
+    return distributed is not None and distributed.told_by(error) not in (None, distributed.rank())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -170,10 +191,11 @@ def _train(arguments: argparse.Namespace) -> int:
     # How often libgomp's threads look for work before they sleep. Its own choice is fastest on idle cores, by a tenth,
     # and several times slower where other work shares them. It is read when torch is first imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from ssl_eo.config import load
-    from ssl_eo.train.trainer import train
+    with signals_stop_early():
+        from ssl_eo.config import load
+        from ssl_eo.train.trainer import train
 
-    return train(load(arguments.config, arguments.overrides))
+        return train(load(arguments.config, arguments.overrides))
 
 
 def _config(arguments: argparse.Namespace) -> int:

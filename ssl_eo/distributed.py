@@ -6,13 +6,17 @@ Every function works without a process group too, as world size 1.
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ssl_eo.cluster import read_launch
 
 __all__ = [
     "AgreedFlag",
@@ -21,15 +25,22 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "gather",
+    "gather_objects",
     "init_world",
     "is_main",
+    "local_part",
     "mean_over_ranks",
+    "on_all_ranks",
     "raise_on_all_ranks",
     "rank",
     "shutdown",
+    "tell_by",
+    "told_by",
     "world_size",
 ]
 
+T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 # A rank may spend minutes on something that others wait for, such as reading an archive's index for the first time.
 _TIMEOUT = timedelta(minutes=30)
@@ -37,30 +48,40 @@ _TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: its rank, the number of ranks, its index on the node and its device."""
+    """Where this process stands: its rank, the number of ranks, its index on the node and its device.
+
+    `address` is that of the first rank, for the others.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    address: str = "localhost"
 
 
 def init_world() -> World:
-    """Join the process group that torchrun's variables describe; world size 1 needs none and creates none.
+    """Join the process group that the launcher describes (`ssl_eo.cluster`); world size 1 needs none and creates none.
 
     gloo on CPU; on GPUs nccl, with gloo beside it for host-side agreement.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launch = read_launch(os.environ)
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        # Slurm may bind each task to a GPU, which is then the only one that it sees.
+        is_bound = launch.launcher == "slurm" and torch.cuda.device_count() == 1
+        device = torch.device("cuda", 0 if is_bound else launch.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    if size > 1 and not dist.is_initialized():
+    if launch.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
-    return World(rank=rank(), size=world_size(), local_rank=local_rank, device=device)
+        if launch.launcher == "slurm":
+            where = f"tcp://{launch.address}:{launch.port}"
+            dist.init_process_group(backend, where, timeout=_TIMEOUT, world_size=launch.size, rank=launch.rank)
+        else:  # by the variables: they say too whether torchrun's agent holds the store
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+    address = launch.address or World.address
+    return World(rank=rank(), size=world_size(), local_rank=launch.local_rank, device=device, address=address)
 
 
 def shutdown() -> None:
@@ -95,10 +116,54 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """The `value` of every rank, in rank order, on every rank (pickled; for small host-side things)."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def raise_on_all_ranks(error: BaseException | None) -> None:
     """Raise on every rank what rank 0 gives as `error`, so that none waits for one that has stopped; None passes."""
-    if (agreed := broadcast_object(error)) is not None:
-        raise agreed
+    if (common := broadcast_object(error)) is not None:
+        raise tell_by(0, common)
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank, or the error of the first rank on which it fails, on all of them.
+
+    For what may go well on one rank and fail on another, such as opening files of several machines.
+    """
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = work()
+    except Exception as caught:  # of any kind: the other ranks wait to hear of it
+        error = caught
+    told = gather_objects(None if error is None else (type(error), str(error), socket.gethostname()))
+    failed = [(i, *found) for i, found in enumerate(told) if found is not None]
+    if failed and world_size() > 1:
+        first, kind, message, host = failed[0]
+        where = f"rank {first} on {host}" + (f" and {len(failed) - 1} others" if len(failed) > 1 else "")
+        kind = kind if kind in (ValueError, OSError) else RuntimeError
+        raise tell_by(0, kind(f"{message} ({where})")) from error
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+def tell_by(rank: int, error: E) -> E:
+    """`error`, which every rank has, marked as one that `rank` prints: one word of it is enough."""
+    error._told_by = rank  # type: ignore[attr-defined]
+    return error
+
+
+def told_by(error: BaseException) -> int | None:
+    """The rank that prints `error`, where every rank has it; None for one of this rank alone."""
+    found: int | None = getattr(error, "_told_by", None)
+    return found
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -117,6 +182,12 @@ def all_agree(flag: Tensor) -> Tensor:
     agreed = flag.to(torch.int32)
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
     return agreed > 0
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that FSDP has spread over ranks, without a copy; any other tensor as it is."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 class _Gather(torch.autograd.Function):

@@ -29,7 +29,8 @@ def _enter(rank: int, n_ranks: int, folder: str, call: Callable[..., Any], args:
     try:
         torch.save(call(*args), f"{folder}/rank{rank}.pt")
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a training run has left it
+            dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ from ssl_eo.eval.tasks import TaskConfig
 from ssl_eo.resources import find_resource
 from ssl_eo.sensors import Sensor
 
-COMMANDS = ("export", "pre-commit", "pytest", "python")  # beside ours, make and torchrun
+COMMANDS = ("export", "pre-commit", "pytest", "python")  # beside ours, make and launchers
+LAUNCHERS = {"launch/torchrun.sh", "launch/slurm.sbatch", "launch/submitit_launch.py"}
 MINIMAL = {"objective": {"name": "mae"}, "data": {"sources": [{"name": "synthetic"}]}}
 SHORT = (
     *("train.total_steps=2", "train.global_batch_size=8", "optim.warmup_steps=1", "data.n_workers=0"),
@@ -145,7 +146,9 @@ def test_commands_parse(block: Block) -> None:
             words = words[1:]  # a variable of the environment
         if not words:
             continue
-        if words[0] == "torchrun" or words[:2] == ["python", "-m"]:
+        if LAUNCHERS & set(words):
+            words = ["ssl-eo", "train", *words[words.index("--config") :]]
+        elif words[0] == "torchrun" or words[:2] == ["python", "-m"]:
             assert words[words.index("-m") + 1] == "ssl_eo", f"{block}: {line}"
             words = ["ssl-eo", *words[words.index("-m") + 2 :]]
         if words[0] == "ssl-eo":
@@ -274,7 +277,13 @@ def _key_tables(text: str) -> str:
 def test_the_tree_of_the_architecture_is_that_of_the_package() -> None:
     (tree,) = (b.text for b in _blocks(ROOT / "docs" / "architecture.md") if b.text.startswith("setup.py"))
     named = set(re.findall(r"\b\w+\.py\b", tree))
-    folders = [ROOT, ROOT / "benchmarks", *(p for p in (ROOT / "ssl_eo").rglob("*") if p.is_dir()), ROOT / "ssl_eo"]
+    folders = [
+        ROOT,
+        ROOT / "benchmarks",
+        ROOT / "launch",
+        *(p for p in (ROOT / "ssl_eo").rglob("*") if p.is_dir()),
+        ROOT / "ssl_eo",
+    ]
     files = {p.name for folder in folders for p in folder.glob("*.py")}
     assert not named - files
     assert not {name for name in files - named if not name.startswith("_")}

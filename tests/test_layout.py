@@ -16,6 +16,7 @@ MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 
 # Layer of a module: the longest prefix that matches. A module may import its own and lower layers.
 LAYER_0 = (
+    "cluster",
     "components",
     "distributed",
     "files",
@@ -52,8 +53,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "weights": ("weights", "hub", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
-    **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim")},
-    "train.parallel": ("objectives.base", "train.activation_checkpointing", *LAYER_0),
+    **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim", "sharding")},
+    "train.parallel": ("objectives.base", "train.activation_checkpointing", "train.sharding", *LAYER_0),
+    "train.watch": LAYER_0,
     "train.activation_checkpointing": ("models.layers",),
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),

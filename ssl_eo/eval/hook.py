@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_eo.distributed import broadcast_object, is_main
+from ssl_eo.distributed import broadcast_object, is_main, on_all_ranks
 from ssl_eo.eval.controls import CONTROLS
 from ssl_eo.eval.features import Encode, FeatureSet, Featurise, Pool, extract, pooled_taps, tap_name
 from ssl_eo.eval.health import health
@@ -71,11 +71,11 @@ class EvalHook:
     """
 
     def __init__(self, cfg: EvalConfig, run_dir: Path, device: torch.device) -> None:
-        """Open the sources of all tasks, so that a wrong path is an error now and not hours later."""
+        """Open the sources of all tasks, so that a path that is wrong on any rank is an error now, not hours later."""
         self.cfg = cfg
         self.path = run_dir / "eval.jsonl"
         self.device = device
-        self.tasks = [Task(task) for task in cfg.tasks] if cfg.every_n_steps else []
+        self.tasks = on_all_ranks(lambda: [Task(task) for task in cfg.tasks] if cfg.every_n_steps else [])
         known = read_jsonl(self.path) if is_main() else []
         done = {(r["task"], r["features"]) for r in known if r.get("kind") == "probe" and r["features"] != "encoder"}
         self._controls_done: set[tuple[str, str]] = broadcast_object(done)

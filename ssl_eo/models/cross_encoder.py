@@ -91,11 +91,11 @@ class PairHead(nn.Module):
         self.temperature = temperature
         self.optical = nn.Linear(dim, dim)
         self.radar = nn.Linear(dim, dim)
-        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_scale = nn.Parameter(torch.empty(1))  # not 0-d: FSDP cannot spread that
 
     def forward(self, optical: Tensor, radar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of pooled `[B, D]` each: both projected, `[B, D]`, and the logarithm of their scale."""
-        return self.optical(optical), self.radar(radar), self.logit_scale
+        """Of pooled `[B, D]` each: both projected, `[B, D]`, and the logarithm of their scale, 0-d."""
+        return self.optical(optical), self.radar(radar), self.logit_scale[0]
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -197,6 +197,14 @@ def add_branch(
     return x.index_add(0, index, update.to(x.dtype))  # [T, D]
 
 
+class BlockNorm(nn.LayerNorm):
+    """LayerNorm whose gain and bias may be of a lower precision than its input: FSDP can gather them in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        precision = torch.promote_types(self.weight.dtype, x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(precision), self.bias.to(precision), self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP branches, each with optional LayerScale and stochastic depth."""
 
@@ -213,10 +221,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_path_prob = drop_path_prob
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = BlockNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, n_heads, qkv_bias)
         self.ls1 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = BlockNorm(dim, eps=norm_eps)
         self.mlp = (SwiGlu if mlp == "swiglu" else Mlp)(dim, int(dim * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale_init is None else LayerScale(dim, layer_scale_init)
 
@@ -240,9 +248,9 @@ class CrossBlock(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = BlockNorm(dim, eps=norm_eps)
         self.attn = CrossAttention(dim, n_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = BlockNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -262,11 +270,11 @@ class JointBlock(nn.Module):
         self, dim: int, n_heads: int, mlp_ratio: float = 4.0, norm_eps: float = 1e-6, qkv_bias: bool = True
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = BlockNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, n_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = BlockNorm(dim, eps=norm_eps)
         self.cross_attn = CrossAttention(dim, n_heads, qkv_bias)
-        self.norm3 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm3 = BlockNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(

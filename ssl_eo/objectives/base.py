@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ssl_eo.data.types import Batch, TileSchema, Views
+from ssl_eo.distributed import local_part
+from ssl_eo.models.layers import Block, CrossBlock, JointBlock
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
 from ssl_eo.schedules import Schedule
 
@@ -112,6 +114,13 @@ class Objective(nn.Module):
         assert isinstance(encoder, Encoder)
         return encoder
 
+    def shard_units(self) -> list[nn.Module]:
+        """What FSDP gathers one after the other, in about the order of the forward pass: every transformer block.
+
+        The rest is gathered as a whole at the start of a step. A unit is used by calling it, never by another method.
+        """
+        return [m for m in self.modules() if isinstance(m, Block | CrossBlock | JointBlock)]
+
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures of `batch`, a few samples, for a person to look at: title -> `[n, C, H, W]`, normalised values."""
         return {}
@@ -150,13 +159,14 @@ def teacher_of(student: nn.ModuleDict, names: Sequence[str]) -> nn.ModuleDict:
 def ema_update_(teacher: nn.ModuleDict, student: nn.ModuleDict, momentum: float, finite: Tensor) -> None:
     """teacher <- m * teacher + (1 - m) * student, left as it is where the 0-d `finite` is 0; no host sync.
 
-    One fused kernel per operation: with a tensor as weight, `_foreach_lerp_` would launch one per parameter.
+    Where FSDP has spread both, alike, over ranks, each rank moves its own part. One fused kernel per operation: with a
+    tensor as weight, `_foreach_lerp_` would launch one per parameter.
     """
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     for name, module in teacher.items():
-        targets += list(module.parameters())
-        sources += list(student[name].parameters())
+        targets += [local_part(p) for p in module.parameters()]
+        sources += [local_part(p) for p in student[name].parameters()]
     steps = torch._foreach_sub(sources, targets)
-    torch._foreach_mul_(steps, (1.0 - momentum) * finite)
+    torch._foreach_mul_(steps, ((1.0 - momentum) * finite).to(steps[0].device))  # another with parallel.cpu_offload
     torch._foreach_add_(targets, steps)

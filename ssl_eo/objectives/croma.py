@@ -26,6 +26,7 @@ from ssl_eo.data.multicrop import Image, crop_image, images_of
 from ssl_eo.data.plans import CropConfig
 from ssl_eo.data.stacking import stack
 from ssl_eo.data.types import Batch, PixelBatch, Sample, View
+from ssl_eo.distributed import local_part
 from ssl_eo.losses.contrastive import pair_contrasts
 from ssl_eo.losses.reconstruction import masked_mse, normalise_patches, patch_moments, patchify, pictures_of
 from ssl_eo.models.cross_encoder import CrossEncoder, OpticalRadar, PairHead, PoolHead
@@ -209,8 +210,10 @@ class Objective(base.Objective):
     def after_step(self, now: Mapping[str, float], finite: Tensor, state: Mapping[str, Tensor]) -> None:
         # Once pairs are told apart the scale would grow for ever, and with it the gradients of the few that are not. In
         # the forward pass a clamp would take the scale's gradient away, and it would never come back.
-        scale = self.student["pair_head"].logit_scale
-        assert isinstance(scale, Tensor)
+        head = self.student["pair_head"]
+        assert isinstance(head, PairHead)
+        scale = local_part(head.logit_scale)
+        finite = finite.to(scale.device)
         scale.copy_(torch.where(finite > 0, scale.clamp(max=-math.log(self.cfg.min_temperature)), scale))
 
     @torch.no_grad()

@@ -35,6 +35,7 @@ __all__ = [
     "CheckpointConfig",
     "CheckpointError",
     "Checkpointer",
+    "find_checkpoint",
     "holds_checkpoints",
     "load_weights",
     "locate",
@@ -137,19 +138,11 @@ class Checkpointer:
         if self._pending is not None:
             self._pending.result()
 
-    def restore(self) -> tuple[int, dict[str, Any]] | None:
-        """Load the newest whole checkpoint into objective and optimiser: its step and facts, or None without one.
+    def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Load the checkpoint `path`, of any number of ranks and any strategy, into objective and optimiser.
 
-        Damaged ones that are newer are set aside, since training will write these steps again.
+        Returns its step and facts.
         """
-        path = broadcast_object(newest(self.root) if is_main() else None)
-        if path is None:
-            return None
-        if is_main():
-            for damaged in (p for p in _candidates(self.root) if _step_of(p) > _step_of(path)):
-                aside = damaged.with_name(f"{damaged.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                damaged.rename(aside)
         seal = _read_seal(path)
         state = self._state()
         _load(state, path, alone=world_size() == 1)
@@ -223,6 +216,27 @@ class Checkpointer:
         whole = _candidates(self.root)
         kept = f"the newest kept is {whole[0].name}" if whole else "none was written before"
         return f"{kept}. {advice} the same command again: it goes on from there"
+
+
+def find_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint to go on from, on every rank, or None where nothing was saved yet. Collective.
+
+    Damaged ones that are newer are set aside, since training will write these steps again. Raises as `newest` does.
+    """
+    root, path, error = run_dir / "checkpoints", None, None
+    if is_main():
+        try:
+            path = newest(root)
+        except CheckpointError as caught:
+            error = caught
+    raise_on_all_ranks(error)
+    if path is not None:
+        for damaged in (p for p in _candidates(root) if _step_of(p) > _step_of(path)):
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+    found: Path | None = broadcast_object(path)
+    return found
 
 
 def newest(root: Path) -> Path | None:

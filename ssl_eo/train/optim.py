@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ssl_eo.components import check_patterns
 from ssl_eo.objectives.base import Objective
@@ -19,6 +21,7 @@ from ssl_eo.schedules import Constant, Schedule, Trapezoid, WarmupCosine
 __all__ = [
     "OptimConfig",
     "build_optimizer",
+    "clip_gradients",
     "lr_schedule",
     "param_groups",
     "set_hyper_parameters",
@@ -133,6 +136,19 @@ def set_hyper_parameters(optimizer: torch.optim.Optimizer, lr: float, weight_dec
     for group in optimizer.param_groups:
         group["lr"] = 0.0 if step < group["freeze_steps"] else lr * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["weight_decay_multiplier"]
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients down to `max_norm`, one norm over all of them, or leave them where it is None.
+
+    Returns the norm before that, 0-d and the same on every rank, whether they are whole or spread by FSDP.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:

@@ -8,8 +8,10 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,15 @@ from ssl_eo.components import one_line
 from ssl_eo.config import Config, build, difference, read_yaml, to_yaml
 from ssl_eo.data.manifest import schema_from_dict, schema_to_dict
 from ssl_eo.data.types import TileSchema
-from ssl_eo.distributed import World, barrier, is_main
+from ssl_eo.distributed import (
+    World,
+    barrier,
+    broadcast_object,
+    is_main,
+    on_all_ranks,
+    raise_on_all_ranks,
+    world_size,
+)
 from ssl_eo.eval.report import save_panel
 from ssl_eo.files import atomic_write, lock_folder
 from ssl_eo.jsonl import JsonLines, read_jsonl
@@ -28,15 +38,26 @@ from ssl_eo.train.checkpoint import holds_checkpoints
 
 __all__ = ["claim", "describe", "read_environment", "read_schemas", "record_skipped", "save_pictures"]
 
+_SHARED_WITHIN_S = 30.0  # a network file system may show a new file late
+
 
 @contextlib.contextmanager
 def claim(path: Path, config: Config) -> Iterator[None]:
-    """Hold the run directory `path` for this process group; refuses a directory in use or of another config."""
-    handle = lock_folder(path, "set another run.name or run.out_dir") if is_main() else None
-    try:
-        if is_main():
+    """Hold the run directory `path` for this process group.
+
+    Raises `ValueError` on every rank for a directory in use, of another config, or that not every rank sees.
+    """
+    handle: int | None = None
+    error: Exception | None = None
+    if is_main():
+        try:
+            handle = lock_folder(path, "set another run.name or run.out_dir")
             _check_config(path, config)
-        barrier()
+        except (ValueError, OSError) as caught:
+            error = caught
+    try:
+        raise_on_all_ranks(error)
+        _check_shared(path)
         yield
     finally:
         if handle is not None:
@@ -96,6 +117,31 @@ def save_pictures(path: Path, step: int, pictures: Mapping[str, Tensor], schema:
     folder = path / "pictures"
     folder.mkdir(exist_ok=True)
     save_panel(folder / f"step_{step:08d}.png", rows)
+
+
+def _check_shared(path: Path) -> None:
+    """Raise `ValueError` on every rank when one does not see what the first has written to `path`."""
+    if world_size() == 1:
+        return
+    word = broadcast_object(token_hex(8))
+    page = path / ".seen_by_all"
+    if is_main():
+        atomic_write(page, word)
+    barrier()
+
+    def look() -> None:
+        limit = time.monotonic() + _SHARED_WITHIN_S
+        while not (page.is_file() and page.read_text(encoding="utf-8") == word):
+            if time.monotonic() > limit:
+                raise ValueError(
+                    f"{path} is not the folder that the first rank writes to; set run.out_dir to one that all nodes"
+                    " share"
+                )
+            time.sleep(0.2)
+
+    on_all_ranks(look)
+    if is_main():
+        page.unlink()
 
 
 def _check_config(path: Path, config: Config) -> None:

@@ -9,22 +9,33 @@ from __future__ import annotations
 import contextlib
 import gc
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ssl_eo.components import resolve
 from ssl_eo.config import Config, to_dict
 from ssl_eo.data.loader import Loader
 from ssl_eo.data.opening import open_sources
 from ssl_eo.data.render import Renderer
-from ssl_eo.data.types import Batch, move_to
-from ssl_eo.distributed import AgreedFlag, World, all_agree, barrier, init_world, is_main, shutdown
+from ssl_eo.data.types import Batch, Source, move_to
+from ssl_eo.distributed import (
+    AgreedFlag,
+    World,
+    all_agree,
+    barrier,
+    gather_objects,
+    init_world,
+    is_main,
+    on_all_ranks,
+    shutdown,
+)
 from ssl_eo.eval.features import tap_layers
 from ssl_eo.eval.hook import EvalHook, undisturbed
 from ssl_eo.eval.offline import print_summary
@@ -34,13 +45,20 @@ from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
 from ssl_eo.train import run_dir
-from ssl_eo.train.activation_checkpointing import checkpoint_activations
-from ssl_eo.train.checkpoint import Checkpointer
+from ssl_eo.train.checkpoint import Checkpointer, find_checkpoint
 from ssl_eo.train.initial import begin_from
 from ssl_eo.train.metrics import Meters, ProgressLine, Sink, Stopwatch, open_sinks
-from ssl_eo.train.optim import build_optimizer, lr_schedule, set_hyper_parameters, step_if_finite, weight_decay_schedule
-from ssl_eo.train.parallel import build_objective, resolve_strategy, wrap
+from ssl_eo.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    lr_schedule,
+    set_hyper_parameters,
+    step_if_finite,
+    weight_decay_schedule,
+)
+from ssl_eo.train.parallel import build_objective, is_sharded, settle, without_reduction, wrap
 from ssl_eo.train.prefetch import DeviceBatches
+from ssl_eo.train.watch import Watch
 
 __all__ = ["EXIT_DONE", "EXIT_RESUMABLE", "TrainingError", "train"]
 
@@ -60,12 +78,14 @@ def train(config: Config) -> int:
         torch.set_num_threads(config.train.n_threads)
     stop = AgreedFlag()
     world = init_world()
-    with (
-        _signals_raise(stop),
-        run_dir.claim(config.run_dir, config),
-        contextlib.closing(Trainer(config, world, stop)) as trainer,
-    ):
-        status = trainer.run()
+    with _signals_raise(stop), Watch(world, config.parallel.timeout_s) as watch, run_dir.claim(config.run_dir, config):
+        with watch.over():
+            trainer = Trainer(config, world, stop, watch)
+        with contextlib.closing(trainer):
+            with watch.over():
+                status = trainer.run()
+                barrier()
+            watch.end()
     # Not after an error: other ranks may never come to meet this one.
     stop.settle()
     # DDP holds on to the process group. If it is the last to do so, the group ends while Python's lock is held, and may
@@ -79,11 +99,12 @@ def train(config: Config) -> int:
 class Trainer:
     """One run. `step` counts finished steps; `stop` asks for a checkpoint and the end at the next one."""
 
-    def __init__(self, config: Config, world: World, stop: AgreedFlag) -> None:
-        self.config, self.world, self.stop = config, world, stop
+    def __init__(self, config: Config, world: World, stop: AgreedFlag, watch: Watch) -> None:
+        self.config, self.world, self.stop, self.watch = config, world, stop, watch
         seed = config.run.seed
 
-        self.sources = open_sources(config.data)
+        self.sources = on_all_ranks(lambda: open_sources(config.data))
+        self.facts = {"data": _fingerprints(self.sources)}
         schemas = [source.schema for source in self.sources]
 
         method = resolve("ssl_eo.objectives", config.objective.name).Objective
@@ -96,17 +117,16 @@ class Trainer:
                 f"train.accumulate {config.train.accumulate}: the loss of objective {config.objective.name} mixes the"
                 " samples of a batch, so micro-batches would change it; use 1 and more ranks or a smaller batch"
             )
-        checkpoint_activations(self.objective, config.parallel.activation_checkpointing)
-        self.model = wrap(self.objective, resolve_strategy(config.parallel, world), config.parallel, world)
+        found = find_checkpoint(config.run_dir)
+        self.begun_from = [] if found else begin_from(config.init, self.objective, config.run_dir)
+        self.model = wrap(self.objective, config.parallel, world)
         self.optimizer = build_optimizer(config.optim, self.objective)
         self.lr = lr_schedule(config.optim, config.train.total_steps)
         self.weight_decay = weight_decay_schedule(config.optim, config.train.total_steps)
         self.schedules = self.objective.schedules(config.train.total_steps)
 
         self.checkpointer = Checkpointer(config.checkpoint, config.run_dir, self.objective, self.optimizer)
-        self.facts = {"data": [source.fingerprint() for source in self.sources]}
-        self.step = self._resume()
-        self.begun_from = [] if self.step else begin_from(config.init, self.objective, config.run_dir)
+        self.step = self._resume(found) if found else 0
 
         self.renderer = Renderer(schemas, config.data.interpolation).to(world.device)
         self.loader = Loader(
@@ -170,6 +190,7 @@ class Trainer:
             if last or self._picture_due():
                 self._draw()
             if save:
+                self.watch.at(self.step, "saving")
                 self.checkpointer.save(self.step, self.facts)
             if stop:
                 self.checkpointer.wait()
@@ -187,9 +208,12 @@ class Trainer:
         values: dict[str, Tensor] = {"loss": torch.zeros((), device=self.world.device)}
         keys: list[str] = []
         for i in range(n):
+            self.watch.at(self.step, "waiting for a batch")
             batch = batches.take()
-            with contextlib.nullcontext() if i == n - 1 else self._no_sync():
+            with contextlib.nullcontext() if i == n - 1 else without_reduction(self.model):
+                self.watch.at(self.step, "forward")
                 losses = self._forward(batch, now)
+                self.watch.at(self.step, "backward")
                 (losses.total / n).backward()
             batches.prefetch()
             parts = {f"loss/{name}": part for name, part in losses.parts.items()}
@@ -197,10 +221,8 @@ class Trainer:
                 values[name] = values.get(name, 0.0) + value.detach() / n
             keys += batch.keys
 
-        parameters = list(self.objective.student.parameters())
-        grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if (max_norm := self.config.optim.clip_grad_norm) is not None:
-            clip_grads_with_norm_(parameters, max_norm, grad_norm)
+        self.watch.at(self.step, "optimizer")
+        grad_norm = clip_gradients(list(self.objective.student.parameters()), self.config.optim.clip_grad_norm)
         finite = all_agree(values["loss"].isfinite() & grad_norm.isfinite()).float()
         step_if_finite(self.optimizer, finite)
         self.optimizer.zero_grad(set_to_none=True)
@@ -220,15 +242,8 @@ class Trainer:
         enabled = self.config.train.precision == "bfloat16"
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        no_sync = getattr(self.model, "no_sync", None)
-        return contextlib.nullcontext() if no_sync is None else no_sync()
-
-    def _resume(self) -> int:
-        restored = self.checkpointer.restore()
-        if restored is None:
-            return 0
-        step, facts = restored
+    def _resume(self, found: Path) -> int:
+        step, facts = self.checkpointer.restore(found)
         if facts["data"] != self.facts["data"]:
             raise ValueError(
                 f"{self.config.run_dir}: the data is not what this run was trained on (fingerprints {facts['data']},"
@@ -284,9 +299,11 @@ class Trainer:
         if not self.evaluation.due(self.step, self.config.train.total_steps):
             return {}
         start = time.perf_counter()
+        self.watch.at(self.step, "probing")
         if self.progress is not None:
             self.progress.say(f"step {self.step}: probing")
         found = self.evaluation.run(self._encode_taps, self.step, self.objective)
+        settle(self.model)
         self.stopwatch.exclude(time.perf_counter() - start)
         return found
 
@@ -300,13 +317,14 @@ class Trainer:
         return every > 0 and self.step % every == 0
 
     def _draw(self) -> None:
-        if not is_main():
+        if not is_main() and not is_sharded(self.model):
             return
         batch = move_to(self.loader.example(_N_PICTURES), self.world.device)
         batch.pixels = self.renderer.render(batch)
         with undisturbed(self.objective, self.world.device), self._autocast():
             pictures = self.objective.preview(batch)
-        if pictures:
+        settle(self.model)
+        if pictures and is_main():
             first = next(iter(batch.views.values()))[0]  # of the tiles, where there are several
             shown = {title: first.of_role(values) for title, values in pictures.items()}
             schema = self.sources[batch.source].schema[first.tile]
@@ -340,6 +358,20 @@ class Trainer:
             if self.config.eval.every_n_steps:
                 print_summary(self.config.run_dir / "eval.jsonl", sys.stderr)
             self._note(f"report: {write_report(self.config.run_dir)}")
+
+
+def _fingerprints(sources: Sequence[Source]) -> list[str]:
+    """Of every source; raises `ValueError` on every rank when they do not read the same everywhere."""
+    own = [source.fingerprint() for source in sources]
+    told = gather_objects((socket.gethostname(), own))
+    for rank, (host, found) in enumerate(told):
+        for i, (fingerprint, first) in enumerate(zip(found, told[0][1], strict=True)):
+            if fingerprint != first:
+                raise ValueError(
+                    f"data.sources[{i}]: rank {rank} on {host} reads other data than rank 0 on {told[0][0]}"
+                    f" (fingerprints {fingerprint} and {first}): is a file missing or older on one of them?"
+                )
+    return own
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ssl_eo.distributed import AgreedFlag, init_world
 from ssl_eo.models.layers import Block, CrossBlock, Group, init_layers
 from ssl_eo.train.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
 from ssl_eo.train.trainer import Trainer
+from ssl_eo.train.watch import Watch
 
 DIM, GROUPS = 32, [Group(6, 10), Group(4, 5)]
 N_BLOCKS = 3
@@ -95,8 +96,8 @@ def test_full_keeps_inputs_alone_and_selective_repeats_no_matmul() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_trainer_heeds_the_key(mode: ActivationCheckpointing, tmp_path: Path) -> None:
     settings = [f"run.out_dir={tmp_path}", "data.n_workers=0", f"parallel.activation_checkpointing={mode}"]
-    config = load(ROOT / "configs" / "debug" / "mae.yaml", settings)
-    with contextlib.closing(Trainer(config, init_world(), AgreedFlag())) as trainer:
+    config, world = load(ROOT / "configs" / "debug" / "mae.yaml", settings), init_world()
+    with contextlib.closing(Trainer(config, world, AgreedFlag(), Watch(world, 60.0))) as trainer:
         blocks = [module for module in trainer.objective.modules() if isinstance(module, Block | CrossBlock)]
         assert blocks
         assert {"forward" in vars(block) for block in blocks} == {mode != "none"}

@@ -12,7 +12,15 @@ from launching import assert_same_bits, read_checkpoint
 from torch import nn
 
 from ssl_eo.distributed import barrier, rank
-from ssl_eo.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError, load_weights, newest, verify
+from ssl_eo.train.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CheckpointError,
+    find_checkpoint,
+    load_weights,
+    newest,
+    verify,
+)
 
 FACTS = {"data": ["a fingerprint"], "n_seen": 12}
 
@@ -38,6 +46,10 @@ class Run:
 
     def save(self, step: int) -> None:
         self.checkpointer.save(step, FACTS)
+
+    def restore(self) -> tuple[int, dict[str, Any]] | None:
+        found = find_checkpoint(self.checkpointer.root.parent)
+        return None if found is None else self.checkpointer.restore(found)
 
     def state(self) -> dict[str, torch.Tensor]:
         """A copy of every tensor of model and optimiser."""
@@ -119,7 +131,7 @@ def test_model_and_fused_optimiser_come_back_exactly(tmp_path: Path) -> None:
     old.train(5)
     old.save(5)
     new = Run(tmp_path, seed=1)
-    assert new.checkpointer.restore() == (5, FACTS)
+    assert new.restore() == (5, FACTS)
     assert_same_bits(old.state(), new.state())
     assert {float(v) for k, v in new.state().items() if k.endswith(".step")} == {5.0}
     settings = [{k: v for k, v in group.items() if k != "params"} for group in old.optimizer.param_groups]
@@ -132,7 +144,7 @@ def test_model_and_fused_optimiser_come_back_exactly(tmp_path: Path) -> None:
 def test_without_a_checkpoint_nothing_is_restored(tmp_path: Path) -> None:
     run = Run(tmp_path)
     before = run.state()
-    assert run.checkpointer.restore() is None
+    assert run.restore() is None
     assert_same_bits(before, run.state())
 
 
@@ -142,7 +154,7 @@ def test_leftovers_of_a_killed_save_are_removed_at_the_start(tmp_path: Path) -> 
     leftover = tmp_path / "checkpoints" / "step_00000002.partial"
     leftover.mkdir()
     (leftover / "__0_0.distcp").write_bytes(b"half of it")
-    assert Run(tmp_path, seed=1).checkpointer.restore() == (1, FACTS)
+    assert Run(tmp_path, seed=1).restore() == (1, FACTS)
     assert _kept(tmp_path) == [1]
 
 
@@ -158,7 +170,7 @@ def test_any_flipped_bit_of_the_seal_is_damage(tmp_path: Path) -> None:
     other = Run(tmp_path, seed=1)
     seal.write_bytes((tmp_path / "checkpoints" / "step_00000001" / "complete.json").read_bytes())
     assert verify(seal.parent) == "complete.json is that of step 1"
-    assert other.checkpointer.restore() == (1, FACTS)
+    assert other.restore() == (1, FACTS)
 
 
 def test_saving_an_existing_step_changes_nothing(tmp_path: Path) -> None:
@@ -182,7 +194,7 @@ def test_checkpoint_of_another_width_is_refused(tmp_path: Path, width: int) -> N
         rf" \[8, 4\] in the checkpoint, \[{width}, 4\] here"
     )
     with pytest.raises(CheckpointError, match=message):
-        other.checkpointer.restore()
+        other.restore()
     with pytest.raises(CheckpointError, match=message):
         load_weights(tmp_path / "checkpoints" / "step_00000001", other.model)
     after = other.state()
@@ -215,7 +227,7 @@ def _save_on_this_rank(folder: str, asynchronous: bool) -> dict[str, torch.Tenso
 
 def _restore_on_this_rank(folder: str) -> tuple[Any, dict[str, torch.Tensor]]:
     run = Run(Path(folder), seed=1 + rank())
-    return run.checkpointer.restore(), run.state()
+    return run.restore(), run.state()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,10 +15,15 @@ from ssl_eo.objectives.base import Losses
 
 @dataclass
 class Config(mae.Config):
-    """`bad_steps` are the steps whose loss is NaN; at `falls_at` rank 1 alone raises an error."""
+    """`bad_steps` are the steps whose loss is NaN, on all ranks or `bad_rank` alone.
+
+    At `falls_at` rank 1 alone raises an error, at `stalls_at` it goes no further.
+    """
 
     bad_steps: list[int] = field(default_factory=list)
+    bad_rank: int | None = None
     falls_at: int | None = None
+    stalls_at: int | None = None
 
 
 class Objective(mae.Objective):
@@ -26,6 +32,9 @@ class Objective(mae.Objective):
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
         if batch.step == self.cfg.falls_at and rank() == 1:
             raise RuntimeError("rank 1 fell")
+        if batch.step == self.cfg.stalls_at and rank() == 1:
+            time.sleep(3600)
         losses = super().forward(batch, now)
-        factor = math.nan if batch.step in self.cfg.bad_steps else 1.0
+        is_bad = batch.step in self.cfg.bad_steps and self.cfg.bad_rank in (None, rank())
+        factor = math.nan if is_bad else 1.0
         return Losses(losses.total * factor, losses.parts)

@@ -1,0 +1,191 @@
+"""One rank goes wrong: all end, one of them says which and where, and the last checkpoint serves the next start."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import ROOT, assert_same_bits, command, finish, read_checkpoint, records, start, wait_for
+
+from ssl_eo.cli import main
+from ssl_eo.train import run_dir
+
+OnRanks = Callable[..., list[Any]]
+
+DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
+SHORT = (
+    "train.total_steps=12",
+    "train.global_batch_size=8",
+    "optim.warmup_steps=1",
+    "checkpoint.every_n_steps=4",
+    "log.every_n_steps=1",
+    "log.report=false",
+    "data.n_workers=0",
+    "eval.every_n_steps=0",
+)
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # forked ranks find them too
+
+
+def _train(out_dir: str, *overrides: str) -> int:
+    return main(["train", "--config", DEBUG, f"run.out_dir={out_dir}", *SHORT, *overrides])
+
+
+def _checkpoints(out_dir: Path) -> list[str]:
+    return sorted(p.name for p in (out_dir / "debug_mae" / "checkpoints").iterdir())
+
+
+def _pid_of_rank(launcher: int, rank: int) -> int | None:
+    """Of the process that torchrun started for `rank`, once it is there."""
+    for children in Path(f"/proc/{launcher}/task").glob("*/children"):
+        for pid in map(int, children.read_text().split()):
+            if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                return pid
+    return None
+
+
+def _killed(out_dir: Path, rank: int, after_step: int, *options: str) -> tuple[int, str, float]:
+    """Status and words of a run of two ranks, one of which is killed; and how long it lived on."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    process = start([*launch, *command(DEBUG, out_dir, *SHORT)])
+    wait_for(lambda: any(r["step"] > after_step for r in records(out_dir / "debug_mae" / "metrics.jsonl")), process)
+    pid = _pid_of_rank(process.pid, rank)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    killed_at = time.monotonic()
+    status, output = finish(process, timeout_s=120)
+    return status, output, time.monotonic() - killed_at
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_9_of_a_rank_ends_the_other_which_says_so(rank: int, tmp_path: Path) -> None:
+    status, output, lived_s = _killed(tmp_path, rank, 5)
+    assert status == 1, output
+    assert re.search(rf"ssl-eo: rank {rank} (on \S+ )?is gone.* stop(s|ped) at step \d+ \(", output), output
+    assert lived_s < 30
+    assert _checkpoints(tmp_path) == ["step_00000004"]
+
+
+def test_torchrun_starts_again_after_kill_9_and_ends_in_the_same_bits(tmp_path: Path, on_ranks: OnRanks) -> None:
+    status, output, _ = _killed(tmp_path / "killed", 1, 5, "--max-restarts=2")
+    assert status == 0, output
+    assert "going on after step 4" in output
+    assert on_ranks(2, _train, str(tmp_path / "whole")) == [0, 0]
+    last = Path("debug_mae", "checkpoints", "step_00000012")
+    assert_same_bits(read_checkpoint(tmp_path / "killed" / last), read_checkpoint(tmp_path / "whole" / last))
+
+
+def test_a_rank_that_stalls_ends_all_within_the_timeout(
+    toys: None, tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun = time.monotonic()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="exit code 1"):
+        on_ranks(2, _train, str(tmp_path), "objective.name=toys.stumbling", "objective.stalls_at=5", *_within(2))
+    assert time.monotonic() - begun < 40
+    told = capfd.readouterr().err
+    assert re.search(r"ssl-eo: rank 1 on \S+ is at step 5 \(forward\) for more than 2 s \(parallel.timeout_s\)", told)
+    assert told.count("ssl-eo:") == 1
+    assert _checkpoints(tmp_path) == ["step_00000004"]
+
+
+def test_a_rank_that_fails_is_named_by_itself_alone(
+    toys: None, tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    statuses = on_ranks(2, _train, str(tmp_path), "objective.name=toys.stumbling", "objective.falls_at=5")
+    assert statuses == [1, 1]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
+    assert len(told) == 1
+    assert "rank 1 fell" in told[0]
+
+
+def test_a_loader_that_fails_on_one_rank_ends_all(
+    tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssl_eo.data.sources import synthetic
+    from ssl_eo.distributed import rank
+
+    read = synthetic.Source.read
+
+    def fail(self: synthetic.Source, *arguments: Any) -> Any:
+        if rank() == 1:
+            raise MemoryError("the machine is too small")
+        return read(self, *arguments)
+
+    monkeypatch.setattr(synthetic.Source, "read", fail)
+    assert on_ranks(2, _train, str(tmp_path)) == [1, 1]
+    assert "the machine is too small" in capfd.readouterr().err
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(toys: None, tmp_path: Path, on_ranks: OnRanks) -> None:
+    stumbling = ("objective.name=toys.stumbling", "objective.bad_steps=[3,6]")
+    for strategy in ("ddp", "fsdp"):
+        overrides = (*stumbling, "objective.bad_rank=1", f"parallel.strategy={strategy}")
+        assert on_ranks(2, _train, str(tmp_path / strategy), *overrides) == [0, 0]
+        skipped = records(tmp_path / strategy / "debug_mae" / "skipped.jsonl")
+        assert sorted({(r["step"], r["rank"]) for r in skipped}) == [(3, 0), (3, 1), (6, 0), (6, 1)]
+    assert on_ranks(2, _train, str(tmp_path / "both"), *stumbling) == [0, 0]
+    last = Path("debug_mae", "checkpoints", "step_00000012")
+    assert_same_bits(read_checkpoint(tmp_path / "ddp" / last), read_checkpoint(tmp_path / "both" / last))
+
+
+def test_unequal_data_is_found_at_the_start(
+    tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes with a copy of the data each, one of them without the last shard."""
+    from ssl_eo.distributed import rank
+
+    whole = tmp_path / "node0"
+    scenes = ["n_samples=40", "sensors=[sentinel2_l2a]", "extent_m=320.0"]
+    packing = ["data", "pack", "--source", "synthetic", "--out", str(whole), "--shard-size-mb", "0.5", "--workers", "0"]
+    assert main([*packing, *scenes]) == 0
+    shutil.copytree(whole, tmp_path / "node1")
+    shards = sorted((tmp_path / "node1").rglob("*.tar"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+
+    def on_node(out_dir: str) -> int:
+        return _train(out_dir, f"data.sources=[{{name: shards, root: {tmp_path / f'node{rank()}'}}}]")
+
+    assert on_ranks(2, on_node, str(tmp_path / "run")) == [2, 2]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
+    assert len(told) == 1
+    assert shards[-1].name in told[0]
+    assert "rank 1 on" in told[0]
+
+
+def test_a_run_directory_that_is_not_shared_is_found_at_the_start(
+    tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssl_eo.distributed import rank
+
+    monkeypatch.setattr(run_dir, "_SHARED_WITHIN_S", 0.5)
+
+    def on_node(out_dir: str) -> int:
+        return _train(f"{out_dir}/node{rank()}")
+
+    assert on_ranks(2, on_node, str(tmp_path)) == [2, 2]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
+    assert len(told) == 1
+    assert "set run.out_dir to one that all nodes share (rank 1 on" in told[0]
+
+
+def test_a_wrong_config_is_told_once(tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str]) -> None:
+    assert on_ranks(2, _train, str(tmp_path), "data.n_lanes=1", "train.global_batch_size=8") == [2, 2]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
+    assert len(told) == 1
+    assert "data.n_lanes = 1 must be a multiple of the world size" in told[0]
+
+
+def _within(seconds: float) -> tuple[str, ...]:
+    return (f"parallel.timeout_s={seconds}",)
