@@ -41,7 +41,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "moco": PAIR,
     "moco_v3": (*PAIR, "optim.freeze_steps={}"),
     "byol": PAIR,
-    "dinov2": PAIR,
+    "dinov2": (),
     "multimae": (f"objective.crop={CROP}", "objective.budget.n_visible=48"),
     "croma": (f"objective.crop={CROP}",),
     "dofa": (f"objective.crop={CROP}", "objective.tile=sentinel2_l2a", "data.mixing=sample"),
