@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_eo.train.checkpoint import verify
+from ssl_eo.train.sealing import verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from launching import ROOT, command, records

@@ -42,9 +42,6 @@ __all__ = [
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
-# A rank may spend minutes on something that others wait for, such as reading an archive's index for the first time.
-_TIMEOUT = timedelta(minutes=30)
-
 
 @dataclass(frozen=True)
 class World:
@@ -60,10 +57,10 @@ class World:
     address: str = "localhost"
 
 
-def init_world() -> World:
+def init_world(timeout_s: float = 3600.0) -> World:
     """Join the process group that the launcher describes (`ssl_eo.cluster`); world size 1 needs none and creates none.
 
-    gloo on CPU; on GPUs nccl, with gloo beside it for host-side agreement.
+    gloo on CPU; on GPUs nccl, with gloo beside it for host-side agreement. A collective fails after `timeout_s`.
     """
     launch = read_launch(os.environ)
     if torch.cuda.is_available():
@@ -75,11 +72,12 @@ def init_world() -> World:
         device = torch.device("cpu")
     if launch.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_s)
         if launch.launcher == "slurm":
             where = f"tcp://{launch.address}:{launch.port}"
-            dist.init_process_group(backend, where, timeout=_TIMEOUT, world_size=launch.size, rank=launch.rank)
+            dist.init_process_group(backend, where, timeout=timeout, world_size=launch.size, rank=launch.rank)
         else:  # by the variables: they say too whether torchrun's agent holds the store
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
     address = launch.address or World.address
     return World(rank=rank(), size=world_size(), local_rank=launch.local_rank, device=device, address=address)
 

@@ -53,11 +53,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "weights": ("weights", "hub", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
-    **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("checkpoint", "metrics", "optim", "sharding")},
-    "train.parallel": ("objectives.base", "train.activation_checkpointing", "train.sharding", *LAYER_0),
+    **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("metrics", "optim", "sharding")},
+    "train.checkpoint": ("train.sealing", *LAYER_0),
+    "train.sealing": LAYER_0,
+    "train.parallel": (
+        "objectives.base",
+        "models.packed_attention",
+        "train.activation_checkpointing",
+        "train.sharding",
+        *LAYER_0,
+    ),
     "train.watch": LAYER_0,
     "train.activation_checkpointing": ("models.layers",),
-    "train.initial": ("hub", "objectives.base", "train.checkpoint", "weights._reading", *LAYER_0),
+    "train.initial": ("hub", "objectives.base", "train.checkpoint", "train.sealing", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
 ANYTHING = ("cli", "__main__")

@@ -10,7 +10,8 @@ Q queries, K context tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,12 +31,14 @@ __all__ = [
     "SwiGlu",
     "add_branch",
     "attend",
+    "attention_of_a_gpu",
     "init_layers",
 ]
 
 # On a CPU the fused bfloat16 kernel takes 2 to 5 times as long as plain products, forward and backward, until the
 # logits outgrow the caches.
 _CPU_PLAIN_MAX_TOKENS = 512
+_is_for_gpu = False
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 
     `bias`, `[1, A, Q, K]` or `[B, A, Q, K]`, is added to the scaled logits. Fused kernels take it in the dtype of `q`.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= _CPU_PLAIN_MAX_TOKENS:
+    is_small = k.shape[-2] <= _CPU_PLAIN_MAX_TOKENS
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and is_small and not _is_for_gpu:
         logits = q * q.shape[-1] ** -0.5 @ k.mT  # [B, A, Q, K]
         weight: Tensor = (logits if bias is None else logits + bias).softmax(-1)
         return weight.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+
+
+@contextlib.contextmanager
+def attention_of_a_gpu() -> Iterator[None]:
+    """Inside, `attend` is fused wherever it is on a GPU: for plans, made on a CPU, of a run on one."""
+    global _is_for_gpu
+    _is_for_gpu = True
+    try:
+        yield
+    finally:
+        _is_for_gpu = False
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -85,8 +100,24 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def _rotate_packed(x: Tensor, groups: Sequence[Group]) -> Tensor:
+    """`rotate` for packed `x [T, A, d]`, each group by its own tables."""
+    parts = []
+    for part, group in zip(torch.split(x, [g.n_rows for g in groups]), groups, strict=True):
+        if group.rope is not None:
+            rows = part.view(group.n_samples, group.n_tokens, *part.shape[1:]).transpose(1, 2)  # [B, A, L, d]
+            part = rotate(rows, group.rope).transpose(1, 2).flatten(0, 1)  # [B*L, A, d]
+        parts.append(part)
+    return torch.cat(parts)
+
+
 class Attention(nn.Module):
-    """Self-attention inside each group, with `qkv` packed as (3, heads, d) along its output."""
+    """Self-attention inside each group, with `qkv` packed as (3, heads, d) along its output.
+
+    `packed_kernel`, if set, attends inside all groups at once: see `packed_attention`.
+    """
+
+    packed_kernel: Callable[[Tensor, Tensor, Tensor, tuple[tuple[int, int], ...]], Tensor] | None = None
 
     def __init__(self, dim: int, n_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -96,9 +127,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, groups: Sequence[Group]) -> Tensor:
         """`x [T, D]` -> `[T, D]`."""
+        if self.packed_kernel is not None and all(group.bias is None for group in groups):
+            return self._attend_packed(self.qkv(x), groups, self.packed_kernel)
         parts = self.qkv(x).split([g.n_rows for g in groups])  # each [B*L, 3*D]
         mixed = [self._attend_group(qkv, group) for qkv, group in zip(parts, groups, strict=True)]
         out: Tensor = self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))  # [T, D]
+        return out
+
+    def _attend_packed(self, qkv: Tensor, groups: Sequence[Group], kernel: Callable[..., Tensor]) -> Tensor:
+        q, k, v = torch.unflatten(qkv, 1, (3, self.n_heads, -1)).unbind(1)  # 3 x [T, A, d]
+        if any(group.rope is not None for group in groups):
+            q, k = _rotate_packed(q, groups), _rotate_packed(k, groups)
+        mixed = kernel(q, k, v, tuple((group.n_samples, group.n_tokens) for group in groups))  # [T, A, d]
+        out: Tensor = self.proj(mixed.flatten(1))  # [T, D]
         return out
 
     def _attend_group(self, qkv: Tensor, group: Group) -> Tensor:

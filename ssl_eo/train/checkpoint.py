@@ -7,12 +7,8 @@ is found by the seal, reported, and the one before is used.
 
 from __future__ import annotations
 
-import json
-import logging
-import re
 import shutil
 import warnings
-import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,37 +24,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from ssl_eo.distributed import barrier, broadcast_object, is_main, raise_on_all_ranks, world_size
-from ssl_eo.files import sync
+from ssl_eo.distributed import barrier, broadcast_object, is_main, raise_on_all_ranks, tell_by, world_size
+from ssl_eo.train.sealing import CheckpointError, candidates, name_of, read_seal, seal, step_of
 
-__all__ = [
-    "CheckpointConfig",
-    "CheckpointError",
-    "Checkpointer",
-    "find_checkpoint",
-    "holds_checkpoints",
-    "load_weights",
-    "locate",
-    "newest",
-    "read_weights",
-    "verify",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = ["CheckpointConfig", "Checkpointer", "load_weights", "read_weights"]
 
 # DCP warns whenever there is one process; here that is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-_NAME = re.compile(r"step_(\d{8})")
-_SEAL = "complete.json"
-_FORMAT = 2
 _ENTRY_BYTES = 2048  # what DCP's container adds to each tensor, roughly
 _DCP_ERRORS = (Exception, CheckpointException)  # the latter derives from BaseException
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says what to do."""
 
 
 @dataclass
@@ -106,7 +82,7 @@ class Checkpointer:
     def save(self, step: int, facts: dict[str, Any]) -> None:
         """Save the state after `step` finished steps; `facts` are plain values stored in the seal."""
         self.wait()
-        final = self.root / f"step_{step:08d}"
+        final = self.root / name_of(step)
         if broadcast_object(final.exists()):
             return
         state = self._state()
@@ -117,12 +93,12 @@ class Checkpointer:
             if self.cfg.asynchronous:
                 saving = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=alone)
                 assert isinstance(saving, Future)
-                self._pending = self._finaliser.submit(self._finish, saving, partial, final, step, facts)
+                self._pending = self._finaliser.submit(self._finish, saving, partial, final, facts)
                 return
             save(state, checkpoint_id=partial, no_dist=alone)
-            problem = self._seal(partial, final, step, facts) if is_main() else None
+            problem = self._seal(partial, final, facts) if is_main() else None
         except _DCP_ERRORS as error:  # DCP raises on all ranks
-            raise self._write_error(error, partial, step) from error
+            raise tell_by(0, self._write_error(error, partial, step)) from error
         raise_on_all_ranks(problem)
 
     def wait(self) -> None:
@@ -143,7 +119,7 @@ class Checkpointer:
 
         Returns its step and facts.
         """
-        seal = _read_seal(path)
+        sealed = read_seal(path)
         state = self._state()
         _load(state, path, alone=world_size() == 1)
         set_state_dict(
@@ -153,44 +129,40 @@ class Checkpointer:
             optim_state_dict=state["optimizer"],
             options=_OPTIONS,
         )
-        return seal["step"], seal["facts"]
+        return sealed["step"], sealed["facts"]
 
     def _state(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self.objective, self.optimizer, options=_OPTIONS)
         return {"objective": model_state, "optimizer": optimizer_state}
 
-    def _finish(self, saving: Future[Any], partial: Path, final: Path, step: int, facts: dict[str, Any]) -> None:
+    def _finish(self, saving: Future[Any], partial: Path, final: Path, facts: dict[str, Any]) -> None:
         """In the background: what `save` does after DCP's part, without its collectives."""
         try:
             saving.result()
         except _DCP_ERRORS as error:
-            raise self._write_error(error, partial, step) from error
-        if is_main() and (problem := self._seal(partial, final, step, facts)) is not None:
+            raise self._write_error(error, partial, step_of(final)) from error
+        if is_main() and (problem := self._seal(partial, final, facts)) is not None:
             raise problem
 
-    def _seal(self, partial: Path, final: Path, step: int, facts: dict[str, Any]) -> CheckpointError | None:
+    def _seal(self, partial: Path, final: Path, facts: dict[str, Any]) -> CheckpointError | None:
         """Make the written files a checkpoint; returns what prevented it."""
         try:
-            files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
-            (partial / _SEAL).write_text(_signed({"format": _FORMAT, "step": step, "facts": facts, "files": files}))
-            for path in partial.iterdir():
-                sync(path)
-            partial.rename(final)
-            sync(self.root)
+            written = FileSystemReader(partial).read_metadata().storage_data.values()
+            seal(partial, final, facts, expected={entry.relative_path for entry in written})
             self._prune(final)
         except OSError as error:
-            return self._write_error(error, partial, step)
+            return self._write_error(error, partial, step_of(final))
         return None
 
     def _prune(self, written: Path) -> None:
-        found = _candidates(self.root)
+        found = candidates(self.root)
         expendable = [p for p in found if not self._is_kept_for_good(p) and p != written]
         for path in expendable[self.cfg.keep - 1 :]:
             shutil.rmtree(path)
 
     def _is_kept_for_good(self, path: Path) -> bool:
         every = self.cfg.keep_every_n_steps
-        return every is not None and _step_of(path) % every == 0
+        return every is not None and step_of(path) % every == 0
 
     def _lack_of_space(self, state: dict[str, Any]) -> CheckpointError | None:
         tensors = [v for part in state.values() for v in part.values() if isinstance(v, torch.Tensor)]
@@ -213,88 +185,9 @@ class Checkpointer:
         return CheckpointError(f"checkpoint of step {step} not written: {_first_line(cause)}; {self._kept(advice)}")
 
     def _kept(self, advice: str) -> str:
-        whole = _candidates(self.root)
+        whole = candidates(self.root)
         kept = f"the newest kept is {whole[0].name}" if whole else "none was written before"
         return f"{kept}. {advice} the same command again: it goes on from there"
-
-
-def find_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint to go on from, on every rank, or None where nothing was saved yet. Collective.
-
-    Damaged ones that are newer are set aside, since training will write these steps again. Raises as `newest` does.
-    """
-    root, path, error = run_dir / "checkpoints", None, None
-    if is_main():
-        try:
-            path = newest(root)
-        except CheckpointError as caught:
-            error = caught
-    raise_on_all_ranks(error)
-    if path is not None:
-        for damaged in (p for p in _candidates(root) if _step_of(p) > _step_of(path)):
-            aside = damaged.with_name(f"{damaged.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            damaged.rename(aside)
-    found: Path | None = broadcast_object(path)
-    return found
-
-
-def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint below `root` (a `checkpoints` folder), or None where nothing was saved yet.
-
-    Damaged ones are reported and passed over. Raises `CheckpointError` when all are: to start over without a word
-    would be to throw the run away.
-    """
-    candidates = _candidates(root)
-    for path in candidates:
-        problem = verify(path)
-        if problem is None:
-            return path
-        logger.warning("checkpoint %s is damaged (%s) and is passed over", path, problem)
-    if candidates:
-        raise CheckpointError(
-            f"{root}: none of {len(candidates)} checkpoints is whole; bring a copy back, or move the folder away to"
-            " start over"
-        )
-    return None
-
-
-def locate(path: Path) -> Path:
-    """The whole checkpoint that `path` names: itself a `step_` directory, or a run directory, whose newest it is.
-
-    Raises `ValueError` when `path` is neither, `CheckpointError` when the checkpoint is damaged.
-    """
-    if _NAME.fullmatch(path.name) and path.is_dir():
-        if (problem := verify(path)) is not None:
-            raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
-        return path
-    if (found := newest(path / "checkpoints")) is None:
-        raise ValueError(f"{path}: no run with a whole checkpoint here; give a run directory or one of its checkpoints")
-    return found
-
-
-def holds_checkpoints(root: Path) -> bool:
-    """Whether something was saved below `root`, whole or not."""
-    return bool(_candidates(root))
-
-
-def verify(path: Path) -> str | None:
-    """What is wrong with the checkpoint directory `path`, or None when every file is as it was sealed."""
-    try:
-        seal = _read_seal(path)
-    except CheckpointError as error:
-        return str(error)
-    if seal["step"] != _step_of(path):
-        return f"{_SEAL} is that of step {seal['step']}"
-    for name, expected in seal["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if _crc32(file) != expected["crc32"]:
-            return f"{name} does not match its checksum"
-    return None
 
 
 def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
@@ -302,7 +195,7 @@ def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
     state = objective.state_dict()
     _load({"objective": state}, path, alone=True)
     objective.load_state_dict(state)
-    return _read_seal(path)
+    return read_seal(path)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -344,44 +237,6 @@ def _check_fit(state: dict[str, Any], path: Path) -> None:
             f"{len(wrong)} tensors do not fit this config, the first is {wrong[0]}:"
             f" {there} in the checkpoint, {here} here"
         )
-
-
-def _candidates(root: Path) -> list[Path]:
-    found = [p for p in root.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()] if root.is_dir() else []
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _signed(seal: dict[str, Any]) -> str:
-    """The text of a seal: its content, and the checksum of that on the last line."""
-    content = json.dumps(seal, indent=1)
-    return f"{content}\n{zlib.crc32(content.encode()):08x}\n"
-
-
-def _read_seal(path: Path) -> dict[str, Any]:
-    try:
-        content, _, checksum = (path / _SEAL).read_bytes().rstrip(b"\n").rpartition(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"{_SEAL} cannot be read: {error.strerror}") from error
-    if b"%08x" % zlib.crc32(content) != checksum:
-        raise CheckpointError(f"{_SEAL} does not match its checksum")
-    seal: dict[str, Any] = json.loads(content)
-    if seal["format"] != _FORMAT:
-        raise CheckpointError(f"{_SEAL} has format {seal['format']}, this version of ssl_eo reads {_FORMAT}")
-    return seal
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _root_cause(error: BaseException) -> BaseException:

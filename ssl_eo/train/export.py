@@ -16,9 +16,10 @@ from ssl_eo.hub import BundlePair, SensorInput, check_free, load_bundle, write_b
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder
 from ssl_eo.objectives.base import Objective, Schemas
-from ssl_eo.train.checkpoint import load_weights, locate
+from ssl_eo.train.checkpoint import load_weights
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
+from ssl_eo.train.sealing import locate
 
 __all__ = ["PairedObjective", "Trained", "export_encoder", "export_pair", "load_encoder", "open_encoder", "open_pair"]
 

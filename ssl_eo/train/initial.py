@@ -24,7 +24,8 @@ from ssl_eo.distributed import is_main, raise_on_all_ranks, world_size
 from ssl_eo.files import atomic_write
 from ssl_eo.hub import BundlePair, load_bundle
 from ssl_eo.objectives.base import Objective
-from ssl_eo.train.checkpoint import locate, read_weights
+from ssl_eo.train.checkpoint import read_weights
+from ssl_eo.train.sealing import locate
 from ssl_eo.weights._reading import read_state_dict
 
 __all__ = ["InitialWeights", "begin_from"]

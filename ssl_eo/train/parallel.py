@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_eo.distributed import World
+from ssl_eo.models.packed_attention import AttentionKernel, use_attention
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
 from ssl_eo.train.activation_checkpointing import ActivationCheckpointing, checkpoint_activations
@@ -55,6 +56,8 @@ class ParallelConfig:
     cpu_offload: bool = False  # fsdp, hsdp: weights, gradients and optimiser wait in the memory of the host
     # Transformer blocks keep all that backward needs; or results of matmuls and attention; or nothing but their input.
     activation_checkpointing: ActivationCheckpointing = "none"
+    # Inside crops of each size by a call of its own, or of all by one kernel of torch or xformers (GPU, bfloat16).
+    attention: AttentionKernel = "sdpa"
     timeout_s: float = 1800.0  # a rank that all others have waited for so long ends the run
     compile: bool = False  # transformer blocks are compiled, each by itself, at the first step
 
@@ -118,6 +121,7 @@ def compile_units(objective: Objective) -> None:
 def wrap(objective: Objective, cfg: ParallelConfig, world: World) -> nn.Module:
     """The module to call in the loop: the objective itself, spread over ranks or not, or DDP around it."""
     strategy = resolve_strategy(cfg, world)
+    use_attention(objective, cfg.attention, world.device)
     checkpoint_activations(objective, cfg.activation_checkpointing)
     if cfg.compile:
         compile_units(objective)

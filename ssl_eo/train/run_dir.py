@@ -34,7 +34,7 @@ from ssl_eo.distributed import (
 from ssl_eo.eval.report import save_panel
 from ssl_eo.files import atomic_write, lock_folder
 from ssl_eo.jsonl import JsonLines, read_jsonl
-from ssl_eo.train.checkpoint import holds_checkpoints
+from ssl_eo.train.sealing import holds_checkpoints
 
 __all__ = ["claim", "describe", "read_environment", "read_schemas", "record_skipped", "save_pictures"]
 

@@ -8,7 +8,7 @@ rank holds of the one lies beside what it holds of the other.
 from __future__ import annotations
 
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ def _mesh(size: int | None, world: World) -> DeviceMesh:
         backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    size = size or _ranks_of_this_node()
+    size = size or _ranks_of_a_node()
     if world.size % size:
         raise ValueError(f"parallel.shard_size {size} does not divide the {world.size} processes")
     if size == world.size:
@@ -85,11 +85,11 @@ def _mesh(size: int | None, world: World) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("copy", "shard"))
 
 
-def _ranks_of_this_node() -> int:
-    counts = [gathered.count(name) for gathered in [gather_objects(socket.gethostname())] for name in gathered]
-    if len(set(counts)) > 1:
-        raise ValueError(f"parallel.shard_size: nodes hold {sorted(set(counts))} processes; set it to what fits all")
-    return counts[0]
+def _ranks_of_a_node() -> int:
+    counts = set(Counter(gather_objects(socket.gethostname())).values())
+    if len(counts) > 1:
+        raise ValueError(f"parallel.shard_size: nodes hold {sorted(counts)} processes; set it to what fits all of them")
+    return counts.pop()
 
 
 def _stacks(objective: nn.Module, units: Collection[nn.Module]) -> list[list[FSDPModule]]:

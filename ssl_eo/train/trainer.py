@@ -45,7 +45,7 @@ from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
 from ssl_eo.train import run_dir
-from ssl_eo.train.checkpoint import Checkpointer, find_checkpoint
+from ssl_eo.train.checkpoint import Checkpointer
 from ssl_eo.train.initial import begin_from
 from ssl_eo.train.metrics import Meters, ProgressLine, Sink, Stopwatch, open_sinks
 from ssl_eo.train.optim import (
@@ -58,6 +58,7 @@ from ssl_eo.train.optim import (
 )
 from ssl_eo.train.parallel import build_objective, is_sharded, settle, without_reduction, wrap
 from ssl_eo.train.prefetch import DeviceBatches
+from ssl_eo.train.sealing import find_checkpoint
 from ssl_eo.train.watch import Watch
 
 __all__ = ["EXIT_DONE", "EXIT_RESUMABLE", "TrainingError", "train"]
@@ -77,7 +78,8 @@ def train(config: Config) -> int:
     if config.train.n_threads is not None:
         torch.set_num_threads(config.train.n_threads)
     stop = AgreedFlag()
-    world = init_world()
+    # The watch speaks first: it knows which rank is late. Reading the index of a large archive may take minutes.
+    world = init_world(timeout_s=2 * config.parallel.timeout_s + 60)
     with _signals_raise(stop), Watch(world, config.parallel.timeout_s) as watch, run_dir.claim(config.run_dir, config):
         with watch.over():
             trainer = Trainer(config, world, stop, watch)

@@ -17,6 +17,7 @@ from ssl_eo.models.layers import (
     attend,
     init_layers,
 )
+from ssl_eo.models.packed_attention import AttentionKernel, use_attention
 
 
 def naive_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -127,3 +128,69 @@ def test_stochastic_depth_keeps_the_mean():
     n_draws = 4000
     total = sum(add_branch(value, [Group(4, 1)], lambda rows, _: rows, 0.3) for _ in range(n_draws))
     torch.testing.assert_close(total / n_draws, 2 * value, rtol=0.05, atol=0)  # six standard errors
+
+
+def _loop_over_sequences(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[tuple[int, int], ...]) -> Tensor:
+    """What a packed kernel computes, `[T, A, d]` -> `[T, A, d]`, a sequence at a time."""
+    tokens = [n_tokens for n_sequences, n_tokens in lengths for _ in range(n_sequences)]
+    parts = [[part.transpose(0, 1)[None] for part in x.split(tokens)] for x in (q, k, v)]
+    return torch.cat([naive_attention(*of_one)[0].transpose(0, 1) for of_one in zip(*parts, strict=True)])
+
+
+@pytest.mark.parametrize("drop_path_prob", [0.0, 0.5])
+@pytest.mark.parametrize("positions", ["none", "all", "each sample's own", "of the first alone"])
+def test_groups_packed_for_one_kernel_equal_groups_by_themselves(positions: str, drop_path_prob: float):
+    block = Block(24, 3, drop_path_prob=drop_path_prob).double()
+    shapes = [(3, 5), (2, 7)]
+    groups = []
+    for i, (n_samples, n_tokens) in enumerate(shapes):
+        table = torch.randn(n_samples if positions == "each sample's own" else 1, 1, n_tokens, 8, dtype=torch.float64)
+        has_rope = positions != "none" and (i == 0 or positions != "of the first alone")
+        groups.append(Group(n_samples, n_tokens, (table.sin(), table.cos()) if has_rope else None))
+    x = torch.randn(sum(g.n_rows for g in groups), 24, dtype=torch.float64, requires_grad=True)
+    results = []
+    for kernel in (None, _loop_over_sequences):
+        block.attn.packed_kernel = kernel
+        torch.manual_seed(0)
+        out = block(x, groups)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x)
+        results += [out, gradient]
+    torch.testing.assert_close(results[0], results[2])
+    torch.testing.assert_close(results[1], results[3])
+
+
+def test_biases_keep_a_group_from_being_packed():
+    attention = Attention(12, 3).double()
+    group = Group(2, 5, bias=torch.randn(1, 3, 5, 5, dtype=torch.float64))
+    x = torch.randn(10, 12, dtype=torch.float64)
+    expected = attention(x, [group])
+    attention.packed_kernel = _loop_over_sequences
+    torch.testing.assert_close(attention(x, [group]), expected, rtol=0, atol=0)
+
+
+def test_packed_kernels_are_for_gpus():
+    with pytest.raises(ValueError, match=r"parallel.attention: varlen needs a GPU, this is a cpu; use sdpa"):
+        use_attention(Attention(12, 3), "varlen", torch.device("cpu"))
+    attention = Attention(12, 3)
+    use_attention(attention, "sdpa", torch.device("cpu"))
+    assert attention.packed_kernel is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["varlen", "xformers"])
+def test_packed_kernels_equal_sdpa(kernel: AttentionKernel):
+    if kernel == "xformers":
+        pytest.importorskip("xformers")
+    device = torch.device("cuda")
+    block, groups = Block(384, 6).to(device), [Group(4, 197), Group(8, 37)]
+    x = torch.randn(sum(g.n_rows for g in groups), 384, device=device, requires_grad=True)
+    results = []
+    for name in ("sdpa", kernel):
+        use_attention(block, name, device)
+        with torch.autocast("cuda", torch.bfloat16):
+            out = block(x, groups)
+        (gradient,) = torch.autograd.grad(out.float().square().mean(), x)
+        results.append((out.float(), gradient))
+    for expected, found in zip(*results, strict=True):
+        assert (found - expected).norm() < 0.01 * expected.norm()  # bfloat16 has eight bits

@@ -12,15 +12,8 @@ from launching import assert_same_bits, read_checkpoint
 from torch import nn
 
 from ssl_eo.distributed import barrier, rank
-from ssl_eo.train.checkpoint import (
-    CheckpointConfig,
-    Checkpointer,
-    CheckpointError,
-    find_checkpoint,
-    load_weights,
-    newest,
-    verify,
-)
+from ssl_eo.train.checkpoint import CheckpointConfig, Checkpointer, load_weights
+from ssl_eo.train.sealing import CheckpointError, find_checkpoint, newest, verify
 
 FACTS = {"data": ["a fingerprint"], "n_seen": 12}
 

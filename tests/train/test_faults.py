@@ -15,7 +15,7 @@ import torch
 from launching import ROOT, read_checkpoint, records
 
 from ssl_eo.cli import main
-from ssl_eo.train.checkpoint import newest, verify
+from ssl_eo.train.sealing import newest, verify
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (

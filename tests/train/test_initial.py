@@ -21,10 +21,11 @@ from ssl_eo.data.opening import open_source
 from ssl_eo.hub import write_bundle, write_tensors
 from ssl_eo.objectives import mae
 from ssl_eo.objectives.base import Objective
-from ssl_eo.train.checkpoint import CheckpointConfig, Checkpointer, CheckpointError
+from ssl_eo.train.checkpoint import CheckpointConfig, Checkpointer
 from ssl_eo.train.initial import InitialWeights, _condensed, begin_from
 from ssl_eo.train.optim import OptimConfig, build_optimizer
 from ssl_eo.train.parallel import build_objective
+from ssl_eo.train.sealing import CheckpointError
 
 DEBUG = ROOT / "configs" / "debug" / "mae.yaml"
 SMALL = ("objective.ema_momentum=0.9", "model.position=learned", "model.image_size=32", "model.depth=2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -16,6 +17,8 @@ import torch
 from launching import ROOT, assert_same_bits, command, finish, read_checkpoint, records, start, wait_for
 
 from ssl_eo.cli import main
+from ssl_eo.data.sources import synthetic
+from ssl_eo.distributed import rank
 from ssl_eo.train import run_dir
 
 OnRanks = Callable[..., list[Any]]
@@ -112,9 +115,6 @@ def test_a_rank_that_fails_is_named_by_itself_alone(
 def test_a_loader_that_fails_on_one_rank_ends_all(
     tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssl_eo.data.sources import synthetic
-    from ssl_eo.distributed import rank
-
     read = synthetic.Source.read
 
     def fail(self: synthetic.Source, *arguments: Any) -> Any:
@@ -143,8 +143,6 @@ def test_unequal_data_is_found_at_the_start(
     tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two nodes with a copy of the data each, one of them without the last shard."""
-    from ssl_eo.distributed import rank
-
     whole = tmp_path / "node0"
     scenes = ["n_samples=40", "sensors=[sentinel2_l2a]", "extent_m=320.0"]
     packing = ["data", "pack", "--source", "synthetic", "--out", str(whole), "--shard-size-mb", "0.5", "--workers", "0"]
@@ -167,8 +165,6 @@ def test_unequal_data_is_found_at_the_start(
 def test_a_run_directory_that_is_not_shared_is_found_at_the_start(
     tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssl_eo.distributed import rank
-
     monkeypatch.setattr(run_dir, "_SHARED_WITHIN_S", 0.5)
 
     def on_node(out_dir: str) -> int:
@@ -189,3 +185,26 @@ def test_a_wrong_config_is_told_once(tmp_path: Path, on_ranks: OnRanks, capfd: p
 
 def _within(seconds: float) -> tuple[str, ...]:
     return (f"parallel.timeout_s={seconds}",)
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_disk_that_one_rank_cannot_write_to(
+    asynchronous: str, tmp_path: Path, on_ranks: OnRanks, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The save fails on all ranks and says so once; the checkpoint before it stands, and serves the next start."""
+    overrides = ("parallel.strategy=fsdp", f"checkpoint.asynchronous={asynchronous}")
+
+    def on_node(out_dir: str) -> int:
+        if rank() == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return _train(out_dir, *overrides)
+
+    assert on_ranks(2, _train, str(tmp_path), *overrides, "train.time_limit_s=0.0") == [75, 75]
+    kept = _checkpoints(tmp_path)
+    assert on_ranks(2, on_node, str(tmp_path)) == [1, 1]
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
+    assert len(told) == 1
+    assert "File too large" in told[0]
+    assert f"the newest kept is {kept[0]}" in told[0]
+    assert _checkpoints(tmp_path) == kept
+    assert on_ranks(2, _train, str(tmp_path), *overrides) == [0, 0]

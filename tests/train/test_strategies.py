@@ -128,6 +128,20 @@ def test_blocks_that_gather_in_bfloat16_train_as_well(tmp_path: Path, on_ranks: 
     assert any(not torch.equal(value, whole[key]) for key, value in halved.items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mae", "dinov2"])
+def test_compiled_blocks_give_the_same_numbers(kind: str, tmp_path: Path, on_ranks: OnRanks) -> None:
+    """By themselves, and inside FSDP with activations computed twice and samples dropped from blocks."""
+    beside = ("parallel.strategy=fsdp", "model.drop_path_prob=0.3")
+    recomputed = ("parallel.compile=true", "parallel.activation_checkpointing=full")
+    _run(kind, tmp_path / "single", on_ranks, 1)
+    _run(kind, tmp_path / "compiled", on_ranks, 1, "parallel.compile=true")
+    _assert_close(kind, tmp_path / "single", tmp_path / "compiled")
+    _run(kind, tmp_path / "fsdp", on_ranks, 2, *beside)
+    _run(kind, tmp_path / "fsdp_compiled", on_ranks, 2, *beside, *recomputed)
+    _assert_close(kind, tmp_path / "fsdp", tmp_path / "fsdp_compiled")
+
+
 TRAVELS = {
     "2 -> 1": ((2, "fsdp"), (1, "auto")),
     "1 -> 4": ((1, "auto"), (4, "fsdp")),
