@@ -38,7 +38,8 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "mae": (f"objective.crop={CROP}", "objective.tile=sentinel2_l2a"),
     "mae_temporal": (f"objective.crop={CROP}",),
     "simclr": PAIR,
-    "moco": PAIR,
+    # Over more steps than the debug recipe has, keys of a faster teacher are told apart by their age.
+    "moco": (*PAIR, "objective.momentum=0.99", "optim.lr=1.0e-3"),
     "moco_v3": (*PAIR, "optim.freeze_steps={}"),
     "byol": PAIR,
     "dinov2": (),
