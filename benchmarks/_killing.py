@@ -41,6 +41,7 @@ class Run:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
         self._command = [*launcher, *command(config, folder, f"run.name={name}", *overrides)]
         self._log = folder / f"{name}.log"
+        self._n_said: int | None = None  # bytes before the kill
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Run:
@@ -52,6 +53,7 @@ class Run:
 
     def start(self) -> None:
         """The next start. What it prints goes into a file: nobody reads a pipe while it is aimed at."""
+        self._n_said = None
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -88,6 +90,7 @@ class Run:
             time.sleep(_LOOK_EVERY_S)
         children = [path.read_text(encoding="ascii") for path in Path(f"/proc/{launcher}/task").glob("*/children")]
         ranks = [int(pid) for text in children for pid in text.split()]
+        self._n_said = self._log.stat().st_size
         for pid in (*ranks, launcher):
             os.kill(pid, signal.SIGKILL)
         self._process.wait()
@@ -95,8 +98,8 @@ class Run:
             time.sleep(_LOOK_EVERY_S)
 
     def output(self) -> str:
-        """What this start has printed so far."""
-        return self._log.read_text(encoding="utf-8", errors="replace")
+        """What this start has printed, up to its kill: workers of a killed rank may complain that it is gone."""
+        return self._log.read_bytes()[: self._n_said].decode(errors="replace")
 
     def begun_after(self) -> int | None:
         """The step after which this start goes on, 0 for a new run; None as long as it has not said so."""

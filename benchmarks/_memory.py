@@ -8,12 +8,13 @@ N tiles of the archive.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from _table import Row
 
-__all__ = ["in_fresh_process", "measure_memory"]
+__all__ = ["environment_with", "in_fresh_process", "measure_memory"]
 
 N_WORKERS = (1, 8)
 BATCH = 64
@@ -58,11 +59,20 @@ def measure_memory(folder: Path, quick: bool) -> list[Row]:
 
 def in_fresh_process(call: Any, *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
     """What `call`, a function of a module, returns in a Python process of its own, with `environment` added to ours."""
+    with (
+        environment_with(environment or {}),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor,
+    ):
+        return executor.submit(call, *arguments).result()
+
+
+@contextlib.contextmanager
+def environment_with(added: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started inside find `added` in their environment."""
     before = dict(os.environ)
-    os.environ.update(environment or {})
+    os.environ.update(added)
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-            return executor.submit(call, *arguments).result()
+        yield
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Row", "machine", "text"]
+__all__ = ["Row", "aligned", "machine", "number", "text"]
 
 _HEADER = ("section", "row", "value", "unit", "ratio", "KB stored", "target", "met")
 _IS_NUMBER = (False, False, True, False, True, True, False, False)
@@ -56,8 +56,8 @@ class Row:
 
     def cells(self) -> tuple[str, ...]:
         met = {True: "yes", False: "NO", None: "-" if self.target else ""}[self.met]
-        numbers = _number(self.ratio), _number(self.stored_kb)
-        return (self.section, self.name, _number(self.value), self.unit, *numbers, self.target, met)
+        numbers = number(self.ratio), number(self.stored_kb)
+        return (self.section, self.name, number(self.value), self.unit, *numbers, self.target, met)
 
 
 def text(rows: Sequence[Row]) -> str:
@@ -65,8 +65,19 @@ def text(rows: Sequence[Row]) -> str:
     lines = [_HEADER, *(row.cells() for row in rows)]
     stored = _HEADER.index("KB stored")
     shown = [i for i in range(len(_HEADER)) if i != stored or any(row.stored_kb is not None for row in rows)]
-    widths = {i: max(len(line[i]) for line in lines) for i in shown}
-    return "\n".join(_aligned(line, widths) for line in lines)
+    return aligned([[line[i] for i in shown] for line in lines], [_IS_NUMBER[i] for i in shown])
+
+
+def aligned(lines: Sequence[Sequence[str]], is_number: Sequence[bool]) -> str:
+    """Lines of cells, the header first, whose columns are aligned by spaces: numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, is_number, strict=True)
+        ).rstrip()
+        for line in lines
+    )
 
 
 def machine() -> str:
@@ -77,12 +88,7 @@ def machine() -> str:
     return f"{cores}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def _aligned(line: Sequence[str], widths: Mapping[int, int]) -> str:
-    cells = ((line[i].rjust if _IS_NUMBER[i] else line[i].ljust)(width) for i, width in widths.items())
-    return "  ".join(cells).rstrip()
-
-
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three digits that count, and no exponent."""
     if value is None:
         return ""

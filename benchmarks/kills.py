@@ -149,7 +149,7 @@ def main() -> None:
 
 def kill_repeatedly(folder: Path, arguments: argparse.Namespace) -> Trial:
     """Prints the undisturbed run, each start, and a summary."""
-    n_steps = EVERY_N_STEPS * (3 * arguments.times + 2)  # no start comes further than three saves
+    n_steps = EVERY_N_STEPS * (2 * arguments.times + 3)  # a start comes two saves far, or is late and comes further
     how = (f"parallel.strategy={arguments.strategy}", f"checkpoint.asynchronous={str(arguments.asynchronous).lower()}")
     given = (arguments.ranks, arguments.config, *SHORT, *how, f"train.total_steps={n_steps}")
     with Run(folder, "undisturbed", *given) as undisturbed, Run(folder, "killed", *given) as run:

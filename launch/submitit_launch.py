@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             print(_script(submitit, arguments, len(runs)), end="")
             for run in runs:
-                print(f"would train {run.name}: {' '.join(run.arguments)}", file=sys.stderr)
+                print(f"would train {run.name}: {shlex.join(run.arguments)}", file=sys.stderr)
             return 0
         executor = submitit.SlurmExecutor(arguments.folder)
         executor.update_parameters(**_parameters(arguments))
@@ -174,7 +175,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 def _script(submitit: Any, arguments: argparse.Namespace, n_runs: int) -> str:
     """The batch script that submitit would hand to sbatch, whether or not there is one here."""
 
-    class DryExecutor(submitit.SlurmExecutor):  # type: ignore[misc, name-defined]
+    class DryExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         @classmethod
         def affinity(cls) -> int:  # by which an executor says whether it works here
             return 2

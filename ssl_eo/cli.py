@@ -98,8 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.set_defaults(run=_train)
 
-    config = commands.add_parser("config", help="print the resolved config")
+    config = commands.add_parser("config", help="print the resolved config, or with --plan what it would cost")
     _add_config(config)
+    config.add_argument("--plan", action="store_true", help="print parameters, FLOP and memory of a rank instead")
+    config.add_argument("--ranks", type=int, default=None, help="with --plan: processes of the run; default 1")
+    config.add_argument("--device", choices=["cpu", "cuda"], default=None, help="with --plan; default: as here")
     config.set_defaults(run=_config)
 
     export = commands.add_parser("export", help="write the encoder of a checkpoint as a bundle")
@@ -201,7 +204,17 @@ def _train(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> int:
     from ssl_eo.config import load, to_yaml
 
-    print(to_yaml(load(arguments.config, arguments.overrides)), end="")
+    config = load(arguments.config, arguments.overrides)
+    chosen = {key: value for key in ("ranks", "device") if (value := getattr(arguments, key)) is not None}
+    if arguments.plan:
+        from ssl_eo.train.plan import plan
+        from ssl_eo.train.plan_table import print_plan
+
+        print_plan(plan(config, **chosen), config, sys.stdout)
+        return 0
+    if chosen:
+        raise ValueError(f"--{next(iter(chosen))} is for --plan: add that, or leave it out")
+    print(to_yaml(config), end="")
     return 0
 
 

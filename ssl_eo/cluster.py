@@ -53,7 +53,8 @@ class Launch:
     local_rank: int = 0  # among the processes of this node
     address: str | None = None  # of the first rank; None where there is no other
     port: int | None = None
-    n_restarts: int = 0
+    store_is_served: bool = False  # there already, by torchrun; else the first rank does it
+    n_restarts: int = 0  # as far as all ranks know the same of it
     job: str | None = None  # the Slurm job, by the name that scontrol takes
 
 
@@ -98,12 +99,16 @@ def read_launch(environ: Mapping[str, str], first_host: Callable[[str], str] = f
 
 
 def requeue(job: str) -> None:
-    """Put the running Slurm job `job` back into the queue.
+    """Put the Slurm job `job` back into the queue: one that runs, or whose time is up.
 
     Raises `RuntimeError` where that cannot be, and so for a job that its user has cancelled.
     """
-    # Not a finished job: without the option Slurm would bring a cancelled one back to life.
-    _scontrol("requeue", "Incomplete", job)
+    before = _facts(job)
+    # Slurm takes finished jobs back too, and with this option only those that run. It is silent about the others.
+    only = () if before["Reason"] == "TimeLimit" else ("Incomplete",)
+    _scontrol("requeue", *only, job)
+    if int(_facts(job)["Restarts"]) <= int(before["Restarts"]):
+        raise RuntimeError("it was cancelled, or has ended")
 
 
 def finish(status: int, environ: Mapping[str, str]) -> int:
@@ -148,8 +153,11 @@ def _read_torchrun(environ: Mapping[str, str]) -> Launch:
     if size > 1:
         group = (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT")
         address, port = _text(environ, "MASTER_ADDR", group), _number(environ, "MASTER_PORT", group, 1, 65536)
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     n_restarts = _number({"TORCHELASTIC_RESTART_COUNT": "0", **environ}, "TORCHELASTIC_RESTART_COUNT", _TORCHRUN)
-    return Launch("torchrun", rank, size, local_rank, address, port, n_restarts, _job(environ))
+    if environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        n_restarts = 0  # every machine counts those that it began itself
+    return Launch("torchrun", rank, size, local_rank, address, port, served, n_restarts, _job(environ))
 
 
 def _read_step(environ: Mapping[str, str], first_host: Callable[[str], str]) -> Launch:
@@ -161,7 +169,7 @@ def _read_step(environ: Mapping[str, str], first_host: Callable[[str], str]) -> 
     if size > 1:
         address = environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST", _STEP))
         port = _number({"MASTER_PORT": str(_port(environ, n_restarts)), **environ}, "MASTER_PORT", _STEP, 1, 65536)
-    return Launch("slurm", rank, size, local_rank, address, port, n_restarts, _job(environ))
+    return Launch("slurm", rank, size, local_rank, address, port, False, n_restarts, _job(environ))
 
 
 def _port(environ: Mapping[str, str], n_restarts: int) -> int:
@@ -200,6 +208,11 @@ def _number(
         allowed = f"a whole number from {least} on" if below is None else f"a whole number from {least} to {below - 1}"
         raise ValueError(f"the environment has {name}={text!r}, which must be {allowed}")
     return value
+
+
+def _facts(job: str) -> dict[str, str]:
+    """What Slurm says of a job: `JobState`, `Reason`, `Restarts`, ..."""
+    return dict(re.findall(r"(\w+)=(\S*)", _scontrol("--oneliner", "show", "job", job)))
 
 
 def _scontrol(*arguments: str) -> str:

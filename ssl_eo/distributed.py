@@ -15,6 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
 from ssl_eo.cluster import read_launch
 
@@ -73,11 +74,13 @@ def init_world(timeout_s: float = 3600.0) -> World:
     if launch.size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        if launch.launcher == "slurm":
-            where = f"tcp://{launch.address}:{launch.port}"
-            dist.init_process_group(backend, where, timeout=timeout, world_size=launch.size, rank=launch.rank)
-        else:  # by the variables: they say too whether torchrun's agent holds the store
-            dist.init_process_group(backend, timeout=timeout)
+        assert launch.address is not None
+        assert launch.port is not None
+        serves = launch.rank == 0 and not launch.store_is_served
+        kept = TCPStore(launch.address, launch.port, launch.size, serves, timeout)
+        # torchrun keeps its store over restarts: ranks would find the addresses of dead ones there, and call them.
+        store = PrefixStore(f"start{launch.n_restarts}", kept)
+        dist.init_process_group(backend, store=store, timeout=timeout, world_size=launch.size, rank=launch.rank)
     address = launch.address or World.address
     return World(rank=rank(), size=world_size(), local_rank=launch.local_rank, device=device, address=address)
 

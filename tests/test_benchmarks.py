@@ -58,6 +58,35 @@ def test_every_section_of_objectives() -> None:
 
 
 @pytest.mark.slow
+def test_strategies_side_by_side() -> None:
+    header, rows, conditions = run("benchmarks/scaling.py", "--size", "small", "--turns", "1", "--only", "strategies")
+    assert header[:3] == ["model", "processes", "strategy"]
+    assert [(row[1], row[2]) for row in rows] == [("1", "single"), ("2", "apart"), ("2", "ddp"), ("2", "fsdp")]
+    state_mb = {row[2]: float(row[-2]) for row in rows if row[2] != "apart"}
+    assert state_mb["ddp"] == state_mb["single"]
+    assert 0.5 <= state_mb["fsdp"] / state_mb["single"] < 0.52  # rows that do not divide are filled up
+    assert "a toy" in conditions
+
+
+@pytest.mark.slow
+def test_what_a_save_costs() -> None:
+    header, rows, _ = run("benchmarks/scaling.py", "--size", "small", "--turns", "1", "--only", "saving")
+    assert header == ["section", "row", "value", "unit", "ratio", "target", "met"]
+    assert [row[0] for row in rows] == ["saving"] * 10
+    assert len([row for row in rows if "<=" in row]) == 2
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_again_and_again() -> None:
+    command = [sys.executable, "benchmarks/kills.py", "--times", "2", "--strategy", "fsdp", "--asynchronous"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert ["killed after step" in line for line in lines] == [False, True, True, False, False]
+    assert "tensors have the undisturbed run's bits" in lines[-1]
+
+
+@pytest.mark.slow
 def test_comparison_of_objectives() -> None:
     few = ("--seconds", "1", "--places", "96", "--only", "mae", "mae_temporal")
     command = [sys.executable, "benchmarks/comparison.py", *few]

@@ -58,11 +58,13 @@ def test_no_launcher() -> None:
 
 
 def test_torchrun() -> None:
-    assert read_launch(TORCHRUN) == Launch("torchrun", 5, 8, 1, "node0", 29400, 2)
+    assert read_launch(TORCHRUN) == Launch("torchrun", 5, 8, 1, "node0", 29400, n_restarts=2)
+    agent = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "2"}
+    assert read_launch(agent) == Launch("torchrun", 5, 8, 1, "node0", 29400, store_is_served=True)
 
 
 def test_torchrun_inside_a_step_comes_first() -> None:
-    assert read_launch({**STEP, **TORCHRUN}) == Launch("torchrun", 5, 8, 1, "node0", 29400, 2, "1234")
+    assert read_launch({**STEP, **TORCHRUN}) == Launch("torchrun", 5, 8, 1, "node0", 29400, n_restarts=2, job="1234")
 
 
 def test_the_shell_of_a_batch_job_is_one_process() -> None:
@@ -70,7 +72,7 @@ def test_the_shell_of_a_batch_job_is_one_process() -> None:
 
 
 def test_step() -> None:
-    assert read_launch(STEP, _first) == Launch("slurm", 3, 8, 1, "gpu03", 11234, 0, "1234")
+    assert read_launch(STEP, _first) == Launch("slurm", 3, 8, 1, "gpu03", 11234, job="1234")
 
 
 def test_step_that_starts_again_meets_elsewhere() -> None:
@@ -166,25 +168,42 @@ def test_ranks_of_a_step_agree_on_where_they_meet(
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
+_SCONTROL = """\
+#!/bin/sh
+for job; do :; done
+case "$*" in
+*99) printf 'slurm: Invalid\\n job\\n' >&2; exit 1 ;;
+*show*88) reason=TimeLimit ;;
+requeue*) echo "$*" >> CALLS ;;
+esac
+restarts=$(grep -c " $job$" CALLS)
+[ "$job" != 77 ] || restarts=0
+echo "JobId=$job JobState=RUNNING Reason=${reason:-None} Restarts=$restarts"
+"""
+
+
 @pytest.fixture
 def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with the arguments that `scontrol` was called with, which is a script here; it refuses job 99."""
+    """A file with the requests to a `scontrol` that is a script here. Job 77 was cancelled, 88 had no time left."""
     script, calls = tmp_path / "bin" / "scontrol", tmp_path / "calls"
     script.parent.mkdir()
-    script.write_text(
-        f'#!/bin/sh\necho "$*" >> "{calls}"\n[ "$3" != 99 ] || {{ echo "slurm: Invalid\n job" >&2; exit 1; }}\n'
-    )
+    script.write_text(_SCONTROL.replace("CALLS", str(calls)))
     script.chmod(0o755)
     calls.touch()
     monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
     return calls
 
 
-def test_requeue(scontrol: Path) -> None:
-    requeue("12_3")
-    assert scontrol.read_text() == "requeue Incomplete 12_3\n"
-    with pytest.raises(RuntimeError, match="'scontrol requeue Incomplete 99' failed: slurm: Invalid job"):
-        requeue("99")
+@pytest.mark.parametrize(("job", "call"), [("12_3", "requeue Incomplete 12_3\n"), ("88", "requeue 88\n")])
+def test_requeue(scontrol: Path, job: str, call: str) -> None:
+    requeue(job)
+    assert scontrol.read_text() == call
+
+
+@pytest.mark.parametrize(("job", "reason"), [("99", "failed: slurm: Invalid job"), ("77", "it was cancelled")])
+def test_what_cannot_go_back(scontrol: Path, job: str, reason: str) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        requeue(job)
 
 
 @pytest.mark.parametrize(

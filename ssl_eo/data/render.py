@@ -26,7 +26,7 @@ pixels, h w view pixels, m = max(h, w). What is said of R holds for any part r o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -369,8 +369,9 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     saved = backend.matmul.fp32_precision
     backend.matmul.fp32_precision = "ieee"
+    has_autocast = device.type != "meta"  # where shapes alone are made
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False) if has_autocast else nullcontext():
             yield
     finally:
         backend.matmul.fp32_precision = saved

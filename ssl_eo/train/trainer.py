@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssl_eo.cluster import EXIT_DONE, EXIT_RESUMABLE
 from ssl_eo.components import resolve
 from ssl_eo.config import Config, to_dict
 from ssl_eo.data.loader import Loader
@@ -63,9 +64,6 @@ from ssl_eo.train.watch import Watch
 
 __all__ = ["EXIT_DONE", "EXIT_RESUMABLE", "TrainingError", "train"]
 
-EXIT_DONE = 0
-EXIT_RESUMABLE = 75  # stopped on request; the same command goes on
-
 _N_PICTURES = 6  # samples in a picture of how training goes on
 
 
@@ -78,9 +76,14 @@ def train(config: Config) -> int:
     if config.train.n_threads is not None:
         torch.set_num_threads(config.train.n_threads)
     stop = AgreedFlag()
+    with _signals_raise(stop):  # while the ranks meet and part, too
+        return _train(config, stop)
+
+
+def _train(config: Config, stop: AgreedFlag) -> int:
     # The watch speaks first: it knows which rank is late. Reading the index of a large archive may take minutes.
     world = init_world(timeout_s=2 * config.parallel.timeout_s + 60)
-    with _signals_raise(stop), Watch(world, config.parallel.timeout_s) as watch, run_dir.claim(config.run_dir, config):
+    with Watch(world, config.parallel.timeout_s) as watch, run_dir.claim(config.run_dir, config):
         with watch.over():
             trainer = Trainer(config, world, stop, watch)
         with contextlib.closing(trainer):

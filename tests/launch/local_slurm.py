@@ -19,12 +19,14 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "setpriv")
 NODES = ("127.0.0.2", "127.0.0.3")  # names that every machine can resolve
 _STARTS_WITHIN_S = 30.0
+_FINAL = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 # Why a line is there, where it is not the least that starts:
 # cred_expire: a job may start again on the same node after so long, and not after two minutes
 # proctrack/linuxproc, task/none: no cgroups
-# CR_Core, Procs of a node that are not there: oversubscribed on purpose
+# KillWait: what a cancelled job has for saving, on a busy machine
 # preempt_send_user_signal: a preempted job gets the signal that it asked for, else SIGTERM
+# FirstJobId: jobs meet at ports that follow from their ids, and tests may run beside those of another process
 # bf_interval, sched_interval, ...: look for work every second
 _CONFIG = """\
 ClusterName=test
@@ -55,6 +57,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=20
 ReturnToService=2
+FirstJobId={first_job}
 """
 
 
@@ -90,8 +93,7 @@ class LocalSlurm:
         """The facts of `job` when it has come to one of `states`; fails on another that is final."""
         limit = time.monotonic() + timeout_s
         while (facts := self.facts(job))["JobState"] not in states:
-            final = facts["JobState"] not in ("PENDING", "RUNNING", "COMPLETING")
-            assert not final, f"job {job} is {facts['JobState']}, {facts.get('ExitCode')}"
+            assert facts["JobState"] not in _FINAL, f"job {job} is {facts['JobState']}, {facts.get('ExitCode')}"
             assert time.monotonic() < limit, f"job {job} is {facts['JobState']} ({facts.get('Reason')})"
             time.sleep(0.1)
         return facts
@@ -134,7 +136,7 @@ def _configure(folder: Path) -> str:
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in sockets]
     host = socket.gethostname().partition(".")[0]
-    lines = [_CONFIG.format(host=host, folder=folder, ports=ports)]
+    lines = [_CONFIG.format(host=host, folder=folder, ports=ports, first_job=100 * (os.getpid() % 10_000 + 1))]
     for node, port in zip(NODES, ports[1:], strict=True):
         lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN\n")
     nodes = ",".join(NODES)

@@ -102,7 +102,7 @@ def test_values_are_cut_at_commas_outside_brackets_and_quotes(values: list[str])
     [
         (("--sweep=optim.lr",), "--sweep 'optim.lr': write key=v1,v2"),
         (("--sweep=optim.lr=1,,2",), "write key=v1,v2"),
-        (("--sweep=optim.lr=1e-3,-1",), "optim.lr"),
+        (("--sweep=optim.lr=1e-3,-1",), "lr must be positive"),
         (("--sweep=optim.lerning=1",), "optim.lerning"),
         (("--sweep=run.seed=1,1",), "several runs would be named debug_mae-seed1"),
         (("--gpus-per-node=8", "--tasks-per-node=1"), "there is one task for each GPU"),

@@ -1,0 +1,51 @@
+"""How much memory the steps of a real run take at most."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+from ssl_eo.config import load
+from ssl_eo.distributed import AgreedFlag, init_world
+from ssl_eo.train.prefetch import DeviceBatches
+from ssl_eo.train.trainer import Trainer
+from ssl_eo.train.watch import Watch
+
+N_STEPS = 2  # the moments of the optimiser come into being at the end of the first
+_M_MMAP_THRESHOLD = -3  # of mallopt
+
+
+def peak_bytes(config: str, out_dir: str, *overrides: str) -> int:
+    """What the first steps, as the trainer takes them, add to what this process holds: one forked for nothing else."""
+    # The C library keeps freed blocks for later, more or fewer from run to run: told to give back at once all but
+    # small ones, it leaves what lives.
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16) == 1
+    _warm_up()
+    before = _resident_bytes("VmRSS")
+    settings = [f"run.out_dir={out_dir}", "data.n_workers=0", "log.report=false", *overrides]
+    world = init_world()
+    with contextlib.closing(Trainer(load(config, settings), world, AgreedFlag(), Watch(world, 60.0))) as trainer:
+        trainer.model.train()
+        batches = DeviceBatches(iter(trainer.loader), world.device)
+        for _ in range(N_STEPS):
+            trainer._train_step(batches)
+        return _resident_bytes("VmHWM") - before
+
+
+def _warm_up() -> None:
+    """Let torch load what it loads at a first step, whatever is trained."""
+    layer = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(8, 8)).sum().backward()
+    optimizer.step()
+
+
+def _resident_bytes(what: str) -> int:
+    """Resident memory of this process, now (VmRSS) or at most (VmHWM)."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
