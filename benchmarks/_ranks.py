@@ -101,6 +101,10 @@ class Group:
             process.join(_END_WITHIN_S)
             process.kill()
 
+    def wait_until_ready(self) -> None:
+        """Until its processes have taken their first steps: those of other groups are not to be timed meanwhile."""
+        self.ask("steps", 0)
+
     def ask(self, what: str, *arguments: Any) -> list[Any]:
         """What each process's `Member` answers to its method `what`, all of them at once."""
         for pipe in self._pipes:

@@ -26,6 +26,8 @@ def measure_saving(setting: Setting, n_turns: int, folder: Path) -> list[Row]:
         plain: list[float] = []
         with ExitStack() as stack:
             groups = {how: stack.enter_context(_group(setting, n, strategy, how, folder)) for how in losses}
+            for group in groups.values():
+                group.wait_until_ready()
             for turn in range(1 + n_turns):
                 for how, group in groups.items():
                     step_s, stall, cost = _turn(group)

@@ -118,6 +118,8 @@ def _measure(setting: Setting, n_turns: int, model: str, n: int, folder: Path) -
     seconds: dict[str, list[float]] = {strategy: [] for strategy in strategies}
     with ExitStack() as stack:
         groups = {s: stack.enter_context(_group(setting, model, n, s, folder)) for s in strategies}
+        for group in groups.values():
+            group.wait_until_ready()
         for _ in range(n_turns):
             for strategy, group in groups.items():
                 step_s = group.seconds("steps", N_STEPS) / N_STEPS
