@@ -10,7 +10,7 @@ import logging
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ __all__ = [
     "first_host",
     "read_launch",
     "requeue",
+    "signals_handled",
     "signals_stop_early",
 ]
 
@@ -69,7 +70,14 @@ def signals_stop_early() -> Iterator[None]:
     def stop(signum: int, frame: Any) -> None:
         raise StoppedEarlyError
 
-    old = {name: signal.signal(name, stop) for name in STOP_SIGNALS}
+    with signals_handled(STOP_SIGNALS, stop):
+        yield
+
+
+@contextlib.contextmanager
+def signals_handled(names: Iterable[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, `handler` gets the signals `names`; afterwards whoever got them before."""
+    old = {name: signal.signal(name, handler) for name in names}
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_eo.cluster import EXIT_DONE, EXIT_RESUMABLE
+from ssl_eo.cluster import EXIT_DONE, EXIT_RESUMABLE, STOP_SIGNALS, signals_handled
 from ssl_eo.components import resolve
 from ssl_eo.config import Config, to_dict
 from ssl_eo.data.loader import Loader
@@ -388,10 +388,5 @@ def _signals_raise(flag: AgreedFlag) -> Iterator[None]:
             raise KeyboardInterrupt
         flag.raised = True
 
-    caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    old = {s: signal.signal(s, handler) for s in caught}
-    try:
+    with signals_handled((*STOP_SIGNALS, signal.SIGINT), handler):
         yield
-    finally:
-        for s, previous in old.items():
-            signal.signal(s, previous)
