@@ -57,7 +57,7 @@ class Part:
             return shown
         own = {"RANK": str(self.rank), "LOCAL_RANK": str(self.rank), "WORLD_SIZE": str(self.size)}
         meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(self.port)}
-        held_elsewhere = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        held_elsewhere = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
         return {**shown, **own, **meeting, **held_elsewhere}
 
 

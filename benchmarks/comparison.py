@@ -97,7 +97,7 @@ def compare(name: str, seconds: float, folder: Path) -> Result:
 
 def _numbers(records: list[dict[str, Any]]) -> dict[str, float]:
     """Of one step: by the name of the probe or of the measure."""
-    found = {r["probe"]: r["accuracy"] for r in records if r["kind"] == "probe"}
+    found = {r["probe"]: r[r["metric"]] for r in records if r["kind"] == "probe"}
     return found | {"effective_rank": next(r["effective_rank"] for r in records if r["kind"] == "health")}
 
 

@@ -90,6 +90,9 @@ class Trial:
     def compare(self, undisturbed: Run, n_steps: int) -> int:
         """Look at the last checkpoints and the logs of both runs; returns the number of tensors."""
         last = f"step_{n_steps:08d}"
+        if not (self.run.checkpoints / last / "complete.json").is_file():
+            self._note(f"there is no whole {last} in the end")
+            return 0
         expected, found = (read_checkpoint(run.checkpoints / last) for run in (undisturbed, self.run))
         if expected.keys() != found.keys():
             self._note(f"other tensors: {sorted(expected.keys() ^ found.keys())[:3]}")

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Submit what `argv` says; errors are one line and status 2 (wrong usage or config) or 1."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
-        runs = plan_runs(arguments.config, arguments.overrides, arguments.sweep)
+        n_ranks = arguments.nodes * (arguments.tasks_per_node or arguments.gpus_per_node or 1)
+        runs = plan_runs(arguments.config, arguments.overrides, arguments.sweep, n_ranks)
         submitit = import_extra("launch", "submitit", "launch/submitit_launch.py")
         if arguments.dry_run:
             print(_script(submitit, arguments, len(runs)), end="")
@@ -54,24 +55,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def plan_runs(config: str, overrides: Sequence[str], sweeps: Sequence[str]) -> list[Run]:
-    """A run for each combination of the values in `sweeps` (`key=v1,v2`), named after them.
+def plan_runs(config: str, overrides: Sequence[str], sweeps: Sequence[str], n_ranks: int = 1) -> list[Run]:
+    """A run of `n_ranks` for each combination of the values in `sweeps` (`key=v1,v2`), named after them.
 
-    Raises `ValueError` for a wrong config, now and not when its turn in the queue has come, and where two runs would
+    Raises `ValueError` for a wrong config, or one that does not fit the number of ranks, now and not when its turn in
+    the queue has come, and where two runs would
     have the same name.
     """
     from ssl_eo.config import load
+    from ssl_eo.data.order import check_lanes
 
-    axes = []
+    axes: list[list[tuple[str, str]]] = []
     for sweep in sweeps:
         key, sign, text = sweep.partition("=")
         if not sign or not key or "" in (values := list(split_values(text))):
             raise ValueError(f"--sweep {sweep!r}: write key=v1,v2, for instance optim.lr=1e-3,5e-4")
+        if any(key == axis[0][0] for axis in axes):
+            raise ValueError(f"--sweep: {key} comes twice; give all its values in one")
         axes.append([(key, value) for value in values])
     runs = []
     for combination in itertools.product(*axes):
         chosen = [*overrides, *(f"{key}={value}" for key, value in combination)]
-        name = load(config, chosen).run.name
+        built = load(config, chosen)
+        check_lanes(built.train.global_batch_size, built.data.n_lanes, n_ranks)
+        name = built.run.name
         for key, value in combination:
             if key != "run.name":
                 name += f"-{key.rpartition('.')[2]}" + re.sub(r"[^\w.+-]+", "_", value)
@@ -131,10 +138,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -144,6 +150,9 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             f"--tasks-per-node {tasks} with --gpus-per-node {arguments.gpus_per_node}: there is one task for each GPU"
         )
+    for text in (*arguments.slurm, arguments.partition, arguments.account, arguments.qos, arguments.folder):
+        if text is not None and not text.isprintable():
+            raise ValueError(f"{text!r} would be several lines of the batch script; give it without control characters")
     others = dict(option.split("=", 1) if "=" in option else (option, True) for option in arguments.slurm)
     threads = arguments.cpus_per_task or 1
     setup = [

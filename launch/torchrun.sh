@@ -9,10 +9,18 @@
 #
 # Ends with the status of the run: 0 done, 75 stopped on request (the same command goes on), 2 wrong config, 1 failed.
 # SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C go to the processes, which may take as long as they need to write their
-# checkpoint; torchrun itself would kill them after 30 seconds.
+# checkpoint; torchrun itself would kill them after 30 seconds. So does the end of the terminal, as SIGTERM.
 
+if [ $# -eq 0 ] || [ "$1" = --help ] || [ "$1" = -h ]; then
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  exit $(($# == 0 ? 2 : 0))
+fi
 options=()
-if [[ " $* " == *" -- "* ]]; then
+has_options=
+for argument in "$@"; do
+  if [ "$argument" = -- ]; then has_options=1; fi
+done
+if [ -n "$has_options" ]; then
   while [ "$1" != -- ]; do
     options+=("$1")
     shift
@@ -34,6 +42,7 @@ for name in INT TERM USR1 USR2; do
   # shellcheck disable=SC2064  # the name is meant as it is now
   trap "asked=$name told=" "$name"
 done
+trap "asked=TERM told=" HUP # the terminal is gone; under nohup it is not heard
 
 set -m # torchrun gets a process group of its own: Ctrl-C in a terminal reaches this script alone
 "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node="$NPROC" \

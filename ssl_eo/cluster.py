@@ -7,32 +7,39 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+from ssl_eo.files import is_seen
 
 __all__ = [
     "EXIT_DONE",
     "EXIT_FAILURE",
     "EXIT_RESUMABLE",
+    "STOPPED_EARLY",
     "STOP_SIGNALS",
     "Launch",
     "StoppedEarlyError",
     "finish",
     "first_host",
+    "is_abandoned",
     "read_launch",
     "requeue",
     "signals_handled",
+    "signals_raise",
     "signals_stop_early",
 ]
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_RESUMABLE = 75  # stopped on request; the same command goes on
+STOPPED_EARLY = -75  # `finish` makes that of it: this process alone, before it met the others
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # by which schedulers ask a run to save and end
 
@@ -42,6 +49,8 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _STEP = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")  # srun alone sets the first two
 _FIRST_PORT, _N_PORTS = 10_000, 20_000  # below those that Linux gives away by itself, from 32768 on
 _ANSWER_WITHIN_S = 120
+_OTHERS_STOP_WITHIN_S = 10.0
+_PARENT = os.getppid()
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,6 @@ class Launch:
     address: str | None = None  # of the first rank; None where there is no other
     port: int | None = None
     store_is_served: bool = False  # there already, by torchrun; else the first rank does it
-    n_restarts: int = 0  # as far as all ranks know the same of it
     job: str | None = None  # the Slurm job, by the name that scontrol takes
 
 
@@ -83,6 +91,30 @@ def signals_handled(names: Iterable[signal.Signals], handler: Callable[[int, Any
     finally:
         for name, previous in old.items():
             signal.signal(name, previous)
+
+
+class Flag(Protocol):
+    """What a signal raises."""
+
+    raised: bool
+
+
+@contextlib.contextmanager
+def signals_raise(flag: Flag) -> Iterator[None]:
+    """SIGTERM, SIGUSR1, SIGUSR2 and a first SIGINT raise `flag`, which a run looks at between steps."""
+
+    def handler(signum: int, frame: Any) -> None:
+        if signum == signal.SIGINT and flag.raised:
+            raise KeyboardInterrupt
+        flag.raised = True
+
+    with signals_handled((*STOP_SIGNALS, signal.SIGINT), handler):
+        yield
+
+
+def is_abandoned() -> bool:
+    """Whether torchrun, which started this process, has ended without it: nobody would stop it any more."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _PARENT
 
 
 def first_host(nodes: str) -> str:
@@ -123,21 +155,34 @@ def finish(status: int, environ: Mapping[str, str]) -> int:
     """Tell the launcher that the run ended with `status`; returns what this process is to end with.
 
     `SSL_EO_REQUEUE=1`: the first rank of a run that stopped on request puts the Slurm job back into the queue. The
-    others end with 0, since srun kills all tasks of a step, the first one too, when one of them fails.
+    others end with 0, since srun kills all tasks of a step, the first one too, when one of them fails. A process that
+    stopped early has not agreed on it with the others, who may wait for it: it puts the job back whatever its rank.
 
     `SSL_EO_EXIT_FILE=path`: the first rank writes the status there, and all end with 0 unless the run failed. torchrun
     takes any other status for a failure and starts again, which helps neither a wrong config nor a run that is to stop.
     """
+    is_early, status = status == STOPPED_EARLY, abs(status)
     if status == EXIT_RESUMABLE and environ.get("SSL_EO_REQUEUE") == "1":
         launch = read_launch(environ)
-        if launch.rank != 0:
+        if launch.rank != 0 and not is_early:
             return EXIT_DONE
         _requeue_own(launch.job)
     if (path := environ.get("SSL_EO_EXIT_FILE")) and status != EXIT_FAILURE:
-        if read_launch(environ).rank == 0:
-            Path(path).write_text(f"{status}\n", encoding="utf-8")
-        return EXIT_DONE
+        return _leave_word(Path(path), status, read_launch(environ).rank, is_early)
     return status
+
+
+def _leave_word(path: Path, status: int, rank: int, is_early: bool) -> int:
+    """Write `status` to the file `path` on the first rank; returns what this process is to end with."""
+    try:
+        if rank == 0:
+            path.write_text(f"{status}\n", encoding="utf-8")
+        elif is_early and not is_seen(lambda: path.stat().st_size > 0, _OTHERS_STOP_WITHIN_S):
+            return status  # the others were not asked to stop, and would wait for this one: let them start again
+    except OSError as error:
+        logger.warning("SSL_EO_EXIT_FILE: %s", error)
+        return status
+    return EXIT_DONE
 
 
 def _requeue_own(job: str | None) -> None:
@@ -162,10 +207,7 @@ def _read_torchrun(environ: Mapping[str, str]) -> Launch:
         group = (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT")
         address, port = _text(environ, "MASTER_ADDR", group), _number(environ, "MASTER_PORT", group, 1, 65536)
     served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    n_restarts = _number({"TORCHELASTIC_RESTART_COUNT": "0", **environ}, "TORCHELASTIC_RESTART_COUNT", _TORCHRUN)
-    if environ.get("GROUP_WORLD_SIZE", "1") != "1":
-        n_restarts = 0  # every machine counts those that it began itself
-    return Launch("torchrun", rank, size, local_rank, address, port, served, n_restarts, _job(environ))
+    return Launch("torchrun", rank, size, local_rank, address, port, served, _job(environ))
 
 
 def _read_step(environ: Mapping[str, str], first_host: Callable[[str], str]) -> Launch:
@@ -177,7 +219,7 @@ def _read_step(environ: Mapping[str, str], first_host: Callable[[str], str]) -> 
     if size > 1:
         address = environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST", _STEP))
         port = _number({"MASTER_PORT": str(_port(environ, n_restarts)), **environ}, "MASTER_PORT", _STEP, 1, 65536)
-    return Launch("slurm", rank, size, local_rank, address, port, False, n_restarts, _job(environ))
+    return Launch("slurm", rank, size, local_rank, address, port, False, _job(environ))
 
 
 def _port(environ: Mapping[str, str], n_restarts: int) -> int:
@@ -220,7 +262,11 @@ def _number(
 
 def _facts(job: str) -> dict[str, str]:
     """What Slurm says of a job: `JobState`, `Reason`, `Restarts`, ..."""
-    return dict(re.findall(r"(\w+)=(\S*)", _scontrol("--oneliner", "show", "job", job)))
+    text = _scontrol("--oneliner", "show", "job", job)
+    found = dict(re.findall(r"(\w+)=(\S*)", text))
+    if "Reason" not in found or not found.get("Restarts", "").isdecimal():
+        raise RuntimeError(f"'scontrol show job {job}' says neither Reason nor Restarts: {text[:80]!r}")
+    return found
 
 
 def _scontrol(*arguments: str) -> str:

@@ -54,8 +54,11 @@ class RunConfig:
     seed: int = 0  # of weights, order, crops, masks and dropout
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name or self.name in ("", ".", ".."):
+        if Path(self.name).name != self.name or self.name in ("", ".", "..") or "\0" in self.name:
             raise ValueError(f"name must be one folder name, got {self.name!r}")
+
+
+_MOST_STEPS = 10**8 - 1  # eight digits name a checkpoint
 
 
 @dataclass
@@ -74,6 +77,8 @@ class TrainConfig:
         for key in ("total_steps", "global_batch_size", "accumulate", "max_skipped_steps", "n_threads"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.total_steps > _MOST_STEPS:
+            raise ValueError(f"total_steps must be at most {_MOST_STEPS:,}, got {self.total_steps:,}")
         if self.time_limit_s is not None and self.time_limit_s < 0:
             raise ValueError(f"time_limit_s must not be negative, got {self.time_limit_s}")
         if self.global_batch_size % self.accumulate:
@@ -97,6 +102,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=FREE)
     log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        for key, plain in (("attention", "sdpa"), ("gather_dtype", "float32")):
+            value = getattr(self.parallel, key)
+            if value != plain and self.train.precision != "bfloat16":
+                raise ValueError(
+                    f"parallel.{key} {value} needs train.precision bfloat16, got {self.train.precision}; or take"
+                    f" {plain}"
+                )
 
     @property
     def run_dir(self) -> Path:

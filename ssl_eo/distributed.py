@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from secrets import token_hex
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,12 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
-from ssl_eo.cluster import read_launch
+from ssl_eo.cluster import Launch, read_launch
+from ssl_eo.components import MissingExtraError
 
 __all__ = [
     "AgreedFlag",
     "World",
     "all_agree",
+    "backend_of",
+    "background_group",
     "barrier",
     "broadcast_object",
     "gather",
@@ -40,6 +45,10 @@ __all__ = [
     "world_size",
 ]
 
+_LOOK_EVERY_S, _TURN_S = 0.02, 5.0
+# Errors that mean something to whoever started the ranks; of subclasses and others only the text is sent on.
+_KINDS = (MissingExtraError, ValueError, OSError)
+
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
@@ -48,7 +57,7 @@ E = TypeVar("E", bound=BaseException)
 class World:
     """Where this process stands: its rank, the number of ranks, its index on the node and its device.
 
-    `address` is that of the first rank, for the others.
+    `address` is that of the first rank, for the others; `timeout_s` is how long collectives wait.
     """
 
     rank: int
@@ -56,12 +65,13 @@ class World:
     local_rank: int
     device: torch.device
     address: str = "localhost"
+    timeout_s: float = 1800.0
 
 
 def init_world(timeout_s: float = 3600.0) -> World:
     """Join the process group that the launcher describes (`ssl_eo.cluster`); world size 1 needs none and creates none.
 
-    gloo on CPU; on GPUs nccl, with gloo beside it for host-side agreement. A collective fails after `timeout_s`.
+    A collective fails after `timeout_s`.
     """
     launch = read_launch(os.environ)
     if torch.cuda.is_available():
@@ -72,17 +82,88 @@ def init_world(timeout_s: float = 3600.0) -> World:
     else:
         device = torch.device("cpu")
     if launch.size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_s)
-        assert launch.address is not None
-        assert launch.port is not None
-        serves = launch.rank == 0 and not launch.store_is_served
-        kept = TCPStore(launch.address, launch.port, launch.size, serves, timeout)
-        # torchrun keeps its store over restarts: ranks would find the addresses of dead ones there, and call them.
-        store = PrefixStore(f"start{launch.n_restarts}", kept)
-        dist.init_process_group(backend, store=store, timeout=timeout, world_size=launch.size, rank=launch.rank)
-    address = launch.address or World.address
-    return World(rank=rank(), size=world_size(), local_rank=launch.local_rank, device=device, address=address)
+        kept = _open_store(launch, timeout_s)
+        store = PrefixStore(_meet(kept, launch.rank, launch.size, timeout_s), kept)
+        dist.init_process_group(
+            backend_of(device), store=store, timeout=timeout, world_size=launch.size, rank=launch.rank
+        )
+    # Where torchrun holds the store, the address is that of the store, on whichever machine.
+    address = _first_host() if launch.store_is_served or launch.address is None else launch.address
+    return World(rank(), world_size(), launch.local_rank, device, address, timeout_s)
+
+
+def _first_host() -> str:
+    hosts = gather_objects(socket.gethostname())
+    return "localhost" if len(set(hosts)) == 1 else hosts[0]
+
+
+def _open_store(launch: Launch, timeout_s: float) -> Any:
+    """The store by which ranks meet. Waits in short turns: a signal is heard between them."""
+    assert launch.address is not None
+    assert launch.port is not None
+    serves = launch.rank == 0 and not launch.store_is_served
+    limit = time.monotonic() + timeout_s
+    while True:
+        turn = timedelta(seconds=min(_TURN_S, timeout_s))
+        try:
+            store = TCPStore(launch.address, launch.port, launch.size, serves, turn, wait_for_workers=False)
+        except RuntimeError as error:  # also torch's own, which derive from it
+            if serves or time.monotonic() > limit:
+                where = f"{launch.address}:{launch.port}"
+                raise RuntimeError(f"rank {launch.rank} cannot reach the first one at {where}: {error}") from None
+        else:
+            store.set_timeout(timedelta(seconds=timeout_s))
+            return store
+
+
+def _meet(store: Any, rank: int, size: int, timeout_s: float) -> str:
+    """A name for this start of the ranks, the same on all of them and never given before.
+
+    torchrun keeps its store over restarts, and no count of them is the same on all machines: ranks would find there the
+    addresses of dead ones, and call them. So each rank says hello by a word of its own, and the first one answers it
+    until all have heard. Raises `RuntimeError` where others have not come after `timeout_s`.
+    """
+    if rank > 0:
+        word = token_hex(8)
+        store.set(f"hello{rank}", word)
+        limit = time.monotonic() + timeout_s
+        while not store.check([f"answer{word}"]):
+            if time.monotonic() > limit:
+                raise RuntimeError(f"rank {rank}: the first rank has not come within {timeout_s:g} s")
+            time.sleep(_LOOK_EVERY_S)
+        name: str = store.get(f"answer{word}").decode()
+        store.set(f"{name}/heard{rank}", "")
+        return name
+    name = f"start{token_hex(8)}"
+    answered: dict[int, bytes] = {}
+    absent = set(range(1, size))
+    limit = time.monotonic() + timeout_s
+    while absent:
+        for other in [other for other in absent if store.check([f"hello{other}"])]:
+            if (word := store.get(f"hello{other}")) != answered.get(other):
+                answered[other] = word
+                store.set(f"answer{word.decode()}", name)
+            if store.check([f"{name}/heard{other}"]):
+                absent.remove(other)
+        if absent and time.monotonic() > limit:
+            shown = ", ".join(str(other) for other in sorted(absent)[:8])
+            raise RuntimeError(f"{len(absent)} of {size} ranks have not come within {timeout_s:g} s: rank {shown}")
+        time.sleep(_LOOK_EVERY_S)
+    return name
+
+
+def background_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """A group of all ranks, for what goes on beside training on the host; None in a single process. Collective."""
+    if world_size() == 1:
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return group
+
+
+def backend_of(device: torch.device) -> str:
+    """gloo on CPU; on GPUs nccl, with gloo beside it for host-side agreement."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def shutdown() -> None:
@@ -135,6 +216,8 @@ def raise_on_all_ranks(error: BaseException | None) -> None:
 def on_all_ranks(work: Callable[[], T]) -> T:
     """What `work` returns on this rank, or the error of the first rank on which it fails, on all of them.
 
+    There it is a `MissingExtraError`, `ValueError`, `OSError` or, for all other kinds, a `RuntimeError`.
+
     For what may go well on one rank and fail on another, such as opening files of several machines.
     """
     result: T | None = None
@@ -143,12 +226,12 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         result = work()
     except Exception as caught:  # of any kind: the other ranks wait to hear of it
         error = caught
-    told = gather_objects(None if error is None else (type(error), str(error), socket.gethostname()))
+    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    told = gather_objects(None if error is None else (kind, str(error), socket.gethostname()))
     failed = [(i, *found) for i, found in enumerate(told) if found is not None]
     if failed and world_size() > 1:
         first, kind, message, host = failed[0]
         where = f"rank {first} on {host}" + (f" and {len(failed) - 1} others" if len(failed) > 1 else "")
-        kind = kind if kind in (ValueError, OSError) else RuntimeError
         raise tell_by(0, kind(f"{message} ({where})")) from error
     if error is not None:
         raise error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import IO
 
-__all__ = ["atomic_file", "atomic_write", "lock_folder", "sync"]
+__all__ = ["atomic_file", "atomic_write", "is_seen", "lock_folder", "sync"]
 
 
 @contextmanager
@@ -47,6 +48,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_seen(is_there: Callable[[], bool], within_s: float) -> bool:
+    """Whether `is_there()` now or in a while: a network file system shows late what another machine has written."""
+    limit = time.monotonic() + within_s
+    while not is_there():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def lock_folder(path: Path, hint: str) -> int:

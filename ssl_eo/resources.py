@@ -33,7 +33,7 @@ def find_resource(folder: str, name: str) -> Path:
     if not path.is_file():
         from ssl_eo.components import suggest
 
-        known = sorted(p.stem for p in root.glob("*.yaml"))
+        known = sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.rglob("*.yaml"))
         raise ValueError(
             f"{folder} has no {name!r}{suggest(name, known)}"
             f" (known: {', '.join(known)}; or give the path of a .yaml file)"

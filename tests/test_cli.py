@@ -114,14 +114,42 @@ def test_run_and_bundle_are_measured_alike(
     for model, chosen in ((run, ()), (bundle, ("--pool", "cls", "--taps", "0.5", "1.0"))):
         out = tmp_path / model.name
         arguments = ["--model", str(model), "--tasks", str(tmp_path / "scenes.yaml"), "--out", str(out), *chosen]
-        assert main(["eval", *arguments]) == 0
-        results.append([{k: v for k, v in r.items() if k != "seconds"} for r in records(out / "eval.jsonl")])
+        assert main(["eval", *arguments, "--resamples", "20"]) == 0
+        own = ("model", "date", "seconds_features", "seconds_probe")
+        results.append([{k: v for k, v in r.items() if k not in own} for r in records(out / "results.jsonl")])
+        assert len((out / "results.csv").read_text().splitlines()) == 1 + len(results[-1])
     assert results[0] == results[1]
-    assert {(r["features"], r["step"]) for r in results[0]} >= {("encoder", 0), ("encoder", 4), ("band_statistics", 0)}
+    assert {(r["features"], r["step"]) for r in results[0]} >= {
+        ("encoder", 4),
+        ("random_encoder", None),
+        ("band_statistics", None),
+    }
     assert {r["tap"] for r in results[0] if r["features"] == "encoder"} == {"depth_0.50", "last", "all"}
     shown = capsys.readouterr().out
     assert "scenes: accuracy of frozen features" in shown
     assert "margin over random encoder" in shown
+
+
+def test_eval_takes_lists_and_goes_on(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scenes.yaml").write_text(TASK)
+    command = ["eval", "--model", str(run), "--tasks", str(tmp_path / "scenes.yaml"), "--out", str(tmp_path / "out")]
+    chosen = ["--protocol", "knn,ridge", "--partitions", "0.10x,1.00x", "--bands", "all", "rgb", "--size", "native"]
+    chosen += ["--taps", "1", "--seeds", "0,1", "--resamples", "0"]
+    assert main([*command, *chosen]) == 0
+    found = records(tmp_path / "out" / "results.jsonl")
+    told = [(r["features"], r["subset"], r["probe"], r["partition"], r["seed"]) for r in found]
+    assert len(told) == len(set(told)) == 5 * 2 * 2 * 2 * 2
+    assert "scenes [0.10x] [rgb] [1]: accuracy of frozen features" in capsys.readouterr().out
+    assert main([*command, *chosen]) == 0
+    assert records(tmp_path / "out" / "results.jsonl") == found
+
+
+def test_tasks_may_be_patterns() -> None:
+    from ssl_eo.cli_eval import _known_tasks
+
+    assert _known_tasks(["synthetic_*", "mine.yaml", "synthetic_scenes"]) == ["synthetic_scenes", "mine.yaml"]
+    with pytest.raises(ValueError, match=r"--tasks: 'nothing/\*' matches none of .*synthetic_scenes"):
+        _known_tasks(["nothing/*"])
 
 
 def test_eval_of_a_task_that_cannot_be_measured_fails(
@@ -182,7 +210,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     pack = ["data", "pack", *SOURCE, "--workers", "0", "--shard-size-mb", "0.05", "--out"]
     assert main([*pack, str(tmp_path / "quick")]) == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("ssl_eo.cli.PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr("ssl_eo.cli_data.PROGRESS_EVERY_S", 0.0)
     assert main([*pack, str(tmp_path / "slow")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 1
@@ -292,6 +320,7 @@ def test_python_m_is_the_same_command(tmp_path: Path) -> None:
     assert done.stderr.startswith("ssl-eo: no config file 'debug/mea'; did you mean 'debug/mae'?")
 
 
+EVAL = ("eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}")
 WRONG_USAGE: list[tuple[list[str], str]] = [
     ([], "the following arguments are required: command (see ssl-eo --help)"),
     (["trian"], "invalid choice: 'trian'"),
@@ -311,8 +340,13 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
     (["eval", "--model", "{tmp}", "--tasks", "synthetic_scenes", "--out", "{tmp}"], "no run with a whole checkpoint"),
     (["eval", "--model", "{run}", "--tasks", "synthetic_scens", "--out", "{tmp}"], "did you mean 'synthetic_scenes'?"),
     (["eval", "--model", "{run}", "--tasks", "{tmp}/broken.yaml", "--out", "{tmp}"], "cannot be read as YAML: "),
-    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--pool", "max"], "eval.pool: got"),
-    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--taps", "2"], "eval: taps are"),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--pool", "max"], "pool: got"),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--taps", "2"], "taps are ratios"),
+    ([*EVAL, "--taps", "deep"], "--taps: 'deep' is no number"),
+    ([*EVAL, "--protocol", "knnn"], "there is no component 'knnn'"),
+    ([*EVAL, "--partitions", "half"], "--partitions: 'half' is none"),
+    ([*EVAL, "--size", "big"], "--size: 'big' must be native"),
+    ([*EVAL, "--bands", "nir"], "subsets[0]: got 'nir'"),
     (["report", "{tmp}"], "it is not a run directory"),
     (["data", "pack", "--source", "synthetc", "--out", "{tmp}"], "there is no component 'synthetc'"),
     (["data", "pack", "--source", "synthetic", "n_sample=3", "--out", "{tmp}"], "did you mean 'n_samples'?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import ssl_eo
 from ssl_eo import components
 from ssl_eo.config import Config, build, difference, load, read_yaml, to_dict, to_yaml
+from ssl_eo.data.order import check_lanes
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted(p for folder in ("debug", "pretrain") for p in (ROOT / "configs" / folder).glob("*.yaml"))
@@ -78,6 +80,36 @@ def test_a_wrong_key_is_one_clear_line(tmp_path: Path, override: str, message: s
     with pytest.raises(ValueError, match=message) as caught:
         load(path, [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.total_steps=100000000", "total_steps must be at most 99,999,999"),
+        ("parallel.timeout_s=1e300", "timeout_s must be above 0 and up to"),
+        ("parallel.bucket_cap_mb=9999999999", "bucket_cap_mb must be from 1 to"),
+        ("parallel.attention=varlen", "parallel.attention varlen needs train.precision bfloat16"),
+        (
+            "parallel={strategy: fsdp, gather_dtype: bfloat16}",
+            "parallel.gather_dtype bfloat16 needs train.precision bfloat16",
+        ),
+        ("parallel={strategy: fsdp, n_prefetched: 0}", "n_prefetched must be at least 1"),
+    ],
+)
+def test_values_that_would_fail_in_a_step_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load("debug/mae", [override])
+
+
+def test_recipes_fit_the_ranks_that_their_heads_name() -> None:
+    named = {}
+    for path in SHIPPED:
+        found = re.search(r"\b(\d+) (?:ranks|GPUs)\b", path.read_text().replace("\n# ", " "))
+        if found is not None:
+            named[path.stem] = int(found[1])
+            config = load(path)
+            check_lanes(config.train.global_batch_size, config.data.n_lanes, int(found[1]))
+    assert len(named) > 5, named
 
 
 def test_includes_come_first_and_lists_are_replaced(tmp_path: Path) -> None:

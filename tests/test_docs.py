@@ -25,6 +25,7 @@ import yaml
 from doc_tables import PAGES, ROOT, keys_of, sections, write_tables
 
 from ssl_eo.cli import _parser, main
+from ssl_eo.cli_eval import _known_tasks, _listed
 from ssl_eo.config import Config, build, load, read_overrides
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.tasks import TaskConfig
@@ -164,7 +165,7 @@ def _check_command(words: list[str]) -> None:
     if words[0] in ("train", "config"):
         load(arguments.config, arguments.overrides)
     if words[0] == "eval":
-        for task in arguments.tasks:
+        for task in _known_tasks(_listed(arguments.tasks)):
             find_resource("datasets_meta/benchmarks", task)
     if "source" in arguments:
         root = {} if arguments.root is None else {"root": arguments.root}

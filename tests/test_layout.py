@@ -54,7 +54,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("metrics", "optim", "sharding")},
-    "train.checkpoint": ("train.sealing", *LAYER_0),
+    "train.checkpoint": ("train.metadata_reader", "train.sealing", *LAYER_0),
+    "train.metadata_reader": (),
     "train.sealing": LAYER_0,
     "train.parallel": (
         "objectives.base",
@@ -68,7 +69,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "train.sealing", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
-ANYTHING = ("cli", "__main__")
+ANYTHING = ("cli", "cli_data", "cli_eval", "__main__")
 
 
 def _name(path: Path) -> str:

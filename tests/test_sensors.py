@@ -121,6 +121,8 @@ def test_bands_of_one_name_are_the_same_in_every_product_of_sentinel_2():
 
 @pytest.mark.parametrize("name", [n for n in SENSOR_NAMES if load_sensor(n).bands[0].kind == "sar"])
 def test_radar_bands_are_named_by_their_polarisation(name):
+    if name == "so2sat_sentinel1":
+        pytest.skip("its bands are parts of complex amplitudes and of a covariance: several have one polarisation")
     bands = load_sensor(name).bands
     assert all(band.polarization == band.name[:2].upper() for band in bands)
     assert len({(band.polarization, band.orbit) for band in bands}) == len(bands)

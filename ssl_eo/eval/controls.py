@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ssl_eo.eval.dense import control_of_cells
+from ssl_eo.eval.features import Featurise
+from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import torch_generator
 
-__all__ = ["CONTROLS", "band_statistics", "random_convolution", "texture_statistics"]
+__all__ = ["CONTROLS", "band_statistics", "control_taps", "random_convolution", "texture_statistics"]
+
+_CELL_PX = 8  # side of what stands for a patch
 
 # Products grow with the square of the statistics. All 6,000 of twelve bands make a slower and weaker control than 300.
 _MAX_STATISTICS_FOR_PRODUCTS = 32
@@ -62,6 +67,16 @@ def random_convolution(pixels: Tensor, n_filters: int = 64) -> Tensor:
         x = functional.conv2d(x, filters.to(x.device), stride=2, padding=2).relu()  # [B, F, h, w]
         pooled += [_mean(x.flatten(2)), _spread(x.flatten(2))]
     return torch.cat(pooled, 1)
+
+
+def control_taps(control: Callable[[Tensor], Tensor], of_patches: bool) -> Featurise:
+    """`control` as a function from inputs to features: of whole images, or of cells that stand for patches."""
+    function = control_of_cells(control, _CELL_PX) if of_patches else control
+
+    def featurise(inputs: EncoderInput) -> dict[str, Tensor]:
+        return {"pixels": function(inputs.pixels)}
+
+    return featurise
 
 
 CONTROLS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -1,8 +1,8 @@
-"""From an encoder and a split of a task to one float32 feature vector a sample and tap, equal on every rank.
+"""From an encoder and a split of a task to float32 features, for each sample or for each patch of it.
 
 A tap is a place where features are read: a depth of the encoder, or a control. All taps come from one forward pass.
 
-B batch, N samples of the split, P patches, D width, F features.
+B batch, N samples of the split, h w patches of a sample, D width, F features.
 """
 
 from __future__ import annotations
@@ -12,41 +12,62 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ssl_eo.distributed import gather, rank, world_size
-from ssl_eo.eval.tasks import Split
+from ssl_eo.distributed import gather, gather_objects, on_all_ranks, rank, world_size
+from ssl_eo.eval.splits import LabelledBatch, Split
 from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.seeding import derive_seed
 
 __all__ = [
+    "ALL_TAPS",
     "Encode",
     "FeatureSet",
     "Featurise",
     "Pool",
+    "check_taps",
     "extract",
+    "extract_over_ranks",
+    "patch_taps",
     "pool_tokens",
     "pooled_taps",
     "tap_layers",
     "tap_name",
 ]
 
+ALL_TAPS = "all"
 Pool = Literal["cls", "mean", "cls_mean", "mean_std"]
 Encode = Callable[[EncoderInput], Sequence[Tokens]]  # the tokens of each tapped layer
-Featurise = Callable[[EncoderInput], dict[str, Tensor]]  # tap -> [B, F]
+Featurise = Callable[[EncoderInput], dict[str, Tensor]]  # tap -> [B, F], or [B, h, w, F] of patches
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of one split: `taps` maps a tap to float32 `[N, F]`, in the order of `labels [N]`."""
+    """Features of one split: `taps` maps a tap to float32 `[N, F]`, or `[N, h, w, F]` of patches.
+
+    They are in the order of `keys`, `labels`, `groups` and `digests` (see `LabelledBatch`).
+    """
 
     taps: dict[str, Tensor]
     labels: Tensor
+    keys: list[str]
+    groups: list[str]
+    digests: list[str]
 
-    def concatenated(self) -> Tensor:
-        """All taps side by side, `[N, sum of F]`."""
-        return torch.cat(list(self.taps.values()), 1)
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def at(self, tap: str) -> Tensor:
+        """Features read at `tap`, or with `ALL_TAPS` at all of them, side by side."""
+        return torch.cat(list(self.taps.values()), -1) if tap == ALL_TAPS else self.taps[tap]
+
+    def rows(self, index: Sequence[int]) -> FeatureSet:
+        """The samples at `index`."""
+        at = torch.tensor(index, dtype=torch.long)
+        taps = {name: features[at.to(features.device)] for name, features in self.taps.items()}
+        labels = self.labels[at.to(self.labels.device)]
+        keys, groups, digests = ([column[i] for i in index] for column in (self.keys, self.groups, self.digests))
+        return FeatureSet(taps, labels, keys, groups, digests)
 
 
 def pool_tokens(tokens: Tokens, pool: Pool) -> Tensor:
@@ -71,6 +92,14 @@ def tap_name(depth_ratio: float) -> str:
     return "last" if depth_ratio == 1.0 else f"depth_{depth_ratio:.2f}"
 
 
+def check_taps(depth_ratios: Sequence[float]) -> None:
+    """Raise `ValueError` unless features can be read at `depth_ratios`, and told apart by `tap_name`."""
+    if not depth_ratios or not all(0 < ratio <= 1 for ratio in depth_ratios):
+        raise ValueError(f"taps are ratios of the depth, above 0 and up to 1, got {list(depth_ratios)}")
+    if len({tap_name(ratio) for ratio in depth_ratios}) < len(depth_ratios):
+        raise ValueError(f"taps must differ in their first two decimals, got {list(depth_ratios)}")
+
+
 def pooled_taps(encode: Encode, names: Sequence[str], pool: Pool) -> Featurise:
     """`encode` as a function from inputs to pooled features, one tap for each tapped layer."""
 
@@ -80,36 +109,62 @@ def pooled_taps(encode: Encode, names: Sequence[str], pool: Pool) -> Featurise:
     return featurise
 
 
-def extract(featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128) -> FeatureSet:
-    """Features of all samples of `split`, on `device`, the same on every rank.
+def patch_taps(encode: Encode, names: Sequence[str]) -> Featurise:
+    """`encode` as a function from inputs to features of patches `[B, h, w, D]`, one tap for each tapped layer."""
+
+    def featurise(inputs: EncoderInput) -> dict[str, Tensor]:
+        found = {}
+        for name, tokens in zip(names, encode(inputs), strict=True):
+            patches = tokens.patches.float()  # [B, N, D]
+            found[name] = patches.reshape(len(patches), *tokens.grid, patches.shape[-1])  # [B, h, w, D]
+        return found
+
+    return featurise
+
+
+def extract(
+    featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128, n_workers: int = 0
+) -> FeatureSet:
+    """Features of all samples of `split`, on `device`, by this process alone; raises what reading and encoding do."""
+    return _collect(featurise, split.stream(batch_size, device, n_workers), device)
+
+
+def extract_over_ranks(featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128) -> FeatureSet:
+    """Features of all samples of a held `split`, on `device`, the same on every rank.
 
     Each rank holds the whole split, since which samples it has depends on the labels read before, and forwards an equal
     share. Ranks past the end repeat the last sample, so that all make the same number of forward passes (a sharded
-    encoder needs that), and the repeats are dropped. An error before the results are gathered, on any rank, is raised
-    on all of them, so that no rank is left waiting for another. So is a difference between the samples that ranks hold.
+    encoder needs that), and the repeats are dropped. An error on any rank is raised on all of them, so that no rank is
+    left waiting for another; so is a difference between the samples that ranks hold. (But what fails on one rank inside
+    a forward pass of a sharded encoder leaves the others in its collectives, as in a training step.)
     """
-    error: Exception | None = None
-    local: dict[str, Tensor] = {}
-    try:
-        local = _forward(featurise, split.batches(_rows_of_rank(len(split)), batch_size, device))
-    except Exception as caught:
-        error = caught
-    _agree(error, [] if error else split.keys)
-    taps = {name: gather(features)[: len(split)] for name, features in local.items()}
-    return FeatureSet(taps, split.labels.to(device))
+    keys = on_all_ranks(lambda: split.keys)  # read now: ranks must agree before the first forward pass
+    _check_same(keys)
+    batches = split.batches(_rows_of_rank(len(split)), batch_size, device)
+    own = on_all_ranks(lambda: _collect(featurise, batches, device))
+    taps = {name: gather(features)[: len(split)] for name, features in own.taps.items()}
+    return FeatureSet(taps, split.labels.to(device), keys, split.groups, split.digests)
 
 
 @torch.no_grad()
-def _forward(featurise: Featurise, batches: Iterable[EncoderInput]) -> dict[str, Tensor]:
+def _collect(featurise: Featurise, batches: Iterable[LabelledBatch], device: torch.device) -> FeatureSet:
     collected: dict[str, list[Tensor]] = {}
-    for inputs in batches:
-        for name, features in featurise(inputs).items():
+    labels: list[Tensor] = []
+    keys: list[str] = []
+    groups: list[str] = []
+    digests: list[str] = []
+    for batch in batches:
+        for name, features in featurise(batch.inputs).items():
             collected.setdefault(name, []).append(features.float())
+        labels.append(batch.labels)
+        keys += batch.keys
+        groups += batch.groups
+        digests += batch.digests
     taps = {name: torch.cat(parts) for name, parts in collected.items()}
     for name, features in taps.items():
         if not features.isfinite().all():
             raise ValueError(f"features of tap {name!r} are not finite")
-    return taps
+    return FeatureSet(taps, torch.cat(labels).to(device), keys, groups, digests)
 
 
 def _rows_of_rank(n: int) -> Tensor:
@@ -117,16 +172,8 @@ def _rows_of_rank(n: int) -> Tensor:
     return torch.arange(rank() * share, (rank() + 1) * share).clamp(max=n - 1)
 
 
-def _agree(error: Exception | None, keys: Sequence[str]) -> None:
-    """Raise on every rank when one has an `error`, or when ranks hold different samples."""
-    if world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    told: list[tuple[str | None, int]] = [(None, 0)] * world_size()
-    message = None if error is None else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(told, (message, derive_seed(*keys)))
-    if failed := [f"rank {i}: {message}" for i, (message, _) in enumerate(told) if message is not None]:
-        raise RuntimeError("; ".join(failed)) from error
-    if differing := [f"rank {i}" for i, (_, digest) in enumerate(told) if digest != told[0][1]]:
+def _check_same(keys: Sequence[str]) -> None:
+    """Raise on every rank when ranks hold different samples."""
+    digests = gather_objects(derive_seed(*keys))
+    if differing := [f"rank {i}" for i, digest in enumerate(digests) if digest != digests[0]]:
         raise RuntimeError(f"{', '.join(differing)}: could not read the same samples as rank 0; see the warnings there")

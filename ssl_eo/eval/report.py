@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,41 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ssl_eo.eval.figures import Chart, Line, draw
-from ssl_eo.eval.summary import Record, Summary, newest, read_results, summarise, title_of
+from ssl_eo.eval.page import render
+from ssl_eo.eval.summary import (
+    Record,
+    Summary,
+    better,
+    newest,
+    read_results,
+    score_of,
+    score_text,
+    summarise,
+    title_of,
+)
 from ssl_eo.files import atomic_write
 from ssl_eo.jsonl import read_jsonl
 
-__all__ = ["save_panel", "write_report"]
+__all__ = ["is_run", "save_panel", "write_report"]
 
 _MAX_PICTURES = 6
 _HEADLINE_PROBE = "ridge"
 _SHAPE = {"embed_dim": "wide", "depth": "blocks", "n_heads": "heads"}  # what a config may change of a size
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a training wrote to it."""
+    return (folder / "metrics.jsonl").is_file() or (folder / "config.yaml").is_file()
+
+
 def write_report(run_dir: Path) -> Path:
     """Write `run_dir/report.html` and return its path. Raises `ValueError` where `run_dir` is not a run."""
-    if not (run_dir / "metrics.jsonl").is_file() and not (run_dir / "config.yaml").is_file():
+    if not is_run(run_dir):
         raise ValueError(f"{run_dir} has neither metrics.jsonl nor config.yaml: it is not a run directory")
-    from jinja2 import Environment, StrictUndefined
-
     run = _Run.read(run_dir)
     summaries = summarise(run.evals)
-    source = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(source).render(
+    html = render(
+        "report.html.j2",
         title=run.name,
         subtitle=run.subtitle,
         facts=_facts(run),
@@ -203,25 +217,25 @@ def _training_seconds(run: _Run, batch: int) -> float:
 def _verdict(summary: Summary) -> dict[str, Any] | None:
     """The final encoder against the random one and the best control, in one line; the probe is fixed beforehand."""
     final = summary.final
-    if final is None or not final.accuracy:
+    if final is None or not final.scores:
         return None
-    probe = _HEADLINE_PROBE if _HEADLINE_PROBE in final.accuracy else next(iter(final.accuracy))
-    accuracy = _percent(final.accuracy[probe])
-    out = {"task": summary.task, "probe": probe, "accuracy": accuracy, "step": f"{final.step:,}"}
-    margins = sorted((m for m in summary.margins if m.probe == probe), key=lambda m: m.points)
+    probe = _HEADLINE_PROBE if _HEADLINE_PROBE in final.scores else next(iter(final.scores))
+    score = score_text(summary.metric, final.scores[probe])
+    out = {"task": summary.task, "probe": probe, "metric": summary.metric, "score": score, "step": f"{final.step:,}"}
+    margins = sorted((m for m in summary.margins if m.probe == probe), key=lambda m: m.gain)
     shown = [*(m for m in margins if m.rival == "random encoder"), *(m for m in margins[:1])]
-    gains = [f"{m.points:+.1f} points over {m.rival} ({_percent(m.rival_accuracy)})" for m in dict.fromkeys(shown)]
-    return {**out, "gains": ", ".join(gains), "leads": bool(margins) and margins[0].points > 0}
+    gains = [f"{m.text} over {m.rival} ({score_text(m.metric, m.rival_score)})" for m in dict.fromkeys(shown)]
+    return {**out, "gains": ", ".join(gains), "leads": bool(margins) and margins[0].gain > 0}
 
 
 def _table(run: _Run, summary: Summary) -> dict[str, Any]:
     """One row for each row of `summary` and one column a measure, without the measures that no row has."""
     probes = sorted(summary.probes)
     columns = [
-        *((probe, [row.accuracy.get(probe) for row in summary.rows]) for probe in probes),
-        *((f"{probe} (macro)", [row.macro_accuracy.get(probe) for row in summary.rows]) for probe in probes),
+        *((probe, summary.metric, [row.scores.get(probe) for row in summary.rows]) for probe in probes),
+        *((f"{p} (macro)", "macro_accuracy", [row.macro_accuracy.get(p) for row in summary.rows]) for p in probes),
     ]
-    measured = [(title, _percent_cells(values)) for title, values in columns if any(v is not None for v in values)]
+    measured = [(title, _cells(of, values)) for title, of, values in columns if any(v is not None for v in values)]
     if any(row.effective_rank is not None for row in summary.rows):
         ranks = ["" if row.effective_rank is None else f"{row.effective_rank:.1f}" for row in summary.rows]
         measured.append(("effective rank", [{"text": text, "is_best": False} for text in ranks]))
@@ -235,12 +249,13 @@ def _table(run: _Run, summary: Summary) -> dict[str, Any]:
         for i, row in enumerate(summary.rows)
     ]
     charts = _draw_all(f"{summary.task}-", _probe_charts(run, summary.task))
-    return {"task": summary.task, "columns": [title for title, _ in measured], "rows": rows, "charts": charts}
+    shown = {"columns": [title for title, _ in measured], "rows": rows, "charts": charts}
+    return {"task": summary.task, "metric": summary.metric, **shown}
 
 
-def _percent_cells(values: Sequence[float | None]) -> list[dict[str, Any]]:
-    best = max((v for v in values if v is not None), default=None)
-    return [{"text": "" if v is None else _percent(v), "is_best": v is not None and v == best} for v in values]
+def _cells(metric: str, values: Sequence[float | None]) -> list[dict[str, Any]]:
+    best = reduce(partial(better, metric), [v for v in values if v is not None])
+    return [{"text": "" if v is None else score_text(metric, v), "is_best": v == best} for v in values]
 
 
 def _draw_all(name: str, charts: Sequence[Chart]) -> list[str]:
@@ -274,22 +289,23 @@ def _trend(run: _Run, key: str, title: str, log: bool = False, zero: bool = Fals
 def _probe_charts(run: _Run, task: str) -> list[Chart]:
     charts = []
     for probe in dict.fromkeys(r["probe"] for r in run.results(task, "probe")):
-        curves = _tap_lines(run.results(task, "probe", probe=probe, features="encoder"), "accuracy")
+        curves = _tap_lines(run.results(task, "probe", probe=probe, features="encoder"))
         controls = [r for r in run.results(task, "probe", probe=probe) if r["features"] != "encoder"]
         end = max((x for line in curves for x in line.x), default=1)
-        flat = [Line([0, end], [r["accuracy"]] * 2, "reference", title_of(r)) for r in controls]
-        charts.append(Chart(f"{probe} accuracy", [*curves, *flat]))
-    ranks = _tap_lines(run.results(task, "health", features="encoder"), "effective_rank")
+        flat = [Line([0, end], [score_of(r)] * 2, "reference", title_of(r)) for r in controls]
+        metric = next(r["metric"] for r in run.results(task, "probe", probe=probe))
+        charts.append(Chart(f"{probe} {metric}", [*curves, *flat]))
+    ranks = _tap_lines(run.results(task, "health", features="encoder"), lambda r: float(r["effective_rank"]))
     return [*charts, Chart("Effective rank of the features", ranks, zero=True)]
 
 
-def _tap_lines(records: Sequence[Record], key: str) -> list[Line]:
+def _tap_lines(records: Sequence[Record], value_of: Callable[[Record], float] = score_of) -> list[Line]:
     lines = []
     for tap in dict.fromkeys(r["tap"] for r in records):
         rows = sorted((r for r in records if r["tap"] == tap), key=lambda r: int(r["step"]))
         label = {"last": "last block", "all": "all taps"}.get(tap, str(tap).replace("_", " "))
         style = "main" if tap == "last" else "other"
-        lines.append(Line([r["step"] for r in rows], [r[key] for r in rows], style, label))
+        lines.append(Line([r["step"] for r in rows], [value_of(r) for r in rows], style, label))
     return lines
 
 
@@ -325,10 +341,6 @@ def _text(path: Path) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _short(value: float) -> str:

@@ -12,24 +12,39 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER
 from ssl_eo.jsonl import read_jsonl
 
-__all__ = ["Margin", "Record", "Row", "Summary", "newest", "read_results", "summarise", "title_of"]
+__all__ = [
+    "Margin",
+    "Record",
+    "Row",
+    "Summary",
+    "better",
+    "is_ratio",
+    "newest",
+    "read_results",
+    "score_of",
+    "score_text",
+    "summarise",
+    "title_of",
+]
 
 Record = Mapping[str, Any]
 
+_PLAIN = ("rmse", "mae", "r2")  # are shown as they are, the others are ratios
 _IDENTITY = ("step", "kind", "task", "features", "tap", "probe")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Results of one kind of features at one tap; accuracies by probe, as ratios."""
+    """Results of one kind of features at one tap, by probe; `scores` are of the metric that ranks the task."""
 
     title: str  # "encoder, step 1,500", "random encoder", "band statistics"
     tap: str  # "last", "depth 0.50", "all", "pixels"
     step: int
     is_final: bool  # the encoder at its last step
-    accuracy: dict[str, float]
+    scores: dict[str, float]
     macro_accuracy: dict[str, float]
     effective_rank: float | None
 
@@ -39,13 +54,21 @@ class Margin:
     """The encoder against the best row of one rival that needs no training, by one probe."""
 
     probe: str
-    accuracy: float
+    metric: str
+    score: float
     rival: str  # title
-    rival_accuracy: float
+    rival_score: float
 
     @property
-    def points(self) -> float:
-        return 100 * (self.accuracy - self.rival_accuracy)
+    def gain(self) -> float:
+        """How much better the encoder is: above 0 where it is, whether much or little of the metric is good."""
+        gain = self.score - self.rival_score
+        return gain if HIGHER_IS_BETTER[self.metric] else -gain
+
+    @property
+    def text(self) -> str:
+        """`+12.3 points`, or of what is no ratio `+0.123`."""
+        return f"{100 * self.gain:+.1f} points" if is_ratio(self.metric) else f"{self.gain:+.3g}"
 
 
 @dataclass(frozen=True)
@@ -53,12 +76,13 @@ class Summary:
     """One task: its rows with the final encoder first, and what of them could not be measured."""
 
     task: str
+    metric: str  # that ranks it
     rows: list[Row]
     failures: list[str]
 
     @property
     def probes(self) -> list[str]:
-        return list(dict.fromkeys(probe for row in self.rows for probe in row.accuracy))
+        return list(dict.fromkeys(probe for row in self.rows for probe in row.scores))
 
     @cached_property
     def final(self) -> Row | None:
@@ -70,16 +94,38 @@ class Summary:
     def margins(self) -> list[Margin]:
         """`final` against every rival, probe by probe.
 
-        Our tap is fixed beforehand and the rival's is the best by accuracy, so that no choice flatters the encoder.
+        Our tap is fixed beforehand and the rival's is its best, so that no choice flatters the encoder.
         """
         if self.final is None:
             return []
         best: dict[tuple[str, str], float] = {}
         for row in self.rows:
-            for probe, accuracy in row.accuracy.items():
-                if not row.is_final and probe in self.final.accuracy:
-                    best[row.title, probe] = max(accuracy, best.get((row.title, probe), 0.0))
-        return [Margin(probe, self.final.accuracy[probe], title, a) for (title, probe), a in best.items()]
+            for probe, score in row.scores.items():
+                if not row.is_final and probe in self.final.scores:
+                    best[row.title, probe] = better(self.metric, score, best.get((row.title, probe), score))
+        return [
+            Margin(probe, self.metric, self.final.scores[probe], title, score) for (title, probe), score in best.items()
+        ]
+
+
+def better(metric: str, a: float, b: float) -> float:
+    """The better of two scores."""
+    return max(a, b) if HIGHER_IS_BETTER[metric] else min(a, b)
+
+
+def is_ratio(metric: str) -> bool:
+    """Whether a score of it is from 0 to 1 (kappa: at most 1) and is shown in percent."""
+    return metric not in _PLAIN
+
+
+def score_text(metric: str, score: float) -> str:
+    """`71.8 %`, or of what is no ratio `0.718`."""
+    return f"{100 * score:.1f} %" if is_ratio(metric) else f"{score:.3g}"
+
+
+def score_of(record: Record) -> float:
+    """The score by which the task of the record of a probe is ranked."""
+    return float(record[record["metric"]])
 
 
 def read_results(path: Path) -> list[Record]:
@@ -107,24 +153,31 @@ def title_of(record: Record) -> str:
     """What the features of a record are called."""
     if record["features"] != "encoder":
         return str(record["features"]).replace("_", " ")
-    return f"encoder, step {record['step']:,}" if record["step"] else "random encoder"
+    if not _is_trained(record):
+        return "random encoder"
+    return f"encoder, step {record['step']:,}" if record["step"] else "encoder"
 
 
 def _summary(task: str, records: Sequence[Record]) -> Summary:
     last = max((r["step"] for r in records if _is_trained(r) and r["kind"] != "error"), default=0)
     groups: dict[tuple[str, str], list[Record]] = {}
-    failures: dict[str, str] = {}
+    failures: dict[tuple[str, ...], str] = {}  # of all with a title, or of one probe at one tap
     for r in sorted(records, key=_place):
         if _is_trained(r) and r["step"] < last:
             continue
         title = title_of(r)
-        if r["kind"] == "error":
-            failures[title] = f"{title} could not be measured: {r['error']}"
+        one = (title, str(r.get("tap")), str(r.get("probe")))
+        if r["kind"] == "error" and "probe" in r:
+            failures[one] = f"{title}: {r['probe']} at {r['tap']} could not be measured: {r['error']}"
+        elif r["kind"] == "error":
+            failures[title,] = f"{title} could not be measured: {r['error']}"
         else:
-            failures.pop(title, None)
+            failures.pop((title,), None)
+            failures.pop(one, None)
             groups.setdefault((title, str(r["tap"]).replace("_", " ")), []).append(r)
     rows = [_row(title, tap, group) for (title, tap), group in groups.items()]
-    return Summary(task, rows, list(failures.values()))
+    metric = next((str(r["metric"]) for r in records if r["kind"] == "probe"), "accuracy")
+    return Summary(task, metric, rows, list(failures.values()))
 
 
 def _row(title: str, tap: str, records: Sequence[Record]) -> Row:
@@ -135,14 +188,15 @@ def _row(title: str, tap: str, records: Sequence[Record]) -> Row:
         tap=tap,
         step=records[-1]["step"],
         is_final=_is_trained(records[-1]),
-        accuracy={r["probe"]: r["accuracy"] for r in probes},
+        scores={r["probe"]: score_of(r) for r in probes},
         macro_accuracy={r["probe"]: r["macro_accuracy"] for r in probes if "macro_accuracy" in r},
         effective_rank=ranks[-1] if ranks else None,
     )
 
 
 def _is_trained(record: Record) -> bool:
-    return bool(record["features"] == "encoder" and record["step"] > 0)
+    """Of released weights no step is known, and the record says that they are trained."""
+    return bool(record["features"] == "encoder" and record.get("is_trained", record["step"] > 0))
 
 
 def _place(record: Record) -> int:

@@ -7,6 +7,8 @@ is found by the seal, reported, and the one before is used.
 
 from __future__ import annotations
 
+import errno
+import logging
 import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,25 +17,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from ssl_eo.distributed import barrier, broadcast_object, is_main, raise_on_all_ranks, tell_by, world_size
+from ssl_eo.distributed import (
+    background_group,
+    barrier,
+    broadcast_object,
+    is_main,
+    raise_on_all_ranks,
+    tell_by,
+    world_size,
+)
+from ssl_eo.train.metadata_reader import MetadataReader
 from ssl_eo.train.sealing import CheckpointError, candidates, name_of, read_seal, seal, step_of
 
 __all__ = ["CheckpointConfig", "Checkpointer", "load_weights", "read_weights"]
+
+logger = logging.getLogger(__name__)
 
 # DCP warns whenever there is one process; here that is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 _ENTRY_BYTES = 2048  # what DCP's container adds to each tensor, roughly
 _DCP_ERRORS = (Exception, CheckpointException)  # the latter derives from BaseException
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -59,7 +71,14 @@ class CheckpointConfig:
 class Checkpointer:
     """Saves and restores one objective and its optimiser below `run_dir/checkpoints`. All methods are collective."""
 
-    def __init__(self, cfg: CheckpointConfig, run_dir: Path, objective: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        run_dir: Path,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        timeout_s: float = 1800.0,  # of ranks for each other, in the background
+    ) -> None:
         self.cfg = cfg
         self.root = run_dir / "checkpoints"
         self.objective = objective
@@ -67,12 +86,11 @@ class Checkpointer:
         self._pending: Future[Any] | None = None
         self._finaliser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         # Background saves need their own group: their collectives run beside those of training.
-        several = world_size() > 1
-        self._group = dist.new_group(backend="gloo") if several and cfg.asynchronous else None
+        self._group = background_group(timeout_s) if cfg.asynchronous else None
         if is_main():
             self.root.mkdir(parents=True, exist_ok=True)
             for leftover in self.root.glob("*.partial"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         barrier()
 
     def due(self, step: int) -> bool:
@@ -97,7 +115,7 @@ class Checkpointer:
                 return
             save(state, checkpoint_id=partial, no_dist=alone)
             problem = self._seal(partial, final, facts) if is_main() else None
-        except _DCP_ERRORS as error:  # DCP raises on all ranks
+        except CheckpointException as error:  # DCP's own, the same on all ranks; any other tells of a rank that is gone
             raise tell_by(0, self._write_error(error, partial, step)) from error
         raise_on_all_ranks(problem)
 
@@ -109,10 +127,14 @@ class Checkpointer:
             raise_on_all_ranks(error)
 
     def close(self) -> None:
-        """Finish what is being written. Not collective: a rank may come here alone, with an error of its own."""
+        """Finish what is being written. Not collective: a rank may come here alone, with an error of its own.
+
+        Something is pending only where the run ends by an error. That is the one to raise, so a save that fails too is
+        only reported.
+        """
         self._finaliser.shutdown()
-        if self._pending is not None:
-            self._pending.result()
+        if self._pending is not None and (error := self._pending.exception()) is not None:
+            logger.warning("%s", error)
 
     def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
         """Load the checkpoint `path`, of any number of ranks and any strategy, into objective and optimiser.
@@ -147,18 +169,23 @@ class Checkpointer:
     def _seal(self, partial: Path, final: Path, facts: dict[str, Any]) -> CheckpointError | None:
         """Make the written files a checkpoint; returns what prevented it."""
         try:
-            written = FileSystemReader(partial).read_metadata().storage_data.values()
+            written = MetadataReader(partial).read_metadata().storage_data.values()
             seal(partial, final, facts, expected={entry.relative_path for entry in written})
-            self._prune(final)
         except OSError as error:
             return self._write_error(error, partial, step_of(final))
+        self._prune(final)
         return None
 
     def _prune(self, written: Path) -> None:
         found = candidates(self.root)
         expendable = [p for p in found if not self._is_kept_for_good(p) and p != written]
         for path in expendable[self.cfg.keep - 1 :]:
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except FileNotFoundError:
+                pass  # somebody else has removed it, or is at it
+            except OSError as error:  # the new one is written: no reason to end the run
+                logger.warning("the old checkpoint %s could not be removed: %s", path, error)
 
     def _is_kept_for_good(self, path: Path) -> bool:
         every = self.cfg.keep_every_n_steps
@@ -181,7 +208,8 @@ class Checkpointer:
         cause = _root_cause(error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause
-        advice = "Free some space and start" if isinstance(cause, OSError) else "Start"
+        is_full = isinstance(cause, OSError) and cause.errno in _OUT_OF_SPACE
+        advice = "Free some space and start" if is_full else "Mend that and start"
         return CheckpointError(f"checkpoint of step {step} not written: {_first_line(cause)}; {self._kept(advice)}")
 
     def _kept(self, advice: str) -> str:
@@ -200,7 +228,7 @@ def load_weights(path: Path, objective: nn.Module) -> dict[str, Any]:
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """All weights of a whole checkpoint by their names in the objective, whichever that is; no process group."""
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = MetadataReader(path).read_metadata().state_dict_metadata
     state = {
         name.removeprefix("objective."): torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
@@ -214,14 +242,14 @@ def _load(state: dict[str, Any], path: Path, *, alone: bool) -> None:
     """Read the parts that `state` names into its tensors."""
     try:
         _check_fit(state, path)
-        load(state, checkpoint_id=path, no_dist=alone)
-    except _DCP_ERRORS as error:
+        load(state, storage_reader=MetadataReader(path), no_dist=alone)
+    except (CheckpointException, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(_root_cause(error))}") from error
 
 
 def _check_fit(state: dict[str, Any], path: Path) -> None:
     """DCP compares sizes only in part, and leaves tensors that the objective lacks unread."""
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    entries = MetadataReader(path).read_metadata().state_dict_metadata
     saved = {name: list(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     wanted = {
         f"{part}.{name}": list(value.shape)

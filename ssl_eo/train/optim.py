@@ -156,7 +156,10 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
     `found_inf` is the channel through which `torch.amp.GradScaler` tells a fused optimiser to skip.
     """
-    optimizer.found_inf = 1.0 - finite  # type: ignore[attr-defined]
+    # Weights may wait on the host (`parallel.cpu_offload`). torch would send the flag there without waiting for it to
+    # arrive, and read too early.
+    device = optimizer.param_groups[0]["params"][0].device
+    optimizer.found_inf = (1.0 - finite).to(device)  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
 

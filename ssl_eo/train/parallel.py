@@ -29,6 +29,7 @@ __all__ = [
     "ParallelConfig",
     "Strategy",
     "build_objective",
+    "check_accumulation",
     "compile_units",
     "is_sharded",
     "resolve_strategy",
@@ -36,6 +37,8 @@ __all__ = [
     "without_reduction",
     "wrap",
 ]
+
+_MOST_S, _MOST_MB = 30 * 86_400.0, 2**20
 
 Strategy = Literal["single", "ddp", "fsdp", "hsdp"]
 
@@ -62,12 +65,12 @@ class ParallelConfig:
     compile: bool = False  # transformer blocks are compiled, each by itself, at the first step
 
     def __post_init__(self) -> None:
-        if self.bucket_cap_mb < 1:
-            raise ValueError(f"bucket_cap_mb must be at least 1, got {self.bucket_cap_mb}")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
-        if self.n_prefetched < 0:
-            raise ValueError(f"n_prefetched must not be negative, got {self.n_prefetched}")
+        if not 1 <= self.bucket_cap_mb <= _MOST_MB:
+            raise ValueError(f"bucket_cap_mb must be from 1 to {_MOST_MB}, got {self.bucket_cap_mb}")
+        if not 0 < self.timeout_s <= _MOST_S:
+            raise ValueError(f"timeout_s must be above 0 and up to {_MOST_S:g} (30 days), got {self.timeout_s}")
+        if self.n_prefetched < 1:  # in backward torch gathers one ahead whatever it is told
+            raise ValueError(f"n_prefetched must be at least 1, got {self.n_prefetched}")
         if self.shard_size is not None and self.strategy != "hsdp":
             raise ValueError(f"shard_size is for strategy hsdp, got strategy {self.strategy}")
         if self.shard_size is not None and self.shard_size < 1:
@@ -104,6 +107,16 @@ def build_objective(make: Callable[[], Objective], seed: int, device: torch.devi
     for name, tensor in (*objective.named_parameters(), *objective.named_buffers()):
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all()), f"init_weights leaves {name} unset"
     return objective
+
+
+def check_accumulation(objective: Objective, n_micro_batches: int) -> None:
+    """Raise `ValueError` where a step of several micro-batches would have another loss than one of the whole batch."""
+    if n_micro_batches > 1 and objective.batch_coupled:
+        name = type(objective).__module__.rpartition(".")[2]
+        raise ValueError(
+            f"train.accumulate {n_micro_batches}: the loss of objective {name} mixes the samples of a batch, so"
+            " micro-batches would change it; use 1 and more ranks or a smaller batch"
+        )
 
 
 def compile_units(objective: Objective) -> None:

@@ -27,13 +27,14 @@ from ssl_eo.models.patch_embed import PatchEmbed
 from ssl_eo.objectives.base import Objective, Schemas
 from ssl_eo.train.activation_checkpointing import checkpoint_activations
 from ssl_eo.train.optim import lr_schedule, param_groups
-from ssl_eo.train.parallel import Strategy, resolve_strategy
+from ssl_eo.train.parallel import Strategy, check_accumulation, resolve_strategy
 from ssl_eo.train.tracing import Alive, Ledger, blank, without_values
 
 __all__ = ["Device", "Memory", "Plan", "plan"]
 
 Device = Literal["cpu", "cuda"]
 
+_MOST_SAMPLES = 16_384  # their views are drawn, as a run draws them
 _N_BATCHES = 4  # of the first steps; they may differ in bands, the largest one counts
 
 
@@ -73,6 +74,7 @@ class Plan:
     n_published: int
     forward_flop: float
     step_flop: float
+    checkpoint: int  # bytes on disk
     memory: dict[str, Memory]
 
     @property
@@ -85,30 +87,33 @@ class Plan:
         return self.n_ranks * self.n_micro_batches * self.n_samples
 
 
-def plan(config: Config, ranks: int = 1, device: Device | None = None) -> Plan:
-    """Plan a run of `config` on so many `ranks`; `device` is that of this machine if not given. Opens the sources.
+def plan(config: Config, n_ranks: int = 1, device: Device | None = None) -> Plan:
+    """Plan a run of `config` on `n_ranks`; `device` is that of this machine if not given. Opens the sources.
 
     Raises `ValueError` for what the run would refuse, and for a step that looks at the values of tensors.
     """
-    if ranks < 1:
-        raise ValueError(f"--ranks must be at least 1, got {ranks}")
+    if n_ranks < 1:
+        raise ValueError(f"--ranks must be at least 1, got {n_ranks}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    strategy = resolve_strategy(config.parallel, World(0, ranks, 0, torch.device(device)))
+    strategy = resolve_strategy(config.parallel, World(0, n_ranks, 0, torch.device(device)))
     sources = open_sources(config.data)
     schemas = [source.schema for source in sources]
     method = resolve("ssl_eo.objectives", config.objective.name).Objective
     views = method.views(config.objective.options, config.model, schemas)
     with torch.device("meta"):
         objective: Objective = method(config.objective.options, config.model, schemas)
-    batch = max(_first_batches(config, sources, views, ranks), key=_n_values)
-    shares = _Shares(objective, config, strategy, ranks)
+    check_accumulation(objective, config.train.accumulate)
+    if (n_samples := config.train.global_batch_size // (n_ranks * config.train.accumulate)) > _MOST_SAMPLES:
+        raise ValueError(f"{n_samples:,} samples at once on a rank cannot be planned, {_MOST_SAMPLES:,} can")
+    batch = max(_first_batches(config, sources, views, n_ranks), key=_n_values)
+    shares = _Shares(objective, config, strategy, n_ranks)
     traced = _trace(config, objective, schemas, batch, shares, device)
     n_samples = len(batch.keys)
     n_traced = n_samples * _n_rounds(config)
     return Plan(
         strategy=strategy,
         device=device,
-        n_ranks=ranks,
+        n_ranks=n_ranks,
         n_micro_batches=config.train.accumulate,
         n_samples=n_samples,
         parameters=_parameters(objective),
@@ -116,6 +121,7 @@ def plan(config: Config, ranks: int = 1, device: Device | None = None) -> Plan:
         n_published=sum(p.numel() for p in objective.published_encoder().parameters()),
         forward_flop=traced.ledger.flop["forward"] / n_traced,
         step_flop=traced.ledger.flop.total() / n_traced,
+        checkpoint=shares.checkpoint,
         memory=_moments(shares, traced, config.parallel.cpu_offload and device == "cuda"),
     )
 
@@ -183,7 +189,8 @@ class _Shares:
         # One block is whole, those that are prefetched arrive in a buffer; gradients of the one before are a buffer of
         # which ranks get their shares, while those of the next one are made.
         largest = max(range(len(blocks)), key=of_block.__getitem__)
-        self.of_blocks = (2 + cfg.n_prefetched) * of_block[largest] + max(trained) if self.is_sharded else 0
+        n_whole = min(2 + cfg.n_prefetched, len(blocks))
+        self.of_blocks = n_whole * of_block[largest] + max(trained) if self.is_sharded else 0
 
     def sum(self, count: Callable[[_Parameter], int], prefix: str = "") -> int:
         return sum(count(p) for name, p in self.parameters.items() if name.startswith(prefix))
@@ -191,6 +198,11 @@ class _Shares:
     def weights(self, prefix: str) -> int:
         """Parameters and buffers of what begins with `prefix`, as they stay on a rank; FSDP leaves buffers whole."""
         return self.sum(lambda p: p.share, prefix) + sum(b for n, b in self.buffers.items() if n.startswith(prefix))
+
+    @property
+    def checkpoint(self) -> int:
+        """All weights and buffers, and AdamW's moments."""
+        return self.sum(lambda p: p.whole * (1 + 2 * p.is_trained)) + sum(self.buffers.values())
 
     @property
     def trained(self) -> int:
@@ -221,7 +233,10 @@ def _n_shards(strategy: Strategy, shard_size: int | None, n_ranks: int) -> int:
     if strategy != "hsdp":
         return 1
     if shard_size is None:
-        raise ValueError("parallel.shard_size: null stands for the ranks of a node, which a plan does not know; set it")
+        raise ValueError(
+            "parallel.shard_size: null stands for the ranks of a node, which a plan does not know; for the plan add for"
+            " instance parallel.shard_size=8"
+        )
     if n_ranks % shard_size:
         raise ValueError(f"parallel.shard_size {shard_size} does not divide the {n_ranks} processes")
     return shard_size

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["print_plan"]
 
+_SMALL = 1e9  # bytes, below which nobody needs advice
+
 _TITLES = {
     "weights": "weights and buffers",
     "teacher": "teacher",
@@ -38,7 +40,9 @@ def print_plan(plan: Plan, config: Config, stream: TextIO) -> None:
     )
     console.print(_table("parameters", ["part", "number"], _parameter_rows(plan)))
     title = "FLOP of matrix products, convolutions and attention; a multiply-add is 2"
-    console.print(_table(title, ["", "a sample", f"a step of {plan.global_batch_size}"], _flop_rows(plan)))
+    steps = config.train.total_steps
+    columns = ["", "a sample", f"a step of {plan.global_batch_size}", f"all {steps:,} steps"]
+    console.print(_table(title, columns, _flop_rows(plan, steps)))
     console.print(_table("memory of a rank, MB", ["", *plan.memory], _memory_rows(plan)))
     console.print(_verdict(plan, config))
 
@@ -48,9 +52,10 @@ def _parameter_rows(plan: Plan) -> list[list[str]]:
     return [[name, f"{n:,}"] for name, n in (plan.parameters | sums).items()]
 
 
-def _flop_rows(plan: Plan) -> list[list[str]]:
+def _flop_rows(plan: Plan, n_steps: int) -> list[list[str]]:
     passes = {"forward": plan.forward_flop, "forward and backward": plan.step_flop}
-    return [[name, _flop(flop), _flop(plan.global_batch_size * flop)] for name, flop in passes.items()]
+    n = plan.global_batch_size
+    return [[name, *(_flop(k * flop) for k in (1, n, n * n_steps))] for name, flop in passes.items()]
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:
@@ -70,7 +75,10 @@ def _verdict(plan: Plan, config: Config) -> str:
         f"At most {_mb(worst.total)} MB a rank ({plan.worst}), {100 * parts[largest] / worst.total:.0f} % of it"
         f" {_TITLES[largest]}"
     )
-    return f"{text}. Less with {_advice(largest, plan, config)}."
+    written = f"A checkpoint takes {_mb(plan.checkpoint)} MB on disk."
+    if worst.total < _SMALL:
+        return f"{text}.\n{written}"
+    return f"{text}. Less with {_advice(largest, plan, config)}.\n{written}"
 
 
 def _advice(largest: str, plan: Plan, config: Config) -> str:
@@ -83,7 +91,7 @@ def _advice(largest: str, plan: Plan, config: Config) -> str:
     if largest == "batch":
         return "more ranks, or train.accumulate where the loss does not mix samples"
     if largest == "gathered":
-        return "parallel.n_prefetched: 0, or on fewer ranks without FSDP"
+        return "parallel.n_prefetched: 1, or on fewer ranks without FSDP"
     if plan.strategy in ("single", "ddp"):
         return "parallel.strategy: fsdp on more ranks" if plan.n_ranks == 1 else "parallel.strategy: fsdp"
     return "more ranks, or parallel.cpu_offload: true"

@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from secrets import token_hex
@@ -32,12 +31,22 @@ from ssl_eo.distributed import (
     world_size,
 )
 from ssl_eo.eval.report import save_panel
-from ssl_eo.files import atomic_write, lock_folder
+from ssl_eo.files import atomic_write, is_seen, lock_folder
 from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.train.sealing import holds_checkpoints
 
-__all__ = ["claim", "describe", "read_environment", "read_schemas", "record_skipped", "save_pictures"]
+__all__ = [
+    "check_own",
+    "claim",
+    "describe",
+    "identify",
+    "read_environment",
+    "read_schemas",
+    "record_skipped",
+    "save_pictures",
+]
 
+_WORD = "run_id"
 _SHARED_WITHIN_S = 30.0  # a network file system may show a new file late
 
 
@@ -75,6 +84,31 @@ def describe(config: Config, schemas: Sequence[Mapping[str, TileSchema]], world:
         _keep_until(path / name, step if step else -1)  # a run that starts anew also measures step 0 anew
     for name in ("quarantine.jsonl", "skipped.jsonl"):  # by the step itself, counted from 0
         _keep_until(path / name, step - 1)
+
+
+def identify(path: Path, is_new: bool) -> str:
+    """The word by which the run in `path` is known, on every rank; a new one where it `is_new`. Collective.
+
+    A folder may be removed and used again while an old process still writes to it, and checkpoints may be copied from
+    elsewhere: each says which run it is of.
+    """
+    word = ""
+    if is_main():
+        file = path / _WORD
+        if is_new or not file.is_file():
+            atomic_write(file, token_hex(8))
+        word = file.read_text(encoding="utf-8")
+    return str(broadcast_object(word))
+
+
+def check_own(path: Path, word: str) -> None:
+    """Raise `RuntimeError` on every rank unless `path` is still the folder of the run that is known by `word`."""
+    error: RuntimeError | None = None
+    if is_main():
+        file = path / _WORD
+        if not file.is_file() or file.read_text(encoding="utf-8") != word:
+            error = RuntimeError(f"{path} was removed or replaced while this run was going on; it ends here")
+    raise_on_all_ranks(error)
 
 
 def read_schemas(path: Path) -> list[dict[str, TileSchema]]:
@@ -130,14 +164,10 @@ def _check_shared(path: Path) -> None:
     barrier()
 
     def look() -> None:
-        limit = time.monotonic() + _SHARED_WITHIN_S
-        while not (page.is_file() and page.read_text(encoding="utf-8") == word):
-            if time.monotonic() > limit:
-                raise ValueError(
-                    f"{path} is not the folder that the first rank writes to; set run.out_dir to one that all nodes"
-                    " share"
-                )
-            time.sleep(0.2)
+        if not is_seen(lambda: page.is_file() and page.read_text(encoding="utf-8") == word, _SHARED_WITHIN_S):
+            raise ValueError(
+                f"{path} is not the folder that the first rank writes to; set run.out_dir to one that all nodes share"
+            )
 
     on_all_ranks(look)
     if is_main():
@@ -153,7 +183,9 @@ def _check_config(path: Path, config: Config) -> None:
     try:
         before = build(Config, read_yaml(saved), "")
     except ValueError as error:
-        raise ValueError(f"{saved} does not fit this version of ssl_eo ({error}); set another run.name") from None
+        raise ValueError(
+            f"{saved} is damaged, or of another version of ssl_eo ({error}); bring it back, or set another run.name"
+        ) from None
     if lines := difference(before, config):
         raise ValueError(
             f"{path} holds a run of another config (saved -> now): {'; '.join(lines)}. Put the keys back to go on with"
@@ -164,7 +196,7 @@ def _check_config(path: Path, config: Config) -> None:
 def _keep_until(path: Path, step: int) -> None:
     """Keep the records of steps up to `step`: later ones are written again, and a killed run may end in half a line."""
     if path.exists():
-        kept = [record for record in read_jsonl(path) if record.get("step", 0) <= step]
+        kept = [record for record in read_jsonl(path) if isinstance(at := record.get("step", 0), int) and at <= step]
         atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

@@ -9,17 +9,17 @@ import json
 import logging
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ssl_eo.distributed import broadcast_object, is_main, raise_on_all_ranks
-from ssl_eo.files import sync
+from ssl_eo.files import is_seen, sync
 
 __all__ = [
     "CheckpointError",
+    "OtherFormatError",
     "candidates",
     "find_checkpoint",
     "holds_checkpoints",
@@ -37,11 +37,15 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
 _SEAL = "complete.json"
 _FORMAT = 2
-_SEEN_WITHIN_S = 60.0  # a network file system may show late what another node has written
+_SEEN_WITHIN_S = 60.0  # what another node has written
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says what to do."""
+
+
+class OtherFormatError(ValueError):
+    """A checkpoint of another version of ssl_eo: not damaged, and nothing to pass over."""
 
 
 def seal(partial: Path, final: Path, facts: dict[str, Any], expected: Collection[str]) -> None:
@@ -52,21 +56,21 @@ def seal(partial: Path, final: Path, facts: dict[str, Any], expected: Collection
     _await(partial, expected)
     files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
     (partial / _SEAL).write_text(_signed({"format": _FORMAT, "step": step_of(final), "facts": facts, "files": files}))
-    for path in partial.iterdir():
+    for path in (partial / _SEAL, partial):  # each rank has synced what it wrote
         sync(path)
     partial.rename(final)
     sync(final.parent)
 
 
 def _await(folder: Path, expected: Collection[str]) -> None:
-    limit = time.monotonic() + _SEEN_WITHIN_S
-    while missing := [name for name in expected if not (folder / name).is_file()]:
-        if time.monotonic() > limit:
-            raise OSError(
-                f"{len(missing)} of {len(expected)} files are not there, the first is {missing[0]}: do all nodes write"
-                " to one file system?"
-            )
-        time.sleep(0.1)
+    def missing() -> list[str]:
+        return [name for name in expected if not (folder / name).is_file()]
+
+    if not is_seen(lambda: not missing(), _SEEN_WITHIN_S):
+        raise OSError(
+            f"{len(missing())} of {len(expected)} files are not there, the first is {missing()[0]}: do all nodes write"
+            " to one file system?"
+        )
 
 
 def name_of(step: int) -> str:
@@ -81,11 +85,11 @@ def find_checkpoint(run_dir: Path) -> Path | None:
     """
     root = run_dir / "checkpoints"
     path: Path | None = None
-    error: CheckpointError | None = None
+    error: Exception | None = None
     if is_main():
         try:
             path = newest(root)
-        except CheckpointError as caught:
+        except (CheckpointError, OtherFormatError, OSError) as caught:
             error = caught
     raise_on_all_ranks(error)
     if path is not None:
@@ -139,18 +143,22 @@ def holds_checkpoints(root: Path) -> bool:
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint directory `path`, or None when every file is as it was sealed."""
     try:
-        seal = read_seal(path)
+        sealed = read_seal(path)
     except CheckpointError as error:
         return str(error)
-    if seal["step"] != step_of(path):
-        return f"{_SEAL} is that of step {seal['step']}"
-    for name, expected in seal["files"].items():
+    if sealed["step"] != step_of(path):
+        return f"{_SEAL} is that of step {sealed['step']}"
+    for name, expected in sealed["files"].items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, {expected['bytes']} were written"
-        if _crc32(file) != expected["crc32"]:
+        try:
+            n_bytes, crc32 = file.stat().st_size, _crc32(file)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        if n_bytes != expected["bytes"]:
+            return f"{name} has {n_bytes} bytes, {expected['bytes']} were written"
+        if crc32 != expected["crc32"]:
             return f"{name} does not match its checksum"
     return None
 
@@ -168,24 +176,45 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _signed(seal: dict[str, Any]) -> str:
+def _signed(facts: dict[str, Any]) -> str:
     """The text of a seal: its content, and the checksum of that on the last line."""
-    content = json.dumps(seal, indent=1)
+    content = json.dumps(facts, indent=1)
     return f"{content}\n{zlib.crc32(content.encode()):08x}\n"
 
 
 def read_seal(path: Path) -> dict[str, Any]:
-    """`step`, `facts` and `files` of the checkpoint `path`. Raises `CheckpointError` when its seal is not as it was."""
+    """`step`, `facts` and `files` of the checkpoint `path`.
+
+    Raises `CheckpointError` when its seal is not as it was, `OtherFormatError` when it may well be.
+    """
     try:
         content, _, checksum = (path / _SEAL).read_bytes().rstrip(b"\n").rpartition(b"\n")
     except OSError as error:
         raise CheckpointError(f"{_SEAL} cannot be read: {error.strerror}") from error
     if b"%08x" % zlib.crc32(content) != checksum:
         raise CheckpointError(f"{_SEAL} does not match its checksum")
-    seal: dict[str, Any] = json.loads(content)
-    if seal["format"] != _FORMAT:
-        raise CheckpointError(f"{_SEAL} has format {seal['format']}, this version of ssl_eo reads {_FORMAT}")
-    return seal
+    sealed = _parse(content)
+    if sealed["format"] != _FORMAT:
+        raise OtherFormatError(
+            f"{path}: the checkpoint has format {sealed['format']}, this version of ssl_eo reads {_FORMAT}; use the"
+            " version that wrote it"
+        )
+    return sealed
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """Raises `CheckpointError` for what no seal says; a checksum is easily made."""
+    try:
+        sealed = json.loads(content)
+        assert isinstance(sealed["format"], int)
+        assert isinstance(sealed["step"], int)
+        assert isinstance(sealed["facts"], dict)
+        files = sealed["files"].values()
+        assert all(isinstance(f["bytes"], int) and isinstance(f["crc32"], int) for f in files)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RecursionError):
+        raise CheckpointError(f"{_SEAL} is no seal") from None
+    found: dict[str, Any] = sealed
+    return found
 
 
 def _crc32(path: Path) -> int:

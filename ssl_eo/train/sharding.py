@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from ssl_eo.distributed import World, gather_objects
+from ssl_eo.distributed import World, backend_of, gather_objects
 from ssl_eo.objectives.base import Objective
 
 __all__ = ["Sharding", "shard"]
@@ -74,9 +74,8 @@ def shard(objective: Objective, how: Sharding, world: World) -> None:
 def _mesh(size: int | None, world: World) -> DeviceMesh:
     """`[ranks]`, or `[copies of the weights, ranks of a copy]`."""
     if not dist.is_initialized():  # one process, which torchrun has not started
-        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend_of(world.device), store=store, rank=0, world_size=1)
     size = size or _ranks_of_a_node()
     if world.size % size:
         raise ValueError(f"parallel.shard_size {size} does not divide the {world.size} processes")
@@ -86,10 +85,17 @@ def _mesh(size: int | None, world: World) -> DeviceMesh:
 
 
 def _ranks_of_a_node() -> int:
-    counts = set(Counter(gather_objects(socket.gethostname())).values())
+    hosts = gather_objects(socket.gethostname())
+    counts = set(Counter(hosts).values())
     if len(counts) > 1:
         raise ValueError(f"parallel.shard_size: nodes hold {sorted(counts)} processes; set it to what fits all of them")
-    return counts.pop()
+    size = counts.pop()
+    if any(host != hosts[rank // size * size] for rank, host in enumerate(hosts)):
+        raise ValueError(
+            "parallel.shard_size: ranks of a node do not follow each other, so a copy of the weights would lie on"
+            " several nodes; start them by node (srun --distribution=block)"
+        )
+    return size
 
 
 def _stacks(objective: nn.Module, units: Collection[nn.Module]) -> list[list[FSDPModule]]:

@@ -73,8 +73,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What runs inside belongs to `name`."""
         self._phase = name
         self._note_peak()
-        yield
-        self._phase = ""
+        try:
+            yield
+        finally:
+            self._phase = ""
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """These were there before, and are counted elsewhere."""

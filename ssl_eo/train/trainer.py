@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssl_eo.cluster import EXIT_DONE, EXIT_RESUMABLE, STOP_SIGNALS, signals_handled
+from ssl_eo.cluster import EXIT_DONE, EXIT_RESUMABLE, is_abandoned, signals_raise
 from ssl_eo.components import resolve
 from ssl_eo.config import Config, to_dict
 from ssl_eo.data.loader import Loader
@@ -39,8 +39,9 @@ from ssl_eo.distributed import (
 )
 from ssl_eo.eval.features import tap_layers
 from ssl_eo.eval.hook import EvalHook, undisturbed
-from ssl_eo.eval.offline import print_summary
 from ssl_eo.eval.report import write_report
+from ssl_eo.eval.summary import read_results
+from ssl_eo.eval.table import print_summary
 from ssl_eo.jsonl import JsonLines
 from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
@@ -57,12 +58,12 @@ from ssl_eo.train.optim import (
     step_if_finite,
     weight_decay_schedule,
 )
-from ssl_eo.train.parallel import build_objective, is_sharded, settle, without_reduction, wrap
+from ssl_eo.train.parallel import build_objective, check_accumulation, is_sharded, settle, without_reduction, wrap
 from ssl_eo.train.prefetch import DeviceBatches
 from ssl_eo.train.sealing import find_checkpoint
 from ssl_eo.train.watch import Watch
 
-__all__ = ["EXIT_DONE", "EXIT_RESUMABLE", "TrainingError", "train"]
+__all__ = ["TrainingError", "train"]
 
 _N_PICTURES = 6  # samples in a picture of how training goes on
 
@@ -75,14 +76,14 @@ def train(config: Config) -> int:
     """Run (or go on with) the run that `config` describes; returns the exit status."""
     if config.train.n_threads is not None:
         torch.set_num_threads(config.train.n_threads)
-    stop = AgreedFlag()
-    with _signals_raise(stop):  # while the ranks meet and part, too
-        return _train(config, stop)
-
-
-def _train(config: Config, stop: AgreedFlag) -> int:
     # The watch speaks first: it knows which rank is late. Reading the index of a large archive may take minutes.
     world = init_world(timeout_s=2 * config.parallel.timeout_s + 60)
+    stop = AgreedFlag()
+    with signals_raise(stop):  # and while the ranks part
+        return _train(config, world, stop)
+
+
+def _train(config: Config, world: World, stop: AgreedFlag) -> int:
     with Watch(world, config.parallel.timeout_s) as watch, run_dir.claim(config.run_dir, config):
         with watch.over():
             trainer = Trainer(config, world, stop, watch)
@@ -109,7 +110,7 @@ class Trainer:
         seed = config.run.seed
 
         self.sources = on_all_ranks(lambda: open_sources(config.data))
-        self.facts = {"data": _fingerprints(self.sources)}
+        self.facts: dict[str, Any] = {"data": _fingerprints(self.sources)}
         schemas = [source.schema for source in self.sources]
 
         method = resolve("ssl_eo.objectives", config.objective.name).Objective
@@ -117,12 +118,9 @@ class Trainer:
         self.objective: Objective = build_objective(
             lambda: method(config.objective.options, config.model, schemas), seed, world.device
         )
-        if config.train.accumulate > 1 and self.objective.batch_coupled:
-            raise ValueError(
-                f"train.accumulate {config.train.accumulate}: the loss of objective {config.objective.name} mixes the"
-                " samples of a batch, so micro-batches would change it; use 1 and more ranks or a smaller batch"
-            )
+        check_accumulation(self.objective, config.train.accumulate)
         found = find_checkpoint(config.run_dir)
+        self.facts["run"] = run_dir.identify(config.run_dir, is_new=found is None)
         self.begun_from = [] if found else begin_from(config.init, self.objective, config.run_dir)
         self.model = wrap(self.objective, config.parallel, world)
         self.optimizer = build_optimizer(config.optim, self.objective)
@@ -130,7 +128,9 @@ class Trainer:
         self.weight_decay = weight_decay_schedule(config.optim, config.train.total_steps)
         self.schedules = self.objective.schedules(config.train.total_steps)
 
-        self.checkpointer = Checkpointer(config.checkpoint, config.run_dir, self.objective, self.optimizer)
+        self.checkpointer = Checkpointer(
+            config.checkpoint, config.run_dir, self.objective, self.optimizer, world.timeout_s
+        )
         self.step = self._resume(found) if found else 0
 
         self.renderer = Renderer(schemas, config.data.interpolation).to(world.device)
@@ -151,6 +151,7 @@ class Trainer:
         self.meters, self.stopwatch = Meters(), Stopwatch()
         self.recent_keys: list[tuple[int, list[str]]] = []  # of the steps whose finite flags are still unread
         self.n_skipped, self.n_skipped_in_a_row = 0, 0
+        self.started, self.evaluated_s = time.monotonic(), 0.0
         if is_main():
             run_dir.describe(config, schemas, world, self.step)
         barrier()  # the log files are trimmed before any rank reads them or appends to them
@@ -175,7 +176,7 @@ class Trainer:
             return EXIT_DONE
         for line in (self._headline(), *self.begun_from):
             self._note(line)
-        started = time.monotonic()
+        self.started = started = time.monotonic()
         if self.step == 0 and (probes := self._evaluate()):
             self._write({"step": 0, **probes})
         self.model.train()
@@ -187,6 +188,9 @@ class Trainer:
             probes = self._evaluate()
             if config.train.time_limit_s is not None and time.monotonic() - started > config.train.time_limit_s:
                 self.stop.raised = True
+            if not self.stop.raised and is_abandoned():
+                self._note("torchrun is gone; the run is saved and ends")
+                self.stop.raised = True
             last = self.step == config.train.total_steps
             stop = self.stop.poll() and not last
             save = stop or last or self.checkpointer.due(self.step)
@@ -196,6 +200,7 @@ class Trainer:
                 self._draw()
             if save:
                 self.watch.at(self.step, "saving")
+                run_dir.check_own(config.run_dir, self.facts["run"])
                 self.checkpointer.save(self.step, self.facts)
             if stop:
                 self.checkpointer.wait()
@@ -254,6 +259,11 @@ class Trainer:
                 f"{self.config.run_dir}: the data is not what this run was trained on (fingerprints {facts['data']},"
                 f" now {self.facts['data']}); bring the data back, or start a new run with another run.name"
             )
+        if facts.get("run") != self.facts["run"]:
+            raise ValueError(
+                f"{found} is of another run than {self.config.run_dir}: move it away to go on with the one before, or"
+                " bring the whole run directory back"
+            )
         return step
 
     def _log(self, probes: dict[str, float], batches: DeviceBatches) -> None:
@@ -309,8 +319,10 @@ class Trainer:
             self.progress.say(f"step {self.step}: probing")
         found = self.evaluation.run(self._encode_taps, self.step, self.objective)
         settle(self.model)
-        self.stopwatch.exclude(time.perf_counter() - start)
-        return found
+        seconds = time.perf_counter() - start
+        self.stopwatch.exclude(seconds)
+        self.evaluated_s += seconds
+        return {**found, "eval_time_ratio": self.evaluated_s / (time.monotonic() - self.started)}
 
     def _encode_taps(self, inputs: EncoderInput) -> Sequence[Tokens]:
         depth = len(self.objective.published_encoder().blocks)
@@ -341,6 +353,7 @@ class Trainer:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
         n_parameters = sum(p.numel() for p in self.objective.published_encoder().parameters())
         begins = f"going on after step {self.step:,}" if self.step else "new run"
+        begins += f" on {socket.gethostname()} at {datetime.now().astimezone().isoformat(' ', 'seconds')}"
         return (
             f"{config.run_dir}: {begins}; {config.objective.name}, encoder of {n_parameters / 1e6:.1f} M parameters,"
             f" {sum(map(len, self.sources)):,} samples, {self.world.size} x {name}, {config.train.precision}"
@@ -361,8 +374,10 @@ class Trainer:
     def _report(self) -> None:
         if is_main() and self.config.log.report:
             if self.config.eval.every_n_steps:
-                print_summary(self.config.run_dir / "eval.jsonl", sys.stderr)
-            self._note(f"report: {write_report(self.config.run_dir)}")
+                print_summary(read_results(self.config.run_dir / "eval.jsonl"), sys.stderr)
+            report = write_report(self.config.run_dir)
+            if sys.exc_info()[0] is None:  # what went wrong is told after this, and is what counts
+                self._note(f"report: {report}")
 
 
 def _fingerprints(sources: Sequence[Source]) -> list[str]:
@@ -377,16 +392,3 @@ def _fingerprints(sources: Sequence[Source]) -> list[str]:
                     f" (fingerprints {fingerprint} and {first}): is a file missing or older on one of them?"
                 )
     return own
-
-
-@contextlib.contextmanager
-def _signals_raise(flag: AgreedFlag) -> Iterator[None]:
-    """SIGTERM, SIGUSR1, SIGUSR2 and a first SIGINT raise `flag`; the loop looks at it between steps."""
-
-    def handler(signum: int, frame: Any) -> None:
-        if signum == signal.SIGINT and flag.raised:
-            raise KeyboardInterrupt
-        flag.raised = True
-
-    with signals_handled((*STOP_SIGNALS, signal.SIGINT), handler):
-        yield

@@ -76,6 +76,7 @@ class Watch:
         self._host = socket.gethostname()
         self._place, self._since = (0, 0, "starting"), time.monotonic()
         self._beat = 0
+        self._word_of_first: Word | None = None  # kept here: what the first rank holds goes with it
         self._ended, self._has_failed = threading.Event(), False
         self._store = _open_store(world) if world.size > 1 else None
 
@@ -116,11 +117,13 @@ class Watch:
                 found = self._without_first_rank()
             if found is not None:
                 raise found from error
-        text = f"rank {self._rank} on {self._host} failed at {self._own.place}: {error}"
+        where = f"rank {self._rank} on {self._host}, {self._own.place}"
         with contextlib.suppress(*_STORE_ERRORS):  # nobody is there to be told
-            first, first_text = self._publish(store, text)
+            first, first_text = self._publish(store, f"{where}: {error}")
             if first != self._rank and first_text.endswith(str(error)):  # all have it, as with a wrong config
                 tell_by(first, error)
+        if not isinstance(error, ValueError):  # of what the user gave, which is the same on every rank
+            error.add_note(where)
 
     def _other_cause(self, store: _Store) -> OtherRankError | None:
         before, limit = self._words(store), time.monotonic() + _SILENT_S
@@ -135,7 +138,9 @@ class Watch:
 
     def _without_first_rank(self) -> OtherRankError:
         """The first rank holds the store, so without that nothing is known of the others."""
-        found = OtherRankError(f"rank 0 is gone; rank {self._rank} stopped at {self._own.place}")
+        word = self._word_of_first
+        last = "rank 0 is gone" if word is None else f"{_named([0], [word])} gone: the last word was of {word.place}"
+        found = OtherRankError(f"{last}; rank {self._rank} stopped at {self._own.place}")
         return found if self._rank == 1 else tell_by(1, found)
 
     def _listen(self, store: _Store) -> None:
@@ -151,7 +156,8 @@ class Watch:
                     self._end_process(failure[1], is_told=failure[0] != self._rank)
                     return
                 now = time.monotonic()
-                if (beat := self._words(store, [next_rank])[0].beat) != heard:
+                word_of_next, self._word_of_first = self._words(store, [next_rank, 0])
+                if (beat := word_of_next.beat) != heard:
                     heard, heard_at = beat, now
                 elif now - heard_at > _GONE_S:
                     self._publish(store, f"rank {next_rank} has said nothing for {_GONE_S:g} s: it is gone, or stopped")
@@ -219,7 +225,7 @@ def _open_store(world: World) -> _Store:
         own = TCPStore(world.address, 0, is_master=True, wait_for_workers=False, timeout=_STORE_WITHIN)
         store = own
         for rank in range(world.size):
-            store.set(_key(rank), json.dumps(Word(0, "?", 0, 0, "starting")))
+            store.set(_key(rank), json.dumps(Word(0, "", 0, 0, "starting")))
         broadcast_object(own.port)
     else:
         port = broadcast_object(None)
@@ -234,6 +240,7 @@ def _key(rank: int) -> str:
 def _named(ranks: Sequence[int], words: Sequence[Word]) -> str:
     """`rank 1 on node3 is`, or `ranks 1 and 2 are`, or `ranks 1, 2, 3 and 5 more are`."""
     if len(ranks) == 1:
-        return f"rank {ranks[0]} on {words[ranks[0]].host} is"
+        host = words[ranks[0]].host
+        return f"rank {ranks[0]}{f' on {host}' if host else ''} is"
     shown, rest = [str(rank) for rank in ranks[:4]], len(ranks) - 4
     return f"ranks {', '.join(shown)}{f' and {rest} more' if rest > 0 else ''} are"

@@ -25,6 +25,7 @@ pytest.importorskip("h5py")
 pytest.importorskip("pyarrow")
 pytest.importorskip("rasterio")
 
+import h5py
 from archives import small, spoiling
 from archives.small import ARCHIVES, N_SAMPLES, content_of, open_small
 from archives.spoiling import Spoil
@@ -104,6 +105,9 @@ BAD_TABLES = [  # contents of the metadata.csv of EuroSAT
     ("\n", Refused(r"metadata\.csv is empty, expected columns by key")),
     ("\ufeffkey,name\nRiver_3,a", Fine()),
 ]
+EUROSAT = "classification_v1.0/m-eurosat"  # in the folder of GeoBench
+BY_PLACE = {"split": "train", "split_by": "geography"}
+NO_STATISTICS = Refused(r"statistics: stats\.json cannot be read")
 WINDOW = SourceCrop(extent_m=(100.0, 200.0))
 PLAIN = {"label": None, "meta": {}}  # JSON of a sample
 LARGE_BLOCKS = {"tiled": False, "blockxsize": None, "blockysize": 8_000, "interleave": "pixel"}
@@ -170,6 +174,23 @@ TABLE: dict[str, Row] = {
             Case(spoiling.written("River/{key}.tif", ""), Fine(), {"split": "train"}),  # no place: it is in no split
         ],
         "geotiff": [Case(spoiling.cut("geotiff"), DAMAGED)],
+        "image_folder": [
+            Case(
+                lambda root, key: small.cut(small.picture_of(root, key)),
+                Bad(r"forest/place6\.jpg is not a readable JPEG or PNG: .*truncated"),
+            ),
+            Case(spoiling.written("{key}.jpg", ""), Bad(r"place6\.jpg is not a readable JPEG or PNG: cannot identify")),
+        ],
+        "image_folder geotiff": [
+            Case(spoiling.cut("image_folder geotiff"), DAMAGED),
+            Case(spoiling.written("{key}.tif", ""), Bad(r"place6\.tif is not a readable GeoTIFF")),
+            Case(spoiling.written("{key}.tif", ""), Fine(), BY_PLACE),  # no place: it is in no split
+        ],
+        "raster_masks": [
+            Case(spoiling.cut("raster_masks"), DAMAGED),
+            Case(lambda root, key: small.cut(root / "masks" / f"{key}.tif"), DAMAGED),
+        ],
+        "geobench": [Case(spoiling.cut_geobench, Bad(r"id_3\.hdf5 cannot be used: .*truncated"))],
         "hdf5": [
             Case(lambda root, key: small.cut(root), Refused(r"tiles\.h5 is not a readable HDF5 file: .*truncated")),
         ],
@@ -239,6 +260,43 @@ TABLE: dict[str, Row] = {
             Case(
                 spoiling.raster("geotiff", (4, 40, 40), "complex64"),
                 Bad(r"scene3\.tif has dtype complex64, expected real numbers"),
+            ),
+        ],
+        "image_folder": [
+            Case(
+                spoiling.written("{key}.jpg", small.jpeg(3, mode="L")),
+                Bad(r"place6\.jpg has mode L, 64 x 64 pixels; expected mode RGB and at most"),
+            ),
+            Case(
+                spoiling.nothing,
+                Refused(r"place7\.jpg is a JPEG or PNG, of 1 band or 3, expected 4; name its bands"),
+                {"sensor": "naip"},
+            ),
+        ],
+        "image_folder geotiff": [
+            Case(
+                spoiling.raster("image_folder geotiff", (3, 40, 40), "uint8"),
+                Bad(r"place6\.tif holds 3 bands, expected the 4 of sensor naip"),
+            ),
+        ],
+        "raster_masks": [
+            Case(
+                spoiling.raster("raster_masks", (3, 40, 40), "uint8"),
+                Bad(r"place3\.tif holds 3 bands, expected the 4 of sensor naip"),
+            ),
+            Case(
+                spoiling.mask((2, 40, 40)), Bad(r"masks/place3\.tif has 2 bands of uint8 .*; a class map has one band")
+            ),
+            Case(
+                spoiling.mask((1, 40, 40), 7),
+                Bad(r"the mask of place3 holds 7, expected classes 0 to 1; name more classes, or set ignore"),
+            ),
+            Case(spoiling.mask((1, 40, 40), 7), Fine(), {"ignore": 7}),
+        ],
+        "geobench": [
+            Case(
+                spoiling.geobench_array(lambda file: None),
+                Bad(r"id_3\.hdf5 cannot be used: it has no array '04 - Red', with or without a date"),
             ),
         ],
         "hdf5": [
@@ -331,6 +389,23 @@ TABLE: dict[str, Row] = {
             Case(spoiling.nothing, Refused(r"label_csv: .*labels\.csv cannot be read"), {"label_csv": "labels.csv"}),
             Case(spoiling.nothing, Refused(r"stats\.json cannot be read"), {"tiles": [NAIP_STATISTICS]}),
         ],
+        "image_folder": [Case(spoiling.nothing, NO_STATISTICS, {"statistics": "stats.json"})],
+        "image_folder geotiff": [Case(spoiling.nothing, NO_STATISTICS, {"statistics": "stats.json"})],
+        "raster_masks": [
+            Case(spoiling.nothing, NO_STATISTICS, {"statistics": "stats.json"}),
+            Case(spoiling.without("masks/{key}.tif"), Bad(r"place3 has no class map \(masks/\{key\}\.tif\)")),
+        ],
+        "geobench": [
+            Case(spoiling.without(f"{EUROSAT}/band_stats.json"), Refused(r"band_stats\.json cannot be read")),
+            Case(
+                spoiling.without(f"{EUROSAT}/default_partition.json"),
+                Refused(r"partition: .*default_partition\.json is not there \(there are: 0\.01x"),
+            ),
+            Case(
+                spoiling.without(f"{EUROSAT}/{{key}}.hdf5"),
+                Refused(r"names 8 samples, 1 have no file, such as id_3\.hdf5; unpack the whole archive"),
+            ),
+        ],
         "hdf5": [
             Case(spoiling.nothing, Refused(r"statistics: stats\.json cannot be read"), {"statistics": "stats.json"}),
             Case(
@@ -419,6 +494,28 @@ TABLE: dict[str, Row] = {
             Case(spoiling.not_utf8, NOT_UTF8),
             Case(spoiling.renamed_not_utf8("geotiff"), Bad(r"scene3\\xff\.tif: the path is not UTF-8")),
         ],
+        "image_folder": [
+            Case(spoiling.not_utf8, Fine()),
+            Case(
+                lambda root, key: (root / "forest").rename(root / os.fsdecode(b"\xff")) and None,
+                Refused(r"root: .* has a class folder \\xff, whose name is not UTF-8; rename it"),
+            ),
+            Case(
+                lambda root, key: (root / f"{key}.jpg").rename(root / os.fsdecode(b"forest/\xff.jpg")) and None, Fine()
+            ),
+        ],
+        "image_folder geotiff": [
+            Case(spoiling.not_utf8, NOT_UTF8),
+            Case(
+                spoiling.renamed_not_utf8("image_folder geotiff"),
+                Bad(r"place6\\xff\.tif: the path is not UTF-8, which"),
+            ),
+        ],
+        "raster_masks": [
+            Case(spoiling.not_utf8, NOT_UTF8),
+            Case(spoiling.renamed_not_utf8("raster_masks"), Bad(r"place3\\xff\.tif: the path is not UTF-8, which")),
+        ],
+        "geobench": [Case(spoiling.not_utf8, Fine())],
         "hdf5": [
             Case(spoiling.not_utf8, Fine()),
         ],
@@ -451,6 +548,23 @@ TABLE: dict[str, Row] = {
         "geotiff": [
             Case(spoiling.emptied, Refused(r"tiles\[0\]\.pattern: none of the 0 files of .* \(found: nothing\)"))
         ],
+        "image_folder": [
+            Case(
+                spoiling.emptied,
+                Refused(r"root: .* holds no <class>/<name> with one of \.jpg, .* \(found: nothing\)"),
+            ),
+        ],
+        "image_folder geotiff": [
+            Case(
+                spoiling.emptied,
+                Refused(r"root: .* holds no <split>/<class>/<name> with one of .* \(found: nothing\)"),
+                {"split_by": "folder"},
+            ),
+        ],
+        "raster_masks": [
+            Case(spoiling.emptied, Refused(r"images: none of the 0 files of .* fits 'images/\{key\}\.tif'")),
+        ],
+        "geobench": [Case(spoiling.emptied, Refused(r"root: there is no folder m-eurosat in .*found: "))],
         "hdf5": [
             Case(spoiling.in_empty_folder, Refused(r"root: no such file: .*empty")),
         ],
@@ -550,6 +664,44 @@ TABLE: dict[str, Row] = {
                 crop=WINDOW,
             ),
         ],
+        "image_folder": [
+            Case(
+                spoiling.written("{key}.jpg", spoiling.jpeg_head(20_000)),
+                Bad(r"place6\.jpg is not a readable JPEG or PNG: Image size \(400000000 pixels\) exceeds limit"),
+            ),
+            Case(
+                spoiling.written("{key}.jpg", spoiling.jpeg_head(9_000)), Fine()
+            ),  # it is left out, as of another size
+            Case(
+                spoiling.written("{key}.jpg", spoiling.jpeg_head(9_000)),
+                Bad(r"place6\.jpg has mode RGB, 9000 x 9000 pixels; expected mode RGB and at most 67,108,864 pixels"),
+                {"same_size": False},
+            ),
+        ],
+        "image_folder geotiff": [
+            Case(
+                spoiling.huge_raster("image_folder geotiff", 4, "uint8"),
+                Bad(r"place6\.tif: 4 bands of .* are too many to read at once"),
+                {"same_size": False},
+            ),
+            Case(spoiling.huge_raster("image_folder geotiff", 4, "uint8"), Fine()),
+        ],
+        "raster_masks": [
+            Case(
+                spoiling.huge_raster("raster_masks", 4, "uint8"),
+                Bad(r"masks/place3\.tif has no box for the pixels 0:20000, 0:20000 of .*images/place3\.tif"),
+            ),
+        ],
+        "geobench": [
+            Case(
+                spoiling.geobench_array(
+                    lambda file: file.create_dataset(
+                        "04 - Red", (20_000, 20_000), "i2", chunks=(512, 512), compression="gzip"
+                    )
+                ),
+                Bad(r"id_3\.hdf5 cannot be used: array '04 - Red' is not stored as one piece in this file"),
+            ),
+        ],
         "hdf5": [
             Case(
                 spoiling.h5_array(
@@ -634,6 +786,26 @@ TABLE: dict[str, Row] = {
             Case(spoiling.raster("geotiff", (4, 5, 7), "uint8"), Fine()),
             Case(spoiling.raster("geotiff", (4, 1, 1), "uint8"), Fine()),
         ],
+        "image_folder": [
+            Case(spoiling.nothing, Fine(), size_px=72),
+            Case(spoiling.written("{key}.jpg", small.jpeg(3, (5, 7))), Fine()),
+            Case(spoiling.written("{key}.jpg", small.jpeg(3, (5, 7))), Fine(), {"same_size": False}),
+        ],
+        "image_folder geotiff": [
+            Case(spoiling.nothing, Fine(), size_px=64),
+            Case(spoiling.raster("image_folder geotiff", (4, 1, 1), "uint8"), Fine(), {"same_size": False}),
+        ],
+        "raster_masks": [
+            Case(spoiling.nothing, Fine(), size_px=64),
+            Case(spoiling.nothing, Fine(), {"window_px": 20}, size_px=64),
+        ],
+        "geobench": [
+            Case(spoiling.nothing, Fine(), size_px=72),
+            Case(
+                spoiling.geobench_array(lambda file: file.create_dataset("04 - Red", data=np.ones((5, 5), np.int16))),
+                Bad(r"array '04 - Red' has shape \(5, 5\) and dtype int16, expected \(64, 64\)"),
+            ),
+        ],
         "hdf5": [
             Case(spoiling.nothing, Fine(), size_px=64),
             Case(
@@ -701,6 +873,30 @@ TABLE: dict[str, Row] = {
                 Refused(rf"root: .*the name '\.\./secret\.tif' {OUTSIDE}"),
             ),
             Case(spoiling.virtual_raster("geotiff"), NOT_A_TIFF),
+        ],
+        "image_folder": "names are those of the folder itself",
+        "image_folder geotiff": [Case(spoiling.virtual_raster("image_folder geotiff"), NOT_A_TIFF)],
+        "raster_masks": [
+            Case(spoiling.virtual_raster("raster_masks"), NOT_A_TIFF),
+            Case(
+                spoiling.nothing,
+                Refused(r"masks: '\.\./\{key\}\.tif' leads out of root: patterns are relative to it"),
+                {"masks": "../{key}.tif"},
+            ),
+        ],
+        "geobench": [
+            Case(
+                spoiling.edited(
+                    f"{EUROSAT}/default_partition.json", lambda lists, key: lists["train"].append("../../secret")
+                ),
+                Refused(r"lists '\.\./\.\./secret', expected the name of a file in its folder"),
+            ),
+            Case(
+                spoiling.geobench_array(
+                    lambda file: file.__setitem__("04 - Red", h5py.ExternalLink("secret.h5", "04 - Red"))
+                ),
+                Bad(r"'04 - Red' is a link to somewhere else, which is not followed"),
+            ),
         ],
         "hdf5": [
             *(
@@ -837,6 +1033,27 @@ TABLE: dict[str, Row] = {
                 for content, reason in ((DEEP, f"is {TOO_DEEP}"), (LONG, TOO_LONG))
             ),
         ],
+        **{
+            name: [
+                Case(spoiling.written("stats.json", content), Refused(reason), {"statistics": "stats.json"})
+                for content, reason in (
+                    (DEEP, rf"statistics: stats\.json is {TOO_DEEP}"),
+                    (LONG, rf"statistics: stats\.json {TOO_LONG}"),
+                )
+            ]
+            for name in ("image_folder", "image_folder geotiff", "raster_masks")
+        },
+        "geobench": [
+            *(
+                Case(spoiling.written(f"{EUROSAT}/{name}.json", content), Refused(rf"{name}\.json {reason}"))
+                for name in ("band_stats", "default_partition", "label_map")
+                for content, reason in ((DEEP, f"is {TOO_DEEP}"), (LONG, TOO_LONG))
+            ),
+            Case(
+                spoiling.swollen(f"{EUROSAT}/default_partition.json", 1 << 40),
+                Refused(r"default_partition\.json has .* bytes, expected lists of sample names"),
+            ),
+        ],
         "hdf5": [
             Case(spoiling.h5_bomb, Bad(r"tiles\.h5: row 3 of sentinel2 cannot be read: more than 6656 bytes")),
             *(
@@ -928,6 +1145,22 @@ TABLE: dict[str, Row] = {
             Case(spoiling.displaced("geotiff", crs=spoiling.LOCAL_CRS), NO_DEGREES),
             Case(spoiling.displaced("geotiff", corner=(1e30, 1e30)), NO_DEGREES),
         ],
+        "image_folder": "a picture does not say where it lies",
+        "image_folder geotiff": [
+            Case(spoiling.displaced("image_folder geotiff", crs=spoiling.LOCAL_CRS), NO_DEGREES),
+            *(
+                Case(spoiling.displaced("image_folder geotiff", **place), Fine(), BY_PLACE)  # in no split
+                for place in ({"crs": spoiling.LOCAL_CRS}, {"crs": None}, {"corner": (1e30, 1e30)})
+            ),
+        ],
+        "raster_masks": [
+            Case(spoiling.displaced("raster_masks", crs=spoiling.LOCAL_CRS), NO_DEGREES),
+            Case(
+                spoiling.displaced("raster_masks", corner=(700_000.0, 5_000_000.0)),
+                Bad(r"has no box for the pixels 0:40"),
+            ),
+        ],
+        "geobench": "no place is looked at: those that its files name are wrong",
         "hdf5": "a place is a column like any other of `meta_datasets`, and none is looked at",
         "shards": "a place is not looked at: it comes back as it was packed",
     },

@@ -73,6 +73,22 @@ def test_class_maps_and_samples_without_label(path: Path) -> None:
     assert Source(config(path)).read(0).label is None
 
 
+def test_several_groups_make_a_split_and_names_of_classes_may_be_given(path: Path) -> None:
+    both = Source(config(path, split=["train", "test"]))
+    assert [both.locate(i)[0] for i in range(len(both))] == [f"tiles_{n}" for n in range(N)]
+    tiles = Source(config(path, split_dataset="name", split=["tile 7", "tile 2"]))
+    assert [tiles.locate(i)[0] for i in range(len(tiles))] == ["tiles_2", "tiles_7"]
+    assert tiles.fingerprint() != Source(config(path, split_dataset="name", split="tile 7")).fingerprint()
+    with pytest.raises(ValueError, match=r"split: no sample is in 'tile 99', .* has \['tile 0', 'tile 1'"):
+        Source(config(path, split_dataset="name", split=["tile 7", "tile 99"]))
+    named = Source(config(path, label_dataset="label", label_names=["dry", "wet"]))
+    assert (named.label_names, named.read(3).label) == (("dry", "wet"), 1)
+    with pytest.raises(ValueError, match="split is an empty list"):
+        config(path, split=[])
+    with pytest.raises(ValueError, match="label_names needs label_dataset"):
+        config(path, label_names=["dry", "wet"])
+
+
 def test_statistics_are_measured_over_the_split_or_given(path: Path, tmp_path: Path) -> None:
     source = Source(config(path, split="train"))
     pixels = np.stack([pixels_of(source, i) for i in range(6)]).astype(np.float64)

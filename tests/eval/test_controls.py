@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_eo.eval.controls import CONTROLS, band_statistics, random_convolution, texture_statistics
+from ssl_eo.eval.controls import CONTROLS, band_statistics, control_taps, random_convolution, texture_statistics
+from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import torch_generator
+from ssl_eo.sensors import load_sensor
 
 
 def _pixels(n_channels: int) -> torch.Tensor:
@@ -58,3 +60,14 @@ def test_random_convolution_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert features.shape == (3, 256)
     assert features.std(0).max() > 0
+
+
+@pytest.mark.parametrize("name", list(CONTROLS))
+def test_controls_stand_where_an_encoder_does(name: str) -> None:
+    inputs = EncoderInput(_pixels(3), load_sensor("rgb").channel_meta())
+    (of_images,) = control_taps(CONTROLS[name], of_patches=False)(inputs).items()
+    assert of_images[0] == "pixels"
+    torch.testing.assert_close(of_images[1], CONTROLS[name](inputs.pixels))
+    of_patches = control_taps(CONTROLS[name], of_patches=True)(inputs)["pixels"]
+    assert of_patches.shape == (3, 2, 2, of_images[1].shape[1])  # cells of 8 x 10
+    torch.testing.assert_close(of_patches[:, 0, 0], CONTROLS[name](inputs.pixels[:, :, :8, :10]))

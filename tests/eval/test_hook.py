@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toy import scenes
+from toy import scenes, tasks
 
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.distributed import rank
-from ssl_eo.eval.features import Encode, extract, pool_tokens, pooled_taps, tap_layers, tap_name
+from ssl_eo.eval.features import (
+    Encode,
+    extract,
+    extract_over_ranks,
+    pool_tokens,
+    pooled_taps,
+    tap_layers,
+    tap_name,
+)
 from ssl_eo.eval.hook import EvalConfig, EvalHook
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.metrics import HEADLINE, HIGHER_IS_BETTER
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.jsonl import read_jsonl
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
@@ -61,7 +72,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
     featurise = pooled_taps(encode, ["middle", "last"], "mean")
     a, b = (extract(featurise, split, CPU, n) for n in (4, 100))
     assert a.taps["last"].shape == (15, 32)
-    assert a.concatenated().shape == (15, 64)
+    assert a.at("all").shape == (15, 64)
     torch.testing.assert_close(a.taps["last"], b.taps["last"])
     assert torch.equal(a.labels, split.labels)
 
@@ -75,7 +86,7 @@ def _features_and_passes() -> tuple[dict[str, torch.Tensor], int]:
         n_passes += 1
         return encode(inputs)
 
-    features = extract(pooled_taps(counted, ["middle", "last"], "mean"), Task(_task()).test, CPU, batch_size=4)
+    features = extract_over_ranks(pooled_taps(counted, ["middle", "last"], "mean"), Task(_task()).test, CPU, 4)
     return features.taps, n_passes
 
 
@@ -99,10 +110,79 @@ def test_run_writes_probes_health_and_controls_once(tmp_path: Path) -> None:
     assert controls == {"band_statistics", "texture_statistics", "random_convolution"}
     assert all(r["seconds"] > 0 for r in records)
     (bands,) = (r for r in records if r["features"] == "band_statistics" and r.get("probe") == "ridge")
+    assert bands["metric"] == "accuracy"
     assert bands["accuracy"] > 0.9  # the class is the mean colour
+    assert {r["n_leaked"] for r in records if r["kind"] == "probe"} == {0}
     # A later process of the same run measures the encoder again, and the controls no more.
     _hook(tmp_path).run(encode, 10, encoder)
     assert {r["features"] for r in read_jsonl(tmp_path / "eval.jsonl") if r["step"] == 10} == {"encoder"}
+
+
+def _run_of_kind(run_dir: str, kind: Kind) -> dict[str, float]:
+    encoder, encode = _encoder()
+    return _hook(Path(run_dir), tasks=[tasks.task(kind)], pool="cls_mean").run(encode, 10, encoder)
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_two_ranks_find_what_one_finds(tmp_path: Path, on_ranks: Callable[..., list[Any]], kind: Kind) -> None:
+    found = []
+    for name, n_ranks in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        first, *others = on_ranks(n_ranks, _run_of_kind, str(tmp_path / name), kind)
+        assert all(other == first for other in others)
+        found.append(first)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert {key.rsplit("/")[-1] for key in found[0]} == {*tasks.PROBES[kind], "effective_rank"}
+    one, two = ([_split_record(r) for r in read_jsonl(tmp_path / n / "eval.jsonl")] for n in ("one", "two"))
+    assert len(one) == len(two) == 6 * (len(tasks.PROBES[kind]) + 1)  # three taps and three controls
+    for (said, numbers), (expected, expected_numbers) in zip(one, two, strict=True):
+        assert said == expected
+        assert numbers == pytest.approx(expected_numbers, rel=1e-4)
+
+
+def _split_record(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What is the same to the letter, and numbers; without the time it took."""
+    flat = {k: v for k, v in {**record, **record.get("chosen", {})}.items() if k not in ("seconds", "chosen")}
+    numbers = {k: v for k, v in flat.items() if isinstance(v, float)}
+    return {k: v for k, v in flat.items() if k not in numbers}, numbers
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_every_kind_is_ranked_by_its_own_metric(tmp_path: Path, kind: Kind) -> None:
+    _run_of_kind(str(tmp_path), kind)
+    bands = [r for r in read_jsonl(tmp_path / "eval.jsonl") if r["features"] == "band_statistics" and "probe" in r]
+    (ridge,) = (r for r in bands if r["probe"] == "ridge")
+    assert ridge["metric"] == HEADLINE[kind]
+    assert ridge["split"] == "test"
+    # Colours tell the labels, up to noise. The cells of controls are whole tiles here, four patches of other classes.
+    least = {"classification": 0.9, "multilabel": 0.9, "segmentation": 0.2, "regression": -0.12}
+    score = ridge[HEADLINE[kind]]
+    assert (score if HIGHER_IS_BETTER[HEADLINE[kind]] else -score) > least[kind]
+
+
+def test_validation_is_watched_where_there_is_one(tmp_path: Path) -> None:
+    encoder, encode = _encoder()
+    with_val = tasks.task(val=tasks.source(seed=2, n=20))
+    _hook(tmp_path, tasks=[with_val], controls=False).run(encode, 10, encoder)
+    assert {r["split"] for r in read_jsonl(tmp_path / "eval.jsonl")} == {"val"}
+
+
+def test_a_sample_in_both_splits_is_an_error_of_the_task_alone(tmp_path: Path) -> None:
+    encoder, encode = _encoder()
+    leaky = tasks.task(name="leaky", test=tasks.source(seed=0, n=20))
+    found = _hook(tmp_path, tasks=[leaky, tasks.task()], controls=False).run(encode, 10, encoder)
+    assert {key.split("/")[1] for key in found} == {"toy"}
+    (error,) = (r["error"] for r in read_jsonl(tmp_path / "eval.jsonl") if r["kind"] == "error")
+    assert error.startswith("ValueError: task leaky: 20 of 20 samples of test are in train too, the first is toy-0-0")
+
+
+def test_copied_pixels_are_counted_and_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder, encode = _encoder()
+    hook = _hook(tmp_path, tasks=[tasks.task(test=tasks.source(seed=1, n=40, n_copied=7))], controls=False)
+    for step in (10, 20):
+        hook.run(encode, step, encoder)
+    assert [r["n_leaked"] for r in read_jsonl(tmp_path / "eval.jsonl") if r["kind"] == "probe"] == [7] * 12
+    assert caplog.text.count("7 of 40 samples of test have the pixels of a sample of an earlier split") == 1
 
 
 def test_due() -> None:
@@ -172,7 +252,8 @@ def test_a_rank_that_fails_leaves_no_other_waiting(tmp_path: Path, on_ranks: Cal
     assert first == second
     assert first
     records = read_jsonl(tmp_path / "eval.jsonl")
-    assert [r["error"] for r in records if r["step"] == 10] == ["RuntimeError: rank 1: RuntimeError: disk on fire"]
+    (error,) = (r["error"] for r in records if r["step"] == 10)
+    assert re.fullmatch(r"RuntimeError: disk on fire \(rank 1 on \S+\)", error)
     assert all(r["kind"] != "error" for r in records if r["step"] == 20)
 
 

@@ -1,113 +1,366 @@
-"""Probing a finished encoder: beside random weights and pixel statistics, and a table that says who is ahead."""
+"""Evaluating a finished encoder: beside random weights and pixel statistics, resumable, shared by processes."""
 
 from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import scenes
+from toy import tasks
 
-from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.controls import CONTROLS
-from ssl_eo.eval.hook import EvalConfig
-from ssl_eo.eval.offline import evaluate, print_summary
-from ssl_eo.eval.tasks import TaskConfig
-from ssl_eo.jsonl import read_jsonl
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.metrics import HEADLINE
+from ssl_eo.eval.offline import Evaluation, Model, evaluate
+from ssl_eo.eval.records import RESULTS, write_csv
+from ssl_eo.eval.summary import read_results
+from ssl_eo.eval.table import print_summary, rows_of_results
 from ssl_eo.models.vit import Encoder, EncoderConfig
 
 STEP = 1500
+FEATURES = ["encoder", "random_encoder", *CONTROLS]
+FORK = multiprocessing.get_context("fork")
 
 
-def _task(name: str = "toy", **changes: Any) -> TaskConfig:
-    train, test = (SourceConfig("toy.scenes", scenes.Config(n=60, seed=seed, **changes)) for seed in (0, 1))
-    return TaskConfig(name, train, test, max_train=45, max_test=30)
+def _evaluate(out: Path, encoder: Encoder | None = None, **changes: Any) -> list[dict[str, Any]]:
+    plan = Evaluation(**{"tasks": [tasks.task()], "n_resamples": 0, **changes})
+    return evaluate(Model("toy-run", encoder or tasks.encoder(), STEP), plan, out)
 
 
-def _encoder(fill: float | None = None) -> Encoder:
-    torch.manual_seed(1)
-    encoder = Encoder(EncoderConfig(embed_dim=16, depth=2, n_heads=2, patch_size=4, patch_embed="conv"), n_channels=3)
-    encoder.init_weights()
-    if fill is not None:
-        with torch.no_grad():
-            for parameter in encoder.parameters():
-                parameter.fill_(fill)
-    return encoder
-
-
-def _evaluate(encoder: Encoder, out: Path, **changes: Any) -> list[dict[str, Any]]:
-    cfg = EvalConfig(**{"every_n_steps": 1, "tasks": [_task()], **changes})
-    evaluate(encoder, STEP, cfg, out)
-    return read_jsonl(out / "eval.jsonl")
-
-
-def _summary(path: Path) -> tuple[str, bool]:
+def _summary(records: list[Any]) -> tuple[str, bool]:
     stream = io.StringIO()
-    complete = print_summary(path, stream)
+    complete = print_summary(records, stream)
     return stream.getvalue(), complete
 
 
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / RESULTS).read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
-def constant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def constant(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Results of an encoder that says the same of every image: chance is all it reaches."""
-    out = tmp_path_factory.mktemp("constant")
-    _evaluate(_encoder(fill=0.1), out)
-    return out / "eval.jsonl"
+    return _evaluate(tmp_path_factory.mktemp("constant"), tasks.encoder(fill=0.1), n_resamples=50)
 
 
-def test_encoder_random_weights_and_controls_are_probed(constant: Path) -> None:
-    probes = [r for r in read_jsonl(constant) if r["kind"] == "probe"]
-    rows = {(r["features"], r["step"]) for r in probes}
-    assert rows == {("encoder", STEP), ("encoder", 0), *((name, 0) for name in CONTROLS)}
-    assert len(probes) == 2 * len(rows)  # kNN and ridge of each
-    accuracy = {(r["features"], r["step"]): r["accuracy"] for r in probes if r["probe"] == "ridge"}
-    assert accuracy["encoder", STEP] == pytest.approx(1 / 3, abs=0.1)
-    assert accuracy["encoder", 0] > 0.8  # the toy's classes differ in mean colour
-    assert accuracy["band_statistics", 0] > 0.8
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_encoder_random_weights_and_controls_are_probed(constant: list[dict[str, Any]]) -> None:
+    assert [(r["features"], r["probe"]) for r in constant] == [(f, p) for f in FEATURES for p in ("knn", "ridge")]
+    assert {r["kind"] for r in constant} == {"result"}
+    accuracy = {r["features"]: r["scores"]["accuracy"] for r in constant if r["probe"] == "ridge"}
+    assert accuracy["encoder"] == pytest.approx(1 / 3, abs=0.15)
+    assert accuracy["random_encoder"] > 0.8  # the toy's classes differ in mean colour
+    assert accuracy["band_statistics"] > 0.8
+    steps = {r["features"]: (r["model"], r["step"]) for r in constant}
+    assert steps["encoder"] == ("toy-run", STEP)
+    assert steps["random_encoder"] == ("toy-run", None)
+    assert steps["band_statistics"] == (None, None)
+
+
+@pytest.mark.parametrize("kind", tasks.KINDS)
+def test_a_record_says_all_that_its_score_depends_on(tmp_path: Path, kind: Kind) -> None:
+    task = tasks.task(kind, n_test=30, val=tasks.source(seed=2, n=20, kind=kind, n_places=4))
+    task = replace(task, test=tasks.source(seed=1, n=30, kind=kind, n_places=6), flags=["labels are noisy"])
+    found = _evaluate(tmp_path, tasks=[task], n_resamples=40, taps=[0.5, 1.0])
+    assert len(found) == (2 * 3 + 3) * len(tasks.PROBES[kind])
+    for r in found:
+        assert r["kind"] == "result"
+        assert r["metric"] == HEADLINE[kind]
+        low, high = r["intervals"][r["metric"]]
+        assert low <= r["scores"][r["metric"]] <= high
+        assert (r["n_train"], r["n_val"], r["n_test"], r["n_groups"]) == (60, 20, 30, 6)
+        assert (r["n_leaked"], r["flags"], r["bands"]) == (0, ["labels are noisy"], ["R", "G", "B"])
+        assert (r["tap"] == "pixels") == (r["features"] in CONTROLS) == (r["encoder"] is None)
+        assert (r["weights"] is not None) == (r["features"] == "encoder")
+        if kind == "regression":
+            assert "confusion" not in r
+            assert r["per_class"] == {}
+        else:
+            assert all(len(column) == 3 for column in r["per_class"].values())
+    assert {r["tap"] for r in found if r["features"] == "encoder"} == {"depth_0.50", "last", "all"}
+    assert len({r["key"] for r in found}) == len(found)
+    text, complete = _summary(rows_of_results(found))
+    assert complete
+    assert f"toy: {HEADLINE[kind]} of frozen features" in text
 
 
 def test_evaluation_leaves_the_encoder_alone_and_repeats(tmp_path: Path) -> None:
-    encoder = _encoder()
+    encoder = tasks.encoder()
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    first = _evaluate(encoder, tmp_path / "a" / "below")
+    first = _evaluate(tmp_path / "a" / "below", encoder)
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
     torch.manual_seed(5)  # the random encoder does not depend on the state of the generator
-    second = _evaluate(encoder, tmp_path / "b")
-    assert _without_times(first) == _without_times(second)
+    second = _evaluate(tmp_path / "b", encoder)
+    assert _timeless(first) == _timeless(second)
 
 
-def _without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in records]
+def _timeless(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if not k.startswith("seconds") and k != "date"} for r in records]
 
 
-def test_worse_than_its_rivals_has_negative_margins(constant: Path) -> None:
-    text, complete = _summary(constant)
+def test_without_controls_there_is_the_encoder_alone(tmp_path: Path) -> None:
+    assert {r["features"] for r in _evaluate(tmp_path, controls=False)} == {"encoder"}
+
+
+def test_probes_are_those_of_the_task_unless_given(tmp_path: Path) -> None:
+    both = [tasks.task(probes=["knn"]), tasks.task("segmentation", name="maps")]
+    assert {(r["task"], r["probe"]) for r in _evaluate(tmp_path / "a", tasks=both)} == {
+        ("toy", "knn"),
+        ("maps", "ridge"),
+    }
+    given = _evaluate(tmp_path / "b", tasks=both, probes=["ridge", "knn"], controls=False)
+    assert {(r["task"], r["probe"]) for r in given} == {("toy", "ridge"), ("toy", "knn"), ("maps", "ridge")}
+
+
+def test_partitions_and_seeds(tmp_path: Path) -> None:
+    found = _evaluate(tmp_path, partitions=["0.10x", "0.50x", "1.00x"], seeds=[0, 1], probes=["ridge"], controls=False)
+    labels = {(r["partition"], r["seed"]): r["n_train"] for r in found}
+    assert len(found) == len(labels) == 6
+    assert {n for (part, _), n in labels.items() if part == "1.00x"} == {60}
+    assert all(n == n_half for (part, _), n in labels.items() if part == "0.50x" for n_half in (labels["0.50x", 0],))
+    assert 6 <= labels["0.10x", 0] <= 8  # of each class a tenth, rounded up
+    assert {(r["partition"], r["partition_of"]) for r in found} == {
+        ("0.10x", "nested"),
+        ("0.50x", "nested"),
+        ("1.00x", "all"),
+    }
+    score = {key: r["scores"]["accuracy"] for key, r in zip(labels, found, strict=True)}
+    assert score["1.00x", 0] == score["1.00x", 1]  # nothing is drawn
+    text, _ = _summary(rows_of_results(found))
+    assert "toy [0.10x] [1]: accuracy of frozen features" in text
+
+
+def test_sizes_and_subsets(tmp_path: Path) -> None:
+    found = _evaluate(tmp_path, sizes=["native", "16"], subsets=["all", "no-rgb"], probes=["ridge"])
+    assert {(r["size"], r["size_px"]) for r in found if r["kind"] == "result"} == {("native", 8), ("16", 16)}
+    skipped = [r for r in found if r["kind"] == "skipped"]
+    assert {r["subset"] for r in skipped} == {"no-rgb"}
+    assert len(skipped) == 2 * len(FEATURES)
+    assert skipped[0]["error"] == "the tile has no bands no-rgb"
+    text, complete = _summary(rows_of_results(found))
+    assert complete
+    assert "no-rgb" not in text
+
+
+def test_tables_are_written_of_what_was_measured(constant: list[dict[str, Any]], tmp_path: Path) -> None:
+    write_csv(tmp_path / "results.csv", constant)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(constant)
+    assert lines[1].startswith("toy,knn,accuracy,")
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def _count_passes(encoder: Encoder) -> list[int]:
+    """A list that grows with each forward pass."""
+    passes: list[int] = []
+    encoder.blocks[0].register_forward_hook(lambda *_: passes.append(len(passes)))
+    return passes
+
+
+def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
+    encoder = tasks.encoder()
+    passes = _count_passes(encoder)
+    first = _evaluate(tmp_path, encoder, batch_size=20)
+    written = (tmp_path / RESULTS).read_bytes()
+    assert len(passes) == 3 + 2 + 1  # train, test, and one sample whose operations are counted
+    assert _evaluate(tmp_path, encoder, batch_size=20) == first
+    assert (tmp_path / RESULTS).read_bytes() == written
+    assert len(passes) == 6
+
+
+def test_what_is_missing_alone_is_measured(tmp_path: Path) -> None:
+    encoder = tasks.encoder()
+    first = _evaluate(tmp_path, encoder, probes=["ridge"])
+    kept = (tmp_path / RESULTS).read_text().splitlines()[:-3]  # stopped before the last three results
+    (tmp_path / RESULTS).write_text("\n".join(kept) + "\n")
+    passes = _count_passes(encoder)
+    assert _timeless(_evaluate(tmp_path, encoder, probes=["ridge"])) == _timeless(first)
+    assert passes == []  # the last three are controls
+    both = _evaluate(tmp_path, encoder, probes=["ridge", "knn"], controls=False)
+    assert len(passes) == 3
+    assert len(both) == len(first) + 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder": tasks.encoder(seed=2)},
+        {"tasks": [tasks.task(n_train=50)]},
+        {"tasks": [tasks.task(max_train=40)]},
+        {"tasks": [tasks.task(bands=["G", "R", "B"])]},
+        {"tasks": [tasks.task(metric="macro_f1")]},
+        {"tasks": [tasks.task(size_px=16)]},
+        {"pool": "cls"},
+        {"n_resamples": 10},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_is_changed_is_measured_anew(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before = {r["key"] for r in _evaluate(tmp_path, controls=False)}
+    after = {r["key"] for r in _evaluate(tmp_path, controls=False, **changes)}
+    assert len(before) == 2
+    assert before < after
+    assert len(after) == 4
+
+
+def test_other_taps_are_other_results(tmp_path: Path) -> None:
+    _evaluate(tmp_path, controls=False, probes=["ridge"], taps=[0.5, 1.0])
+    found = _evaluate(tmp_path, controls=False, probes=["ridge"], taps=[0.3, 1.0])
+    assert sorted(r["tap"] for r in found) == ["all", "all", "depth_0.30", "depth_0.50", "last"]
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    broken = tasks.task(name="broken", train=tasks.source(n=60, broken=list(range(60))))
+    found = _evaluate(tmp_path, tasks=[broken, tasks.task("classification", name="whole")])
+    text, complete = _summary(rows_of_results(found))
+    assert not complete
+    failed, whole = text.split("whole: accuracy")
+    assert "margin over random encoder" in whole
+    assert "could not be measured" not in whole
+    said = "encoder, step 1,500 could not be measured: ValueError: task broken: train has 0 readable samples of 60"
+    assert said in failed
+    assert "margin" not in failed
+
+
+def test_an_error_is_gone_once_it_is_mended(tmp_path: Path) -> None:
+    broken = tasks.task(train=tasks.source(n=60, broken=list(range(60))))
+    assert {r["kind"] for r in _evaluate(tmp_path, tasks=[broken])} == {"error"}
+    found = _evaluate(tmp_path)
+    assert len(found) == 2 * len(FEATURES)
+    assert {r["kind"] for r in found} == {"result"}
+
+
+def test_a_probe_that_fails_leaves_the_others(tmp_path: Path) -> None:
+    """Of a single sample nothing can be held out to choose a learning rate on."""
+    asked = {"tasks": [tasks.task("multilabel")], "partitions": ["0.01x"], "controls": False}
+    found = _evaluate(tmp_path, probes=["linear", "ridge", "knn"], **asked)
+    assert {r["probe"]: r["kind"] for r in found} == {"linear": "error", "ridge": "result", "knn": "result"}
+    text, complete = _summary(rows_of_results(found))
+    assert not complete
+    assert "encoder, step 1,500: linear at last could not be measured: ValueError: train has one sample" in text
+    again = _evaluate(tmp_path, probes=["linear", "ridge", "knn"], **asked)
+    assert [r["key"] for r in again] == [r["key"] for r in found]
+    assert [r["kind"] for r in _lines(tmp_path)] == ["error", "result", "result", "error"]  # it alone is tried again
+
+
+class _Deadly(Encoder):
+    """Its first forward pass kills the process, as the kernel does where memory ends."""
+
+    def intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _in_process(target: Any, *args: Any) -> int | None:
+    process = FORK.Process(target=target, args=args)
+    process.start()
+    process.join(timeout=60)
+    return process.exitcode
+
+
+def _evaluate_deadly(out: Path) -> None:
+    cfg = EncoderConfig(embed_dim=16, depth=2, n_heads=2, patch_size=4, patch_embed="conv")
+    encoder = _Deadly(cfg, n_channels=3)
+    encoder.init_weights()
+    _evaluate(out, encoder)
+
+
+def test_a_job_at_which_two_processes_died_is_an_error_and_the_rest_goes_on(tmp_path: Path) -> None:
+    codes = [_in_process(_evaluate_deadly, tmp_path) for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    records = _lines(tmp_path)
+    assert [r["features"] for r in records if r["kind"] == "error"] == ["encoder"]
+    assert records[0]["error"] == "2 processes have ended while they were at it (out of memory?)"
+    assert {r["features"] for r in records if r["kind"] == "result"} == set(FEATURES) - {"encoder"}
+
+
+def _evaluate_after(all_begun: Any, out: Path) -> None:
+    all_begun.wait(30)
+    _evaluate(out, tasks=[tasks.task(), tasks.task("segmentation", name="maps")])
+
+
+def test_two_processes_find_together_what_one_finds(tmp_path: Path) -> None:
+    alone = _evaluate(tmp_path / "one", tasks=[tasks.task(), tasks.task("segmentation", name="maps")])
+    all_begun = FORK.Barrier(2)
+    processes = [FORK.Process(target=_evaluate_after, args=(all_begun, tmp_path / "two")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        assert process.exitcode == 0
+    together = _lines(tmp_path / "two")
+    assert len(together) == len({r["key"] for r in together})  # nothing was done twice
+    assert sorted(_timeless(together), key=_key) == sorted(_timeless(alone), key=_key)
+
+
+def _key(record: dict[str, Any]) -> str:
+    return str(record["key"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": ["big"]}, "--size: 'big' must be native, or a number of pixels"),
+        ({"sizes": ["0"]}, "--size: '0' must be"),
+        ({"subsets": ["nir"]}, "--bands: there is no 'nir'"),
+        ({"partitions": ["10%"]}, "--partitions: '10%' is none"),
+        ({"probes": ["knnn"]}, "did you mean 'knn'"),
+        (
+            {"probes": ["knn"], "tasks": [tasks.task("regression")]},
+            "--protocol: none of knn takes regression",
+        ),
+        ({"taps": [2.0]}, "taps are ratios of the depth"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"tasks": [tasks.task(), tasks.task()]}, "tasks must name at least one, and each once"),
+        ({"seeds": [1, 1]}, "seeds must name at least one, and each once"),
+    ],
+)
+def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Evaluation(**{"tasks": [tasks.task()], **changes})
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_worse_than_its_rivals_has_negative_margins(constant: list[dict[str, Any]]) -> None:
+    text, complete = _summary(rows_of_results(constant))
     assert complete
     assert "toy: accuracy of frozen features" in text
     for row in ("encoder, step 1,500", "random encoder", "band statistics", "random convolution"):
         assert row in text
-    ridge = {r["features"]: r["accuracy"] for r in read_jsonl(constant) if r.get("probe") == "ridge" and not r["step"]}
-    ours = [r["accuracy"] for r in read_jsonl(constant) if r.get("probe") == "ridge" and r["step"]]
-    margin = 100 * (ours[0] - ridge["band_statistics"])
+    ridge = {r["features"]: r["scores"]["accuracy"] for r in constant if r["probe"] == "ridge"}
+    margin = 100 * (ridge["encoder"] - ridge["band_statistics"])
     assert margin < -30
     (line,) = [line for line in text.splitlines() if "margin over band statistics" in line]
     assert line.endswith(f"ridge {margin:+.1f} points")
 
 
-def _write(path: Path, *records: dict[str, Any]) -> Path:
+def _written(path: Path, *records: dict[str, Any]) -> list[Any]:
+    """What is read of the results of a training run."""
     path.write_text("".join(json.dumps({"task": "t", "kind": "probe", "tap": "last", **r}) + "\n" for r in records))
-    return path
+    return list(read_results(path))
 
 
 def _probe(features: str, step: int, accuracy: float, **more: Any) -> dict[str, Any]:
-    return {"features": features, "step": step, "probe": "ridge", "accuracy": accuracy, **more}
+    return {"features": features, "step": step, "probe": "ridge", "metric": "accuracy", "accuracy": accuracy, **more}
 
 
 def test_margin_is_of_the_last_step_and_the_best_tap(tmp_path: Path) -> None:
-    path = _write(
+    records = _written(
         tmp_path / "eval.jsonl",
         _probe("encoder", 0, 0.40),
         _probe("band_statistics", 0, 0.55, tap="pixels"),
@@ -115,7 +368,7 @@ def test_margin_is_of_the_last_step_and_the_best_tap(tmp_path: Path) -> None:
         _probe("encoder", 20, 0.60),
         _probe("encoder", 20, 0.50, tap="depth_0.50"),
     )
-    text, complete = _summary(path)
+    text, complete = _summary(records)
     assert complete
     assert "  margin over random encoder: ridge +20.0 points\n" in text
     assert "  margin over band statistics: ridge +5.0 points\n" in text
@@ -126,34 +379,31 @@ def test_margin_is_of_the_last_step_and_the_best_tap(tmp_path: Path) -> None:
 
 def test_long_names_and_odd_characters_are_shown_whole(tmp_path: Path) -> None:
     name = "a_benchmark_whose_name_is_longer_than_most_and_ends_in_[/brackets]_of_some_kind_or_another"
-    path = _write(tmp_path / "eval.jsonl", _probe("encoder", 5, 0.5, task=name, probe="a" * 70))
-    text, _ = _summary(path)
+    records = _written(tmp_path / "eval.jsonl", _probe("encoder", 5, 0.5, task=name, probe="a" * 70))
+    text, _ = _summary(records)
     assert f"{name}: accuracy of frozen features" in text
-
-
-def test_task_that_fails_makes_the_summary_incomplete(tmp_path: Path) -> None:
-    tasks = [_task("whole"), _task("broken", broken=list(range(60)))]
-    _evaluate(_encoder(), tmp_path, tasks=tasks, controls=False)
-    text, complete = _summary(tmp_path / "eval.jsonl")
-    assert not complete
-    whole, broken = text.split("broken: accuracy")
-    assert "margin over random encoder" in whole
-    assert "could not be measured" not in whole
-    assert "encoder, step 1,500 could not be measured: ValueError: task broken: train has 0 readable samples" in broken
-    assert "margin" not in broken
 
 
 def test_control_that_fails_is_named(tmp_path: Path) -> None:
     failed = {"features": "band_statistics", "step": 0, "kind": "error", "error": "RuntimeError: no memory for [/x]"}
-    path = _write(tmp_path / "eval.jsonl", _probe("encoder", 0, 0.4), failed, _probe("encoder", 9, 0.5))
-    text, complete = _summary(path)
+    records = _written(tmp_path / "eval.jsonl", _probe("encoder", 0, 0.4), failed, _probe("encoder", 9, 0.5))
+    text, complete = _summary(records)
     assert not complete
     assert "  band statistics could not be measured: RuntimeError: no memory for [/x]\n" in text
 
 
 def test_failure_that_a_later_step_made_good_does_not_count(tmp_path: Path) -> None:
     failed = {"features": "encoder", "step": 10, "kind": "error", "error": "OSError: gone"}
-    path = _write(tmp_path / "eval.jsonl", _probe("encoder", 0, 0.4), failed, _probe("encoder", 20, 0.5))
-    text, complete = _summary(path)
+    records = _written(tmp_path / "eval.jsonl", _probe("encoder", 0, 0.4), failed, _probe("encoder", 20, 0.5))
+    text, complete = _summary(records)
     assert complete
     assert "gone" not in text
+
+
+def test_a_released_encoder_has_no_step(tmp_path: Path) -> None:
+    plan = Evaluation([tasks.task()], probes=["ridge"], n_resamples=0)
+    text, complete = _summary(rows_of_results(evaluate(Model("released", tasks.encoder(), 0), plan, tmp_path)))
+    assert complete
+    assert "encoder " in text
+    assert "step" not in text
+    assert "margin over random encoder" in text

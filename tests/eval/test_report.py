@@ -24,7 +24,7 @@ note: "<script>alert(1)</script>"
 
 def _probe(step: int, features: str, tap: str, probe: str, accuracy: float) -> dict[str, Any]:
     head = {"step": step, "task": "scenes", "features": features, "kind": "probe", "tap": tap, "probe": probe}
-    return {**head, "accuracy": accuracy, "macro_accuracy": accuracy - 0.01, "seconds": 1.0}
+    return {**head, "metric": "accuracy", "accuracy": accuracy, "macro_accuracy": accuracy - 0.01, "seconds": 1.0}
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
@@ -101,8 +101,9 @@ def test_the_page_tells_what_happened(run_dir: Path) -> None:
     assert "my-run mae · ViT-tiny/8 · synthetic" in text
     assert "samples 12.8 k" in text
     assert "training, without probes 0:06:40" in text  # 200 steps of 64 samples at 32 samples/s
-    assert "72.5 % on scenes (ridge on frozen features, step 200)" in text  # the later of two records of one step
-    assert "+17.5 points over texture statistics (55.0)" in text
+    # Of two records of one step the later one counts.
+    assert "72.5 % accuracy on scenes (ridge on frozen features, step 200)" in text
+    assert "+17.5 points over texture statistics (55.0 %)" in text
     assert "loss at step 200" in text
     assert "99" not in text  # a step repeated after a resume counts once
     for section in ("Probes", "Training", "Speed", "Pictures", "Configuration", "Environment"):

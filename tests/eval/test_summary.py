@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ssl_eo.eval.offline import print_summary
 from ssl_eo.eval.report import write_report
 from ssl_eo.eval.summary import Margin, Summary, read_results, summarise
+from ssl_eo.eval.table import print_summary
 
 
 def _probe(features: str, step: int, accuracy: float, tap: str = "last", probe: str = "ridge") -> dict[str, Any]:
     head = {"task": "t", "kind": "probe", "features": features, "step": step, "tap": tap, "probe": probe}
-    return {**head, "accuracy": accuracy, "macro_accuracy": accuracy}
+    return {**head, "metric": "accuracy", "accuracy": accuracy, "macro_accuracy": accuracy}
 
 
 def _error(features: str, step: int) -> dict[str, Any]:
@@ -51,8 +51,8 @@ def test_rows_and_margins(tmp_path: Path) -> None:
     ]
     # Our tap is the last layer though another one is better; a rival's is its best. No rival has a kNN result.
     assert summary.margins == [
-        Margin("ridge", 0.60, "random encoder", 0.45),
-        Margin("ridge", 0.60, "band statistics", 0.55),
+        Margin("ridge", "accuracy", 0.60, "random encoder", 0.45),
+        Margin("ridge", "accuracy", 0.60, "band statistics", 0.55),
     ]
     together = _summary(tmp_path, *RESULTS, _probe("encoder", 20, 0.58, tap="all"))
     assert together.final is not None
@@ -64,16 +64,17 @@ def test_table_and_page_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     html = write_report(tmp_path).read_text()
     stream = io.StringIO()
-    assert print_summary(tmp_path / "eval.jsonl", stream)
+    assert print_summary(read_results(tmp_path / "eval.jsonl"), stream)
     for text in (html, stream.getvalue()):
         for row in summary.rows:
             assert row.title in text
         assert "before training" not in text
-    closest = min(summary.margins, key=lambda m: m.points)
-    assert f"margin over {closest.rival}: ridge {closest.points:+.1f} points" in stream.getvalue()
+    closest = min(summary.margins, key=lambda m: m.gain)
+    assert closest.text == "+5.0 points"
+    assert f"margin over {closest.rival}: ridge {closest.text}" in stream.getvalue()
     (verdict,) = re.findall(r'class="verdict(?: leads)?">(.*?)</p>', html, re.DOTALL)
     for margin in (closest, *(m for m in summary.margins if m.rival == "random encoder" and m.probe == "ridge")):
-        assert f"{margin.points:+.1f} points over {margin.rival}" in verdict
+        assert f"{margin.text} over {margin.rival}" in verdict
 
 
 def test_a_run_that_has_only_begun_is_compared_with_nothing(tmp_path: Path) -> None:
@@ -101,3 +102,22 @@ def test_one_result_written_twice_counts_once_and_half_lines_never(tmp_path: Pat
     path.write_text("\n".join(lines) + '\n{"step": 7, "ta')
     (record,) = read_results(path)
     assert record["accuracy"] == 0.2
+
+
+def test_of_errors_the_smaller_one_is_better(tmp_path: Path) -> None:
+    def of(features: str, step: int, rmse: float, tap: str = "last") -> dict[str, Any]:
+        return {**_probe(features, step, 0.0, tap), "metric": "rmse", "rmse": rmse}
+
+    rivals = (of("encoder", 0, 3.0), of("encoder", 0, 2.5, tap="depth_0.50"), of("band_statistics", 0, 1.5, "pixels"))
+    summary = _summary(tmp_path, *rivals, of("encoder", 20, 2.0))
+    random, bands = summary.margins
+    assert (random.rival_score, bands.rival_score) == (2.5, 1.5)
+    assert (random.text, bands.text) == ("+0.5", "-0.5")  # above 0 where the encoder is better, in the unit of targets
+
+
+def test_a_probe_that_fails_is_named_though_others_of_its_row_do_not(tmp_path: Path) -> None:
+    failed = {**_error("encoder", 20), "tap": "last", "probe": "logistic"}
+    summary = _summary(tmp_path, failed, _probe("encoder", 20, 0.6))
+    assert summary.failures == ["encoder, step 20: logistic at last could not be measured: OSError: gone"]
+    made_good = _summary(tmp_path, failed, _probe("encoder", 20, 0.6, probe="logistic"))
+    assert made_good.failures == []

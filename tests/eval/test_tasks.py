@@ -44,37 +44,40 @@ def test_batches_show_whole_normalised_tiles_in_the_asked_order() -> None:
     task = Task(_config())
     rows = torch.tensor([4, 0, 9])
     first, second = task.train.batches(rows, 2, CPU)
-    assert first.pixels.shape == (2, 3, 8, 8)
+    assert first.inputs.pixels.shape == (2, 3, 8, 8)
+    assert (second.keys, second.labels.tolist()) == ([task.train.keys[9]], [int(task.train.labels[9])])
     source = scenes.Source(scenes.Config(n=90))
-    raw = source.read(int(task.train.keys[9].removeprefix("toy-"))).tiles["rgb"].pixels
-    torch.testing.assert_close(second.pixels[0], (torch.from_numpy(raw).float() - 100) / 40)
-    assert second.gsd_m is not None
-    assert float(torch.as_tensor(second.gsd_m)) == 10.0
+    raw = source.read(int(task.train.keys[9].removeprefix("toy-0-"))).tiles["rgb"].pixels
+    torch.testing.assert_close(second.inputs.pixels[0], (torch.from_numpy(raw).float() - 100) / 40)
+    assert second.inputs.gsd_m is not None
+    assert float(torch.as_tensor(second.inputs.gsd_m)) == 10.0
 
 
 def test_ground_size_is_that_of_each_sample() -> None:
     task = Task(_config(train=SourceConfig("toy.scenes", scenes.Config(n=90, fine=[1, 4]))))
-    (inputs,) = task.train.batches(torch.arange(30), 30, CPU)
-    expected = [0.3 if key in ("toy-001", "toy-004") else 10.0 for key in task.train.keys]
+    (batch,) = task.train.batches(torch.arange(30), 30, CPU)
+    expected = [0.3 if key in ("toy-0-001", "toy-0-004") else 10.0 for key in task.train.keys]
     assert 0.3 in expected
-    torch.testing.assert_close(inputs.gsd_m, torch.tensor(expected))
+    torch.testing.assert_close(batch.inputs.gsd_m, torch.tensor(expected))
 
 
 def test_size_and_bands_of_the_view() -> None:
     task = Task(_config(size_px=16, bands=["B", "R"]))
-    (inputs,) = task.test.batches(torch.arange(3), 8, CPU)
+    (batch,) = task.test.batches(torch.arange(3), 8, CPU)
+    inputs = batch.inputs
     assert inputs.pixels.shape == (3, 2, 16, 16)
     assert float(torch.as_tensor(inputs.gsd_m)[0]) == 5.0
     (plain,) = Task(_config()).test.batches(torch.arange(3), 8, CPU)
+    expected = plain.inputs.pixels[:, [2, 0]].mean((2, 3))
     # The mean over a view does not depend on its size: bicubic weights sum to one over the tile, up to its edges.
-    torch.testing.assert_close(inputs.pixels.mean((2, 3)), plain.pixels[:, [2, 0]].mean((2, 3)), atol=0.05, rtol=0)
+    torch.testing.assert_close(inputs.pixels.mean((2, 3)), expected, atol=0.05, rtol=0)
 
 
 def test_unreadable_samples_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     broken = scenes.Config(n=20, broken=[3, 7])
     task = Task(_config(train=SourceConfig("toy.scenes", broken)))
     assert len(task.train) == 18
-    assert {"toy-003", "toy-007"}.isdisjoint(task.train.keys)
+    assert {"toy-0-003", "toy-0-007"}.isdisjoint(task.train.keys)
     assert "sample 3 is broken" in caplog.text
 
 
@@ -99,7 +102,16 @@ def test_a_task_that_cannot_be_is_refused_at_once(changes: dict[str, Any], messa
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"max_train": 1}, "max_train"), ({"size_px": 0}, "size_px"), ({"probes": ["ridg"]}, "did you mean 'ridge'")],
+    [
+        ({"max_train": 1}, "max_train"),
+        ({"max_val": 1}, "max_val"),
+        ({"size_px": 0}, "size_px"),
+        ({"probes": ["ridg"]}, "did you mean 'ridge'"),
+        ({"kind": "segmentation"}, "knn does not take segmentation; it takes classification, multilabel"),
+        ({"metric": "miou"}, "metric: there is no 'miou'"),
+        ({"kind": "segmentation", "probes": ["ridge"], "ignore": 65535}, "ignore must fit 16 bits"),
+        ({"ignore": 255}, "ignore and no_data are of segmentation, got kind classification"),
+    ],
 )
 def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -52,7 +52,7 @@ def _without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     size = ("--nodes=4", "--gpus-per-node=8", "--cpus-per-task=12", "--time-min=90", "--signal-delay-s=240")
     place = ("--partition=long", "--account=eo", "--qos=low", "--slurm=mem=0", "--slurm=exclusive", "--folder=logs")
-    options, body, runs = _dry_run(capsys, *size, *place)
+    options, body, runs = _dry_run(capsys, *size, *place, "data.n_lanes=32", "train.global_batch_size=32")
     expected = {
         *("--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8", "--cpus-per-task=12", "--time=90"),
         *("--partition=long", "--account=eo", "--qos=low", "--mem=0", "--exclusive"),
@@ -66,7 +66,7 @@ def test_dry_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "--kill-on-bad-exit=1" in commands[-1]
     assert {"export", "SSL_EO_REQUEUE=1"} in [set(words) for words in commands]
     assert {"export", "SRUN_CPUS_PER_TASK=12"} in [set(words) for words in commands]
-    assert runs == ["would train debug_mae: --config debug/mae"]
+    assert runs == ["would train debug_mae: --config debug/mae data.n_lanes=32 train.global_batch_size=32"]
     assert not list(tmp_path.iterdir())
 
 
@@ -107,6 +107,10 @@ def test_values_are_cut_at_commas_outside_brackets_and_quotes(values: list[str])
         (("--sweep=run.seed=1,1",), "several runs would be named debug_mae-seed1"),
         (("--gpus-per-node=8", "--tasks-per-node=1"), "there is one task for each GPU"),
         (("--gpus-per-node=8", "optim.lr=x"), "optim.lr"),
+        (("--sweep=run.seed=0,1", "--sweep=run.seed=2,3"), "run.seed comes twice"),
+        (("--nodes=4", "--gpus-per-node=8"), "data.n_lanes = 8 must be a multiple of the world size 32"),
+        (("--slurm=mem=0\nrm x",), "would be several lines of the batch script"),
+        (("--partition=a\n#SBATCH --exclusive",), "would be several lines of the batch script"),
     ],
 )
 def test_what_is_wrong_is_one_line(

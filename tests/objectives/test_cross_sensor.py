@@ -51,7 +51,8 @@ def places() -> dict[str, EncoderInput]:
         source = {"name": "synthetic", "sensors": [sensor], "extent_m": EXTENT_M}
         raw = {"name": "places", "train": {**source, "n_samples": 64}, "test": {**source, "split": "test"}}
         split = Task(build(TaskConfig, {**raw, "max_test": N_PLACES, "size_px": 32}, "")).test
-        (found[sensor],) = split.batches(torch.arange(N_PLACES), N_PLACES, torch.device("cpu"))
+        (batch,) = split.batches(torch.arange(N_PLACES), N_PLACES, torch.device("cpu"))
+        found[sensor] = batch.inputs
         keys.add(tuple(split.keys))
     assert len(keys) == 1
     return found

@@ -166,6 +166,22 @@ def test_any_flipped_bit_of_the_seal_is_damage(tmp_path: Path) -> None:
     assert other.restore() == (1, FACTS)
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, keep=1)
+    run.save(1)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    run.save(2)
+    assert _kept(tmp_path) == [1, 2]
+    assert "the old checkpoint" in caplog.text
+    assert verify(tmp_path / "checkpoints" / "step_00000002") is None
+
+
 def test_saving_an_existing_step_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.save(1)

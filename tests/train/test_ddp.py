@@ -89,7 +89,7 @@ def test_an_error_on_one_rank_ends_them_all(tmp_path: Path, monkeypatch: pytest.
     process = start(command(DEBUG, tmp_path, *SHORT, *fall), n_ranks=2)
     status, output = finish(process, timeout_s=120)
     assert status == 1, output
-    assert "ssl-eo: rank 1 fell" in output
+    assert "ssl-eo: out of luck (rank 1 on" in output
     assert [p.name for p in (tmp_path / "debug_mae" / "checkpoints").iterdir()] == ["step_00000003"]
 
 

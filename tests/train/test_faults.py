@@ -80,7 +80,7 @@ def test_run_of_another_version_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert _train(tmp_path) == 0
     saved.write_text(saved.read_text() + "gone: 1\n")  # a key that exists no more
     assert _train(tmp_path) == 2
-    assert "config.yaml does not fit this version of ssl_eo (gone: unknown key" in capsys.readouterr().err
+    assert "config.yaml is damaged, or of another version of ssl_eo (gone: unknown key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file"])

@@ -52,6 +52,24 @@ def test_options_leave_the_losses_alone(variant: str, precision: str, tmp_path: 
     assert found == pytest.approx(plain, rel=PRECISIONS[precision])
 
 
+def test_a_step_that_is_not_finite_is_skipped_where_weights_wait_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag that says so is on the GPU, and the optimiser on the host."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = str(ROOT / "configs" / "debug" / "mae.yaml")
+    bad = ("objective.name=toys.stumbling", "objective.bad_steps=[2,4]")
+    offloaded = ("parallel.strategy=fsdp", "parallel.cpu_offload=true")
+    for name, overrides in {"plain": (), "offloaded": offloaded}.items():
+        assert main(["train", "--config", config, f"run.out_dir={tmp_path / name}", *SHORT, *bad, *overrides]) == 0
+    runs = [tmp_path / name / "debug_mae" for name in ("plain", "offloaded")]
+    skipped = [{r["step"] for r in records(run / "skipped.jsonl")} for run in runs]
+    assert skipped == [{2, 4}, {2, 4}]
+    a, b = (read_checkpoint(run / "checkpoints" / "step_00000006") for run in runs)
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", ["varlen", "xformers"])
 def test_one_kernel_for_crops_of_all_sizes(kernel: str, tmp_path: Path) -> None:
     if kernel == "xformers":

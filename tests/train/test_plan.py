@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import ROOT
-from measuring import peak_bytes
+from launching import ROOT, finish, start
 
 from ssl_eo.cli import main
 from ssl_eo.components import resolve
@@ -152,12 +150,15 @@ def test_selective_checkpoints_repeat_no_product() -> None:
     ],
 )
 def test_memory_is_within_15_percent_of_a_real_run(
-    kind: str, n_ranks: int, settings: tuple[str, ...], tmp_path: Path, on_ranks: Callable[..., list[int]]
+    kind: str, n_ranks: int, settings: tuple[str, ...], tmp_path: Path
 ) -> None:
     overrides = (*LARGE[kind], *settings)
     found = _plan(kind, *overrides, ranks=n_ranks)
     planned = found.memory[found.worst].total
-    measured = on_ranks(n_ranks, peak_bytes, str(DEBUG / f"{kind}.yaml"), str(tmp_path), *overrides)
+    program = [str(ROOT / "tests" / "measuring.py"), str(tmp_path / "bytes")]
+    status, output = finish(start([*program, str(DEBUG / f"{kind}.yaml"), str(tmp_path), *overrides], n_ranks))
+    assert status == 0, output
+    measured = [int((tmp_path / f"bytes.{rank}").read_text()) for rank in range(n_ranks)]
     print(f"planned {planned / MB:.0f} MB, measured {[round(peak / MB) for peak in measured]} MB")
     # Of buckets that DDP sets apart, a CPU shows what was written to: planned is more there, as it would be on a GPU.
     assert [planned] * n_ranks == pytest.approx(measured, rel=0.15)
@@ -231,3 +232,8 @@ def test_wrong_use_is_one_line(arguments: tuple[str, ...], message: str, capsys:
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_what_the_run_would_refuse_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"train.accumulate 2: the loss of objective dinov2 mixes the samples"):
+        _plan("dinov2", "train.accumulate=2")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,23 @@ def _pid_of_rank(launcher: int, rank: int) -> int | None:
     return None
 
 
-def _killed(out_dir: Path, rank: int, after_step: int, *options: str) -> tuple[int, str, float]:
+def _is_past(out_dir: Path, step: int) -> bool:
+    return any(r["step"] > step for r in records(out_dir / "debug_mae" / "metrics.jsonl"))
+
+
+def _is_saving(out_dir: Path) -> bool:
+    """The second checkpoint: beside a first one that is whole."""
+    root = out_dir / "debug_mae" / "checkpoints"
+    return (root / "step_00000004").is_dir() and any(root.glob("step_00000008.partial/*"))
+
+
+def _killed(
+    out_dir: Path, rank: int, when: Callable[[Path], bool], *options: str, overrides: tuple[str, ...] = ()
+) -> tuple[int, str, float]:
     """Status and words of a run of two ranks, one of which is killed; and how long it lived on."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
-    process = start([*launch, *command(DEBUG, out_dir, *SHORT)])
-    wait_for(lambda: any(r["step"] > after_step for r in records(out_dir / "debug_mae" / "metrics.jsonl")), process)
+    process = start([*launch, *command(DEBUG, out_dir, *SHORT, *overrides)])
+    wait_for(lambda: when(out_dir), process)
     pid = _pid_of_rank(process.pid, rank)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
@@ -73,15 +86,27 @@ def _killed(out_dir: Path, rank: int, after_step: int, *options: str) -> tuple[i
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_kill_9_of_a_rank_ends_the_other_which_says_so(rank: int, tmp_path: Path) -> None:
-    status, output, lived_s = _killed(tmp_path, rank, 5)
+    status, output, lived_s = _killed(tmp_path, rank, partial(_is_past, step=5))
     assert status == 1, output
     assert re.search(rf"ssl-eo: rank {rank} (on \S+ )?is gone.* stop(s|ped) at step \d+ \(", output), output
     assert lived_s < 30
     assert _checkpoints(tmp_path) == ["step_00000004"]
 
 
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kill_9_in_mid_save_is_told_too(rank: int, asynchronous: str, tmp_path: Path) -> None:
+    """Large files and many, so that the save takes a while; what the others then meet is an error of the save."""
+    overrides = (f"checkpoint.asynchronous={asynchronous}", "model.embed_dim=384", "model.n_heads=6")
+    status, output, lived_s = _killed(tmp_path, rank, _is_saving, overrides=overrides)
+    assert status == 1, output
+    assert re.search(rf"ssl-eo: rank {rank} (on \S+ )?is gone.* stop(s|ped) at step \d+ \(", output), output
+    assert lived_s < 30
+    assert "step_00000004" in _checkpoints(tmp_path)
+
+
 def test_torchrun_starts_again_after_kill_9_and_ends_in_the_same_bits(tmp_path: Path, on_ranks: OnRanks) -> None:
-    status, output, _ = _killed(tmp_path / "killed", 1, 5, "--max-restarts=2")
+    status, output, _ = _killed(tmp_path / "killed", 1, partial(_is_past, step=5), "--max-restarts=2")
     assert status == 0, output
     assert "going on after step 4" in output
     assert on_ranks(2, _train, str(tmp_path / "whole")) == [0, 0]
@@ -109,7 +134,7 @@ def test_a_rank_that_fails_is_named_by_itself_alone(
     assert statuses == [1, 1]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
     assert len(told) == 1
-    assert "rank 1 fell" in told[0]
+    assert re.match(r"ssl-eo: out of luck \(rank 1 on \S+, step 5 \(forward\)\)", told[0])
 
 
 def test_a_loader_that_fails_on_one_rank_ends_all(
@@ -124,7 +149,9 @@ def test_a_loader_that_fails_on_one_rank_ends_all(
 
     monkeypatch.setattr(synthetic.Source, "read", fail)
     assert on_ranks(2, _train, str(tmp_path)) == [1, 1]
-    assert "the machine is too small" in capfd.readouterr().err
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("ssl-eo:")]
+    assert len(told) == 1
+    assert re.search(r"the machine is too small.* \(rank 1 on \S+, step \d+ \(waiting for a batch\)\)", told[0])
 
 
 def test_nan_on_one_rank_skips_the_step_on_all(toys: None, tmp_path: Path, on_ranks: OnRanks) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from launching import ROOT, assert_same_bits, command, finish, read_checkpoint, records, start, train, wait_for
 
+from ssl_eo.cli import main
+
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (
     "train.total_steps=20",
@@ -83,19 +85,18 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
 
 
 @pytest.mark.parametrize("kind", STATE_OF)
-def test_kill_9_in_every_objective(kind: str, tmp_path: Path) -> None:
+def test_kill_9_in_every_objective(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Teachers, queues, centers, learned weights and the ratios of masks go on as well."""
     config, name = str(ROOT / "configs" / "debug" / f"{kind}.yaml"), f"debug_{kind}"
     whole, killed, steps = tmp_path / "whole", tmp_path / "killed", (*SHORT, *ALSO.get(kind, ()))
-    status, output = train(config, whole, *steps)
-    assert status == 0, output
+    assert main(command(config, whole, *steps)[2:]) == 0
     process = start(command(config, killed, *steps))
     wait_for(lambda: any(r["step"] >= 12 for r in records(killed / name / "metrics.jsonl")), process)
     os.kill(process.pid, signal.SIGKILL)
     assert finish(process)[0] == -signal.SIGKILL
-    status, output = train(config, killed, *steps)
-    assert status == 0, output
-    assert "going on after step 10" in output
+    capfd.readouterr()
+    assert main(command(config, killed, *steps)[2:]) == 0
+    assert "going on after step 10" in capfd.readouterr().err
     final = _final(whole, name)
     assert all(any(re.search(pattern, key) for key in final) for pattern in STATE_OF[kind])
     assert_same_bits(final, _final(killed, name))

@@ -12,8 +12,13 @@ import torch
 from launching import ROOT, assert_same_bits, read_checkpoint, records, train
 
 from ssl_eo.cli import main
+from ssl_eo.components import resolve
+from ssl_eo.config import load
+from ssl_eo.data.opening import open_sources
+from ssl_eo.distributed import init_world, local_part
 from ssl_eo.hub import load_bundle
 from ssl_eo.train.export import export_encoder
+from ssl_eo.train.parallel import build_objective, wrap
 
 OnRanks = Callable[..., list[Any]]
 
@@ -72,8 +77,10 @@ def test_every_objective_is_the_same_under_every_strategy(kind: str, tmp_path: P
     _run(kind, tmp_path / "single", on_ranks, 1)
     _run(kind, tmp_path / "ddp", on_ranks, 2, "parallel.strategy=ddp")
     _run(kind, tmp_path / "fsdp", on_ranks, 2, "parallel.strategy=fsdp")
+    _run(kind, tmp_path / "hsdp", on_ranks, 4, "parallel.strategy=hsdp", "parallel.shard_size=2")
     _assert_close(kind, tmp_path / "single", tmp_path / "ddp")
     _assert_close(kind, tmp_path / "ddp", tmp_path / "fsdp")
+    _assert_close(kind, tmp_path / "fsdp", tmp_path / "hsdp")
 
 
 def test_drop_path_is_the_same_whether_weights_are_copied_or_spread(tmp_path: Path, on_ranks: OnRanks) -> None:
@@ -92,11 +99,10 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 VARIANTS = {
-    "hsdp": (4, ("parallel.strategy=hsdp", "parallel.shard_size=2")),
     "copies of one rank": (2, ("parallel.strategy=hsdp", "parallel.shard_size=1")),
     "a node": (2, ("parallel.strategy=hsdp",)),
     "one rank": (1, ("parallel.strategy=fsdp",)),
-    "without prefetch": (2, ("parallel.strategy=fsdp", "parallel.n_prefetched=0")),
+    "two ahead": (2, ("parallel.strategy=fsdp", "parallel.n_prefetched=2")),
     "offloaded": (2, ("parallel.strategy=fsdp", "parallel.cpu_offload=true")),
     "activations": (2, ("parallel.strategy=fsdp", "parallel.activation_checkpointing=full")),
     "some activations": (2, ("parallel.strategy=fsdp", "parallel.activation_checkpointing=selective")),
@@ -109,6 +115,37 @@ def test_options_leave_the_numbers_alone(variant: str, single: Path, tmp_path: P
     n_ranks, overrides = VARIANTS[variant]
     _run("dinov2", tmp_path, on_ranks, n_ranks, *overrides)
     _assert_close("dinov2", single, tmp_path)
+
+
+def _rows_of_rank(*overrides: str) -> tuple[float, str]:
+    """What part of the rows of a block's weights a rank holds, and where."""
+    config = load(ROOT / "configs" / "debug" / "mae.yaml", ["train.global_batch_size=8", *overrides])
+    world = init_world()
+    method = resolve("ssl_eo.objectives", config.objective.name).Objective
+    schemas = [source.schema for source in open_sources(config.data)]
+    objective = build_objective(
+        lambda: method(config.objective.options, config.model, schemas), config.run.seed, world.device
+    )
+    wrap(objective, config.parallel, world)
+    weight = objective.shard_units()[0].attn.qkv.weight
+    own = local_part(weight)
+    return own.shape[0] / weight.shape[0], own.device.type
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "overrides", "expected"),
+    [
+        (4, ("parallel.strategy=fsdp",), 1 / 4),
+        (4, ("parallel.strategy=hsdp", "parallel.shard_size=2"), 1 / 2),
+        (2, ("parallel.strategy=hsdp", "parallel.shard_size=1"), 1),
+        (2, ("parallel.strategy=hsdp",), 1 / 2),
+        (2, ("parallel.strategy=ddp",), 1),
+    ],
+)
+def test_a_rank_holds_its_part_of_the_weights(
+    n_ranks: int, overrides: tuple[str, ...], expected: float, on_ranks: OnRanks
+) -> None:
+    assert on_ranks(n_ranks, _rows_of_rank, *overrides) == [(expected, "cpu")] * n_ranks
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path, on_ranks: OnRanks) -> None:

@@ -1,7 +1,8 @@
-"""Geographic splits: whole cells of a grid of latitude and longitude go into train, validation or test.
+"""Splits into train, validation and test, 70 : 10 : 20 on average: by place, or by name.
 
-Neighbouring scenes look alike, so a random split flatters every method. A cell is in the same split whatever the
-archive: what one source trains on, another does not test on.
+Geographic: whole cells of a grid of latitude and longitude go into one of the three. Neighbouring scenes look alike, so
+a random split flatters every method. A cell is in the same split whatever the archive: what one source trains on,
+another does not test on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 
 from ssl_eo.seeding import derive_seed
 
-__all__ = ["cell_split", "check_cell"]
+__all__ = ["cell_split", "check_cell", "name_split"]
 
 _SPLIT_ENDS = {"train": 0.7, "val": 0.8, "test": 1.0}
 
@@ -24,10 +25,18 @@ def check_cell(cell_deg: float) -> None:
 def cell_split(latitude: float, longitude: float, cell_deg: float, seed: int) -> str:
     """The split of the grid cell that holds a place (degrees): "train", "val" or "test", by a hash of the cell.
 
-    70 : 10 : 20 on average. Raises `ValueError` for a place that is no finite number.
+    Raises `ValueError` for a place that is no finite number.
     """
     if not (math.isfinite(latitude) and math.isfinite(longitude)):
         raise ValueError(f"a geographic split needs finite latitude and longitude, got {latitude}, {longitude}")
     cell = math.floor(latitude / cell_deg), math.floor(longitude / cell_deg)
-    u = derive_seed(seed, "eurosat cell", *cell) / 2**63  # the name of the first user stays: it decides the splits
-    return next(split for split, end in _SPLIT_ENDS.items() if u < end)
+    return _split_of(derive_seed(seed, "eurosat cell", *cell))  # the name of the first user stays: it decides
+
+
+def name_split(name: str, seed: int) -> str:
+    """The split of a sample that says nothing of its place: "train", "val" or "test", by a hash of its name."""
+    return _split_of(derive_seed(seed, "name", name))
+
+
+def _split_of(seed: int) -> str:
+    return next(split for split, end in _SPLIT_ENDS.items() if seed / 2**63 < end)

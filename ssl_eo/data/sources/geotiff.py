@@ -27,7 +27,7 @@ from ssl_eo.data.sources._patterns import FileMatch, list_files, match_files
 from ssl_eo.data.sources._raster_tiles import RasterTile, TileConfig
 from ssl_eo.data.sources._rasters import Box, Rasters, ground_of, matching_box
 from ssl_eo.data.sources._side_files import printable, read_lines
-from ssl_eo.data.sources._splits import check_cell
+from ssl_eo.data.sources._splits import check_cell, name_split
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.seeding import numpy_generator
 
@@ -47,9 +47,10 @@ class Config:
     tiles: list[TileConfig]  # the sensors of a place; the first leads
     window_px: int | None = None  # side of a window in pixels of the first tile; None: whole rasters
     stride_px: int | None = None  # from one window to the next; None: window_px
-    split: Literal["train", "val", "test", "all"] = "all"  # by cells of latitude and longitude; all: every place
+    split: Literal["train", "val", "test", "all"] = "all"  # of those of split_by; all: every place
+    split_by: Literal["geography", "name"] = "geography"  # cells of latitude and longitude, or a hash of the key
     cell_deg: float = 0.5  # side of a cell of the split, degrees of latitude and of longitude
-    split_seed: int = 0  # of the split
+    split_seed: int = 0  # of either split
     label_pattern: str | None = None  # class maps: rasters of one band on the first tile's grid, with {key}
     label_csv: str | None = None  # classes: a CSV file with a column `key`, its path relative to root
     label_column: str = "label"  # of label_csv: names or numbers of classes
@@ -148,7 +149,12 @@ class Source:
         """Keys, and by tile the names and dates of files, as arrays of bytes `[N]`: workers share their memory."""
         cfg = self._cfg
         files = list_files(self._root)
-        found = [match_files(f"tiles[{t}].pattern", tile.pattern, files) for t, tile in enumerate(cfg.tiles)]
+        maps = {} if cfg.label_pattern is None else match_files("label_pattern", cfg.label_pattern, files)
+        of_maps = {match.name for match in maps.values()}
+        first = [name for name in files if name not in of_maps]  # a class map is no raster of the first tile
+        found = [
+            match_files(f"tiles[{t}].pattern", tile.pattern, files if t else first) for t, tile in enumerate(cfg.tiles)
+        ]
         required = [(t, by_key) for t, by_key in enumerate(found) if not cfg.tiles[t].optional]
         for t, by_key in required:
             if not by_key:
@@ -170,7 +176,7 @@ class Source:
         self._labels = np.empty(0, np.int64)  # class of each place, -1 without; empty where there are no classes
         self._maps = np.empty(0, "S1")  # class map of each place
         if cfg.label_pattern is not None:
-            self._maps = _column(match_files("label_pattern", cfg.label_pattern, files), keys, "name")
+            self._maps = _column(maps, keys, "name")
         elif cfg.label_csv is not None:
             self._set_classes([self._read_csv().get(key, "") for key in keys])
         elif "{label}" in cfg.tiles[0].pattern:
@@ -229,11 +235,15 @@ class Source:
         if cfg.window_px is not None or cfg.split != "all":
             rows = self._headers().rows
             sizes = rows["size"].astype(np.int64)  # [N, 2]
-            if cfg.split != "all":
+            if cfg.split != "all" and cfg.split_by == "geography":
                 latitude, longitude = rows["place"].T
                 self._places = rows_in_cells(latitude, longitude, cfg.split, cfg.cell_deg, cfg.split_seed)
+        if cfg.split != "all" and cfg.split_by == "name":
+            of_key = [name_split(printable(key), cfg.split_seed) for key in self._keys]
+            self._places = np.flatnonzero(np.array(of_key) == cfg.split)
         if not len(self._places):
-            raise ValueError(f"split: no place of {cfg.root} is in {cfg.split!r} (cells of {cfg.cell_deg} degrees)")
+            ground = f"cells of {cfg.cell_deg} degrees" if cfg.split_by == "geography" else "hashes of keys"
+            raise ValueError(f"split: no place of {cfg.root} is in {cfg.split!r} ({ground})")
         self._grids = np.ones((n, 2), np.int64)  # rows and columns of windows: whole ones, or one of a smaller raster
         if cfg.window_px is not None:
             self._grids += np.maximum(sizes - cfg.window_px, 0) // self._stride_px

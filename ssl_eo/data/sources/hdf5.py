@@ -42,9 +42,10 @@ class Config:
     dataset: str = "sentinel2"  # tiles, [N, C, H, W]; class maps may be [N, H, W]
     bands: list[str] | None = None  # names of the C bands in file order; None: as the file says, else the sensor's
     drop_bands: list[str] = field(default_factory=list)  # bands left out, for instance those without any data
-    split: str | None = None  # only samples whose entry in split_dataset is this; None: all
-    split_dataset: str = "split"  # names of splits, [N]
+    split: str | list[str] | None = None  # only samples whose entry in split_dataset is (one of) these; None: all
+    split_dataset: str = "split"  # names of splits, or of any other groups, [N]
     label_dataset: str | None = None  # classes [N], class maps [N, H, W] or multi-hot [N, K]
+    label_names: list[str] | None = None  # of the classes; None: those of label_dataset's attribute `classes`
     meta_datasets: list[str] = field(default_factory=list)  # columns [N, ...] that go into each sample's meta
     gsd_m: float | None = None  # ground size of a pixel in metres; None: that of the sensor's finest band
     statistics: str | None = None  # JSON file with lists `bands`, `mean`, `std`; None: measured when opening
@@ -55,6 +56,10 @@ class Config:
         check_gsd_m(self.gsd_m)
         if self.n_statistics_samples < 1:
             raise ValueError(f"n_statistics_samples must be at least 1, got {self.n_statistics_samples}")
+        if self.split == []:
+            raise ValueError("split is an empty list; name at least one, or leave it out for all")
+        if self.label_names is not None and self.label_dataset is None:
+            raise ValueError("label_names needs label_dataset, the labels that they are of")
 
     @property
     def arrays(self) -> dict[str, ArrayConfig]:
@@ -143,7 +148,7 @@ class Source:
         self._chunk_size = _run_length(max(array.rows_per_chunk for array in self._arrays.values()))
         for name in cfg.meta_datasets:
             self._column("meta_datasets", name, n_rows)
-        self._label_names: tuple[str, ...] = ()
+        self._label_names = tuple(cfg.label_names or ())
         if cfg.label_dataset is not None:
             labels = self._column("label_dataset", cfg.label_dataset, n_rows)
             if labels.dtype.kind not in "biu":
@@ -151,7 +156,8 @@ class Source:
                     f"label_dataset: {self._where(cfg.label_dataset)} must hold integers or booleans (classes, class"
                     f" maps, multi-hot vectors), its dtype is {labels.dtype}"
                 )
-            self._label_names = tuple(plain(name) for name in labels.attrs.get("classes", ()))
+            if cfg.label_names is None:
+                self._label_names = tuple(plain(name) for name in labels.attrs.get("classes", ()))
         n = min(cfg.n_statistics_samples, len(self._rows))
         seen = [int(self._rows[i * len(self._rows) // n]) for i in range(n)]  # evenly spaced samples of the split
         for key, array in self._arrays.items():
@@ -182,11 +188,10 @@ class Source:
             rows = np.arange(n_rows)
         else:
             names = np.array([plain(s) for s in self._column("split_dataset", cfg.split_dataset, n_rows)[:]])
-            rows = np.flatnonzero(names == cfg.split)
-            if not len(rows):
-                raise ValueError(
-                    f"split: no sample is in {cfg.split!r}, {self._path} has {sorted(set(names.tolist()))}"
-                )
+            wanted, known = [cfg.split] if isinstance(cfg.split, str) else cfg.split, set(names.tolist())
+            if empty := [name for name in wanted if name not in known]:
+                raise ValueError(f"split: no sample is in {empty[0]!r}, {self._path} has {sorted(known)}")
+            rows = np.flatnonzero(np.isin(names, wanted))
         if not len(rows):
             raise ValueError(f"dataset: {self._where(cfg.dataset)} is empty")
         return rows

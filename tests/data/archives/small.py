@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from archives import bigearthnet, fmow, geotiff, mmearth, satlas, spectral_earth, ssl4eo_s12
 from archives.tiffs import write_raster
+from write_geobench import write_dataset
 
 from ssl_eo.components import resolve
 from ssl_eo.config import build
@@ -207,6 +208,45 @@ def _damage_tar(root: Path, key: str, member: str) -> None:
             overwrite(path, start + 512, 64)  # the head of the pixels
 
 
+# --- geobench, folders of one's own -----------------------------------------------------------------------------------
+
+
+def _write_geobench(root: Path) -> None:
+    root.mkdir()
+    write_dataset(root, "m-eurosat", n_train=N_SAMPLES)
+
+
+def geobench_sample(root: Path, key: str) -> Path:
+    return root / "classification_v1.0" / "m-eurosat" / f"{key}.hdf5"
+
+
+def _write_image_folder(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        folder = root / ("forest", "water")[n % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"place{n}.jpg").write_bytes(jpeg(n))
+
+
+def picture_of(root: Path, key: str) -> Path:
+    return root / f"{key}.jpg"
+
+
+def _write_class_rasters(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        pixels = geotiff.tile_pixels(n, (4, 40, 40), "uint16").astype("uint8")
+        path = root / ("forest", "water")[n % 2] / f"place{n}.tif"
+        write_raster(path, pixels, corner=(600_000.0, 5_000_000.0 + 111_200.0 * n))
+
+
+def _write_raster_masks(root: Path) -> None:
+    for n in range(N_SAMPLES):
+        corner = 600_000.0, 5_000_000.0 + 111_200.0 * n
+        pixels = geotiff.tile_pixels(n, (4, 40, 40), "uint16").astype("uint8")
+        write_raster(root / "images" / f"place{n}.tif", pixels, corner=corner)
+        mask = np.random.default_rng(n).integers(0, 2, (1, 40, 40), np.uint8)
+        write_raster(root / "masks" / f"place{n}.tif", mask, corner=corner)
+
+
 # --- geotiff, shards --------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +273,8 @@ def raster_of(name: str, root: Path, key: str) -> Path:
         "bigearthnet v2": lambda: v2_patch(root, key) / f"{key}_B06.tif",
         "eurosat geotiff": lambda: root / "River" / f"{key}.tif",
         "geotiff": lambda: root / f"{key}.tif",
+        "image_folder geotiff": lambda: root / f"{key}.tif",
+        "raster_masks": lambda: root / "images" / f"{key}.tif",
     }
     return find[name]()
 
@@ -321,6 +363,38 @@ ARCHIVES = {
         options={"tiles": [{"sensor": "naip"}]},
         tiles=("naip",),
         damage=lambda root, key: cut(raster_of("geotiff", root, key)),
+    ),
+    "image_folder": Small(
+        source="image_folder",
+        folder="scenes by class",
+        write=_write_image_folder,
+        options=_all(),
+        tiles=("rgb",),
+        damage=lambda root, key: cut(picture_of(root, key)),
+    ),
+    "image_folder geotiff": Small(
+        source="image_folder",
+        folder="rasters by class",
+        write=_write_class_rasters,
+        options=_all(sensor="naip"),
+        tiles=("naip",),
+        damage=lambda root, key: cut(raster_of("image_folder geotiff", root, key)),
+    ),
+    "raster_masks": Small(
+        source="raster_masks",
+        folder="masked",
+        write=_write_raster_masks,
+        options=_all(sensor="naip", classes=["dry", "wet"]),
+        tiles=("naip",),
+        damage=lambda root, key: cut(raster_of("raster_masks", root, key)),
+    ),
+    "geobench": Small(
+        source="geobench",
+        folder="geobench",
+        write=_write_geobench,
+        options={"dataset": "m-eurosat"},
+        tiles=("sentinel2_l1c",),
+        damage=lambda root, key: cut(geobench_sample(root, key)),
     ),
     "hdf5": Small(
         source="hdf5",

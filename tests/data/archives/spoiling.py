@@ -214,6 +214,30 @@ def h5_virtual(root: Path, key: str) -> None:
         file.create_virtual_dataset("sentinel2", layout)
 
 
+# --- geobench, masks --------------------------------------------------------------------------------------------------
+
+
+def cut_geobench(root: Path, key: str) -> None:
+    small.cut(small.geobench_sample(root, key))
+
+
+def geobench_array(write: Callable[[h5py.File], Any]) -> Spoil:
+    """The red band of the victim as `write` does it, or gone."""
+
+    def spoil(root: Path, key: str) -> None:
+        with h5py.File(small.geobench_sample(root, key), "r+") as file:
+            del file["04 - Red"]
+            write(file)
+
+    return spoil
+
+
+def mask(shape: tuple[int, int, int], value: int = 1) -> Spoil:
+    """The mask of the victim with another shape or class."""
+    pixels = np.full(shape, value, np.uint8)
+    return lambda root, key: write_raster(root / "masks" / f"{key}.tif", pixels, crs=None) and None
+
+
 # --- fmow -------------------------------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,7 @@ class Objective(mae.Objective):
 
     def forward(self, batch: Batch, now: Mapping[str, float]) -> Losses:
         if batch.step == self.cfg.falls_at and rank() == 1:
-            raise RuntimeError("rank 1 fell")
+            raise RuntimeError("out of luck")
         if batch.step == self.cfg.stalls_at and rank() == 1:
             time.sleep(3600)
         losses = super().forward(batch, now)

@@ -1,0 +1,60 @@
+"""JPEGs and PNGs of 8 bits: what their head says, and their pixels.
+
+C bands, H W pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_eo.components import one_line
+
+__all__ = ["PICTURE_SUFFIXES", "picture_size", "read_picture"]
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_FORMATS = ("JPEG", "PNG")  # Pillow knows many others, which nobody expects under these names
+_MODES = {1: "L", 3: "RGB"}  # by number of bands
+_MAX_PIXELS = 64 << 20  # of a picture, which is decoded as a whole
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(H, W) as the head of a file says. Raises `OSError` that names one that cannot be read."""
+    with _opened(path) as image:
+        return image.height, image.width
+
+
+def read_picture(path: Path, n_bands: int) -> NDArray[np.uint8]:
+    """`[C, H, W]`. Raises `ValueError` or `OSError` that names a file which is damaged or of another kind."""
+    if (expected := _MODES.get(n_bands)) is None:
+        raise ValueError(f"{path} is a JPEG or PNG, of 1 band or 3, expected {n_bands}; name its bands")
+    with _opened(path) as image:
+        found = f"mode {image.mode}, {image.width} x {image.height} pixels"
+        # Only what is expected is decoded: a damaged head may say anything.
+        fits = image.mode == expected and image.width * image.height <= _MAX_PIXELS
+        pixels = np.asarray(image) if fits else None  # [H, W] or [H, W, C]
+    if pixels is None:
+        raise ValueError(f"{path} has {found}; expected mode {expected} and at most {_MAX_PIXELS:,} pixels")
+    return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))  # [C, H, W]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The picture, undecoded; whatever goes wrong inside is told as damage of the file."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at before decoding
+            with Image.open(path, formats=_FORMATS) as image:
+                yield image
+    except UnidentifiedImageError:
+        raise OSError(f"{path} is not a readable JPEG or PNG: cannot identify its head") from None
+    except (SyntaxError, ValueError, EOFError, OSError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path} is not a readable JPEG or PNG: {one_line(error)}") from None

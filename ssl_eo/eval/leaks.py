@@ -1,0 +1,69 @@
+"""Samples that are in more than one split of a task: what a probe has seen, it need not have understood.
+
+A task may say that it knows: `SHARED_KEYS` and `LEAK` begin the flags that do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Protocol
+
+__all__ = ["LEAK", "SHARED_KEYS", "Identified", "count_leaked"]
+
+logger = logging.getLogger(__name__)
+
+# "shared keys: both archives count from 1": samples of one key are not one sample.
+SHARED_KEYS = "shared keys"
+# "leak: 3 % of the scenes were drawn twice": equal pixels are known, they are counted and no more said of them.
+LEAK = "leak"
+
+
+class Identified(Protocol):
+    """Samples of a split by what tells them apart: keys, and digests of their pixels."""
+
+    @property
+    def keys(self) -> list[str]: ...
+
+    @property
+    def digests(self) -> list[str]: ...
+
+
+def count_leaked(task: str, splits: Mapping[str, Identified], flags: Sequence[str] = ()) -> int:
+    """How many samples of the last of `splits`, the one that is scored, have the pixels of a sample of an earlier one.
+
+    `splits` are in the order train, val, test. Raises `ValueError` where two of them share a key, and warns of equal
+    pixels, unless `flags` admit it.
+    """
+    if not _admits(flags, SHARED_KEYS):
+        for first, second in combinations(splits, 2):
+            _check_keys(task, first, second, splits)
+    seen: set[str] = set()
+    n_leaked = 0
+    for name, split in splits.items():
+        leaked = [key for key, digest in zip(split.keys, split.digests, strict=True) if digest in seen]
+        if leaked and not _admits(flags, LEAK):
+            logger.warning(
+                "task %s: %d of %d samples of %s have the pixels of a sample of an earlier split, the first is %s;"
+                " scores flatter whoever remembers. A flag of the task that begins with %r says that this is known",
+                *(task, len(leaked), len(split.keys), name, leaked[0], LEAK),
+            )
+        seen |= set(split.digests)
+        n_leaked = len(leaked)
+    return n_leaked
+
+
+def _check_keys(task: str, first: str, second: str, splits: Mapping[str, Identified]) -> None:
+    known = set(splits[first].keys)
+    shared = [key for key in splits[second].keys if key in known]
+    if shared:
+        raise ValueError(
+            f"task {task}: {len(shared)} of {len(splits[second].keys)} samples of {second} are in {first} too, the"
+            f" first is {shared[0]}; give splits that share no sample, or, where the keys alone are the same, a flag"
+            f" that begins with {SHARED_KEYS!r}"
+        )
+
+
+def _admits(flags: Sequence[str], word: str) -> bool:
+    return any(flag.startswith(word) for flag in flags)

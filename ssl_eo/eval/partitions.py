@@ -1,0 +1,90 @@
+"""Parts of a training set, for curves of accuracy over labels: those that were published, and our nested ones.
+
+`0.10x` is a tenth of the training samples: the published tenth where the dataset has one, else ours. `nested_0.10x` is
+ours in any case. Ours are nested: a larger one holds all samples of a smaller one, so a curve over them rises by what
+is added, not by the draw.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ssl_eo.data.opening import SourceConfig, open_source
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.seeding import torch_generator
+
+__all__ = ["WHOLE", "Partition", "parse_partition", "partition_rows"]
+
+WHOLE = "1.00x"
+_NAME = re.compile(r"(nested_)?([01]\.[0-9]+)x")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A part of the training set; `ratio` of its samples."""
+
+    name: str
+    ratio: float
+    is_nested: bool  # ours, whatever was published
+
+
+def parse_partition(name: str) -> Partition:
+    """`0.01x`, `nested_0.5x`, ...; raises `ValueError` for anything else."""
+    match = _NAME.fullmatch(name)
+    if match is None or not 0 < float(match[2]) <= 1:
+        raise ValueError(f"--partitions: {name!r} is none; give for instance 0.01x, 0.10x, 1.00x or nested_0.10x")
+    return Partition(name, float(match[2]), match[1] is not None)
+
+
+def partition_rows(
+    partition: Partition, train: SourceConfig, kind: Kind, keys: Sequence[str], labels: Tensor, seed: int
+) -> tuple[list[int], Literal["all", "published", "nested"]]:
+    """Positions in `keys` of the samples of `partition`, and where that comes from.
+
+    `train` is the source of the samples `keys`, `labels` are theirs. Raises `ValueError` where the published partition
+    names samples that are not among them.
+    """
+    if partition.ratio == 1 and not partition.is_nested:
+        return list(range(len(keys))), "all"
+    published = None if partition.is_nested else _published(partition, train)
+    if published is None:
+        return _nested(partition.ratio, kind, labels, seed), "nested"
+    position = {key: i for i, key in enumerate(keys)}
+    if absent := [key for key in published if key not in position]:
+        raise ValueError(
+            f"partition {partition.name} of {train.name} names {len(absent)} samples that are not in the training set,"
+            f" the first is {absent[0]}; set max_train: null where it is limited, and see the warnings: samples that"
+            " cannot be read are left out"
+        )
+    return sorted(position[key] for key in published), "published"
+
+
+def _published(partition: Partition, train: SourceConfig) -> list[str] | None:
+    """Keys of the published partition, None where the dataset has none of this name."""
+    if "partition" not in {f.name for f in fields(train.options)}:
+        return None
+    known = get_args(get_type_hints(type(train.options))["partition"])
+    name = f"{partition.ratio:.2f}x"
+    if name not in known:
+        return None
+    source: Any = open_source(replace(train, options=replace(train.options, partition=name)))
+    return [source.locate(i)[0] for i in range(len(source))]
+
+
+def _nested(ratio: float, kind: Kind, labels: Tensor, seed: int) -> list[int]:
+    """A share of each class, at least one sample; without one class a sample, of all."""
+    order = torch.randperm(len(labels), generator=torch_generator(seed, "nested partitions"))
+    of_class = labels.cpu()[order] if kind == "classification" else torch.zeros(len(order), dtype=torch.long)
+    chosen: list[int] = []
+    for value in sorted(set(of_class.tolist())):
+        members = order[of_class == value]
+        n_kept = math.ceil(round(ratio * len(members), 6))  # 0.07 * 100 is a little more than 7
+        chosen += members[:n_kept].tolist()
+    return sorted(chosen)

@@ -1,0 +1,221 @@
+"""What a probe is given, what it gives back, and what several of them share.
+
+A probe is a module of this package with `KINDS`, the kinds of targets that it takes, `Config`, its options with
+defaults that suit all encoders, and
+
+    predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction
+
+Rows of `test` `[M, D]` take no part in any choice, and none has a say in the prediction of another.
+
+N training samples, V validation samples, M test samples, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ssl_eo.eval._rankings import Rankings
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.seeding import torch_generator
+
+__all__ = [
+    "Labelled",
+    "Prediction",
+    "Standardiser",
+    "check_inputs",
+    "hold_out",
+    "indicators",
+    "mean_response",
+    "selection_score",
+]
+
+_SUM_TOLERANCE = 1e-2  # of the fractions of a row, which may have been stored in 16 bits
+_HELD_OUT_EVERY = 10  # a tenth is held out where there is no validation set
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Features with their targets, checked.
+
+    Raises `ValueError` where shapes, or values of targets, do not fit `kind`, and where a feature is nan or infinite.
+    """
+
+    features: Tensor  # [N, D], any float type
+    targets: Tensor  # see ssl_eo.eval.kinds; [N] or [N, K]
+    kind: Kind
+    n_classes: int  # K; 1 for regression
+
+    def __post_init__(self) -> None:
+        check_features("features", self.features)
+        if len(self.targets) != len(self.features) or len(self.features) == 0:
+            raise ValueError(f"features and targets have {len(self.features)} and {len(self.targets)} rows: give pairs")
+        per_class = self.kind in ("multilabel", "segmentation")
+        expected = [len(self.features), self.n_classes] if per_class else [len(self.features)]
+        if list(self.targets.shape) != expected:
+            raise ValueError(f"targets of {self.kind} must have the shape {expected}, got {list(self.targets.shape)}")
+        wrong = _wrong_targets(self)
+        if wrong is not None:
+            raise ValueError(f"targets of {self.kind} {wrong}")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def rows(self, index: Tensor) -> Labelled:
+        """The samples at `index`, positions or a mask."""
+        return replace(self, features=self.features[index], targets=self.targets[index])
+
+    def joined(self, other: Labelled) -> Labelled:
+        """These samples, then those of `other`."""
+        targets = torch.cat([self.targets, other.targets.to(self.targets)])
+        return replace(self, features=torch.cat([self.features, other.features.to(self.features)]), targets=targets)
+
+    def with_labels(self) -> Labelled:
+        """The rows that say anything: of segmentation, those where something is labelled."""
+        if self.kind != "segmentation":
+            return self
+        labelled = self.targets.sum(1) > 0
+        if not bool(labelled.any()):
+            raise ValueError(f"targets of segmentation: none of {len(self)} rows has a labelled pixel; give some")
+        return self.rows(labelled)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """`scores` of test samples, the larger the likelier; minus infinity where the probe rules a class out."""
+
+    scores: Tensor  # [M, K]; [M, 1] for regression, in the unit of the targets
+    probabilities: Tensor | None  # [M, K], where the probe has an idea of them
+    threshold: float  # several labels a sample: a class whose score is above it is predicted
+    chosen: dict[str, float]  # what was selected and on how many samples, by name
+
+    def classes(self) -> Tensor:
+        """The class of the highest score, `[M]`; the first of equal ones."""
+        return self.scores.argmax(1)
+
+    def positive(self) -> Tensor:
+        """The classes whose score is above the threshold, `[M, K]` bool."""
+        return self.scores > self.threshold
+
+
+class Standardiser:
+    """Subtracts the means of the features that it is made of and divides by their standard deviations."""
+
+    mean: Tensor  # [D] float64
+    inverse_std: Tensor  # [D] float64, 0 for constant features, which so become 0
+
+    def __init__(self, features: Tensor) -> None:
+        x = features.double()  # [N, D]
+        self.mean, std = x.mean(0), x.std(0, correction=0)
+        # A feature whose spread is rounding noise carries nothing: dividing by it would turn the noise into a signal.
+        constant = std <= 1e-7 * x.square().mean(0).sqrt()
+        self.inverse_std = torch.where(constant, 0.0, 1.0 / std.clamp_min(torch.finfo(x.dtype).tiny))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """`[M, D]` float64 of `features [M, D]`."""
+        return (features.double() - self.mean) * self.inverse_std
+
+
+def check_features(name: str, features: Tensor) -> None:
+    """Raise `ValueError` unless `features` are a matrix of finite floats."""
+    if features.ndim != 2 or features.shape[1] == 0 or not features.is_floating_point():
+        raise ValueError(
+            f"{name} must be [N, D] of a float type, with D > 0; got {list(features.shape)} of {features.dtype}"
+        )
+    n_bad = int((~features.isfinite()).any(1).sum())
+    if n_bad:
+        raise ValueError(
+            f"{name}: {n_bad} of {len(features)} rows hold nan or infinity; look at the encoder's output, a probe of"
+            " what is left would flatter it"
+        )
+
+
+def check_inputs(probe: str, kinds: Sequence[Kind], train: Labelled, val: Labelled | None, test: Tensor) -> None:
+    """Raise `ValueError` where `probe` does not take this kind, or where the three sets do not fit each other."""
+    if train.kind not in kinds:
+        raise ValueError(f"the probe {probe} does not take {train.kind}; it takes {', '.join(kinds)}")
+    if val is not None and (val.kind, val.n_classes) != (train.kind, train.n_classes):
+        raise ValueError(
+            f"val has {val.n_classes} classes of {val.kind}, train has {train.n_classes} of {train.kind}: give the same"
+        )
+    check_features("test", test)
+    for name, features in (("val", None if val is None else val.features), ("test", test)):
+        if features is not None and features.shape[1] != train.features.shape[1]:
+            n_features = train.features.shape[1]
+            raise ValueError(f"{name} has {features.shape[1]} features a sample, train has {n_features}: give the same")
+
+
+def indicators(train: Labelled) -> Tensor:
+    """Targets as numbers, `[N, K]` float64: 1 for a class that a sample has, fractions, or the value to predict."""
+    if train.kind == "classification":
+        one_hot: Tensor = functional.one_hot(train.targets.long(), train.n_classes)
+        return one_hot.double()
+    return train.targets.double().reshape(len(train), -1)
+
+
+def mean_response(kind: Kind, scores: Tensor) -> Tensor:
+    """What a generalised linear model expects at `scores [..., K]`: probabilities, or for regression the scores."""
+    if kind == "regression":
+        return scores
+    return scores.sigmoid() if kind == "multilabel" else scores.softmax(-1)
+
+
+def hold_out(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
+    """(nine tenths, the tenth that is held out), a random one of the address `seed`; of each class its share."""
+    if len(train) < 2:
+        raise ValueError("train has one sample, of which nothing can be held out: give val")
+    order = torch.randperm(len(train), generator=torch_generator(seed, "held out"))
+    if train.kind == "classification":
+        order = order[train.targets.cpu()[order].argsort(stable=True)]
+    held = torch.zeros(len(train), dtype=torch.bool)
+    held[order[min(_HELD_OUT_EVERY, len(train)) // 2 :: _HELD_OUT_EVERY]] = True
+    held = held.to(train.features.device)
+    return train.rows(~held), train.rows(held)
+
+
+def selection_score(scores: Tensor, val: Labelled) -> float:
+    """How good `scores [V, K]` are, the higher the better: what options are chosen by. Minus infinity for nan.
+
+    Accuracy; micro average precision of several labels; the part of all pixels whose class is that predicted for their
+    patch; minus the mean squared error.
+    """
+    if bool(scores.isnan().any()):
+        return -math.inf
+    if val.kind == "classification":
+        return float((scores.argmax(1) == val.targets.to(scores.device)).double().mean())
+    targets = val.targets.to(scores.device)
+    if val.kind == "multilabel":
+        all_scores, all_targets = scores.flatten()[None].cpu(), targets.flatten()[None].cpu()  # [1, V*K]
+        ranking = Rankings.of(all_scores, all_targets, torch.zeros_like(all_targets, dtype=torch.long))
+        found = float(ranking.average_precision(torch.ones(1, dtype=torch.float64)))
+        return -math.inf if math.isnan(found) else found
+    if val.kind == "segmentation":
+        hit = targets.double().gather(1, scores.argmax(1, keepdim=True)).sum()
+        return float(hit / targets.double().sum())
+    return -float((scores[:, 0].double() - targets.double()).square().mean())
+
+
+def _wrong_targets(labelled: Labelled) -> str | None:
+    """What is wrong with the values of the targets, or None."""
+    targets, n_classes = labelled.targets, labelled.n_classes
+    if labelled.kind == "regression":
+        if n_classes != 1:
+            return f"are one number a sample: n_classes must be 1, got {n_classes}"
+        return None if bool(targets.isfinite().all()) else "hold nan or infinity: leave such samples out"
+    if labelled.kind == "classification":
+        if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= n_classes:
+            found = f"{targets.dtype} from {targets.min()} to {targets.max()}"
+            return f"must be integers from 0 to {n_classes - 1}, got {found}"
+        return None
+    if labelled.kind == "multilabel":
+        return None if bool(((targets == 0) | (targets == 1)).all()) else "must be 0 or 1; found other values"
+    sums = targets.double().sum(1)  # [N]
+    fits = ((sums - 1).abs() <= _SUM_TOLERANCE) | (sums == 0)
+    if bool((targets >= 0).all()) and bool(fits.all()):
+        return None
+    return f"must be fractions with the sum 1, or 0 where nothing is labelled; got {targets[~fits][:1].tolist()}"

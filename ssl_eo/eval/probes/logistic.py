@@ -1,0 +1,159 @@
+"""Logistic regression with an L2 penalty: what people call linear probing, solved to its optimum for many penalties.
+
+The path of penalties goes from strong to weak, each fit starting from the last one with what that has learned about
+curvature, and ends when the validation set says so.
+
+N training samples, V validation samples, M test samples, D features, R rank of the features, K classes, F of which are
+fitted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.probes._likelihood import Curvatures, Problem
+from ssl_eo.eval.probes.base import (
+    Labelled,
+    Prediction,
+    check_inputs,
+    hold_out,
+    indicators,
+    mean_response,
+    selection_score,
+)
+from ssl_eo.eval.probes.ridge import RidgePath
+
+__all__ = ["KINDS", "Config", "predict"]
+
+logger = logging.getLogger(__name__)
+
+KINDS: tuple[Kind, ...] = ("classification", "multilabel")
+
+# Below this, rounding may hide what is left to gain, most of all where the penalty is weak and the loss small.
+_LEAST_TOLERANCE = {"float32": 1e-5, "float64": 1e-14}
+
+
+@dataclass
+class Config:
+    """Which penalties there are to choose from, and how exactly each is solved."""
+
+    # Of the mean loss + lambda |W|^2 / 2, strong to weak; that is C = 1 / (lambda * N) of others.
+    lambdas: list[float] = field(default_factory=lambda: [10.0 ** (-0.5 * e) for e in range(-4, 13)])
+    patience: int = 2  # penalties worse than the best on val before the path ends; 0 for all of them
+    refit: Literal["train", "train_val"] = "train"  # what the chosen penalty is fitted on for the test set
+    tolerance: float = 1e-5  # part of the loss that a further step could gain, where a fit ends
+    max_steps: int = 500  # of a fit
+    precision: Literal["float32", "float64"] = "float32"
+    seed: int = 0  # of the tenth of train that is held out where there is no val
+
+    def __post_init__(self) -> None:
+        values = list(self.lambdas)
+        if not values or values[-1] <= 0 or any(a <= b for a, b in pairwise(values)):
+            raise ValueError(f"lambdas must be positive, one at least, and fall from strong to weak, got {values}")
+        if self.patience < 0 or self.max_steps < 1:
+            raise ValueError(f"patience must be 0 or more and max_steps 1, got {self.patience} and {self.max_steps}")
+        if not self.tolerance >= _LEAST_TOLERANCE[self.precision]:
+            least = _LEAST_TOLERANCE[self.precision]
+            raise ValueError(f"tolerance must be at least {least:g} in {self.precision}, got {self.tolerance:g}")
+
+
+def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction:
+    """Multinomial logistic regression, or a binary one for each of several labels, on standardised features.
+
+    lambda is the one of the best accuracy (one label) or micro average precision (several) on `val`, the strongest of
+    equal ones. Without `val` it is chosen on a tenth of `train` that is held out, then fitted on all of `train`. With
+    `val`, `refit: train_val` fits once more on both, as linear probes are often reported.
+
+    Scores are log-odds up to a constant of the sample, and log-odds with the threshold 0 for several labels. A class
+    that no sample of the fit has gets minus infinity, one that all of them have (several labels) plus infinity.
+    """
+    cfg = cfg or Config()
+    check_inputs("logistic", KINDS, train, val, test)
+    fitted_on, judged_on = hold_out(train, cfg.seed) if val is None else (train, val)
+    fit = _Fit(fitted_on, cfg)
+    value = fit.choose(judged_on)
+    if val is None or cfg.refit == "train_val":
+        fitted_on = train if val is None else train.joined(val)
+        fit = _Fit(fitted_on, cfg)
+        fit.solve(value)
+    scores = fit.scores(test)
+    chosen = {"lambda": value, "penalty": value * len(fitted_on), "n_fitted": len(fitted_on)}
+    return Prediction(scores, mean_response(train.kind, scores), threshold=0.0, chosen=chosen)
+
+
+class _Fit:
+    """The path of penalties on one training set."""
+
+    def __init__(self, train: Labelled, cfg: Config) -> None:
+        self._cfg, self._n = cfg, len(train)
+        targets = indicators(train)  # [N, K]
+        n_with = targets.sum(0)  # [K]
+        self._never = n_with == 0
+        self._always = (n_with == len(train)) & (train.kind == "multilabel")
+        self._fitted = ~(self._never | self._always)
+        targets = targets[:, self._fitted]  # [N, F]
+        ridge = RidgePath(train.features, targets)
+        self._standardise, self._basis = ridge.standardise, ridge.right  # [D, R]
+        self._dtype = getattr(torch, cfg.precision)
+        self._problem = Problem(self._coordinates(train.features), targets.T.contiguous().to(self._dtype), train.kind)
+        self._at = self._problem.start()
+        self._memory = Curvatures()
+        self._shrinkage = self._at.weights.new_zeros(self._at.weights.shape[1])  # [R + 1], of the last fit
+
+    def choose(self, val: Labelled) -> float:
+        """Go down the path until `val` has had enough; the best lambda, whose weights are then those of this fit."""
+        x = self._coordinates(val.features)  # [V, R + 1]
+        best, best_value, best_at, n_worse = -math.inf, self._cfg.lambdas[0], self._at, 0
+        for value in self._cfg.lambdas:
+            self.solve(value)
+            found = selection_score(self._complete(x @ self._at.weights.T), val)
+            if found > best:
+                best, best_value, best_at, n_worse = found, value, self._at, 0
+            elif found < best:
+                n_worse += 1
+                if n_worse == self._cfg.patience:
+                    break
+        self._at = best_at
+        return best_value
+
+    def solve(self, value: float) -> None:
+        """Move to the optimum of lambda `value`."""
+        shrinkage = torch.full_like(self._shrinkage, value * self._n)
+        shrinkage[-1] = 0.0  # the intercept is free
+        self._memory = self._memory.penalised_by(shrinkage - self._shrinkage)
+        self._shrinkage = shrinkage
+        cfg = self._cfg
+        self._at, gain = self._problem.minimise(self._at, shrinkage, self._memory, cfg.tolerance, cfg.max_steps)
+        if gain > cfg.tolerance:
+            logger.warning(
+                "logistic: lambda %g is not at its optimum, a step could lower the loss by a part of %.1g; raise"
+                " max_steps (now %d) or tolerance, or take precision: float64",
+                value,
+                gain,
+                cfg.max_steps,
+            )
+
+    def scores(self, features: Tensor) -> Tensor:
+        """`[M, K]` of `features [M, D]`."""
+        weights = self._basis @ self._at.weights[:, :-1].T.double()  # [D, F]
+        return self._complete(self._standardise(features) @ weights + self._at.weights[:, -1].double())
+
+    def _coordinates(self, features: Tensor) -> Tensor:
+        """`[N, R + 1]`: along the singular vectors, and a constant 1."""
+        x = self._standardise(features).to(self._dtype) @ self._basis.to(self._dtype)
+        return torch.cat([x, x.new_ones(len(x), 1)], 1)
+
+    def _complete(self, fitted: Tensor) -> Tensor:
+        """Scores of all classes `[M, K]`, of those that were fitted `[M, F]`."""
+        scores = fitted.new_full((len(fitted), len(self._fitted)), -math.inf)
+        scores[:, self._fitted] = fitted
+        scores[:, self._always] = math.inf
+        return scores

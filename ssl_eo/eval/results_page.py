@@ -1,0 +1,324 @@
+"""One self-contained page about evaluations: models beside random encoders and controls, on all tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_eo.eval.comparison import Comparison, Entrant, Ranges, Score, read_ranges
+from ssl_eo.eval.figures import SERIES, Chart, Line, draw
+from ssl_eo.eval.page import render
+from ssl_eo.eval.partitions import parse_partition
+from ssl_eo.eval.records import RESULTS, write_csv
+from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
+from ssl_eo.eval.result_tables import (
+    Table,
+    as_latex,
+    as_markdown,
+    axis_table,
+    class_table,
+    headline_table,
+    in_unit,
+    margin_table,
+    metric_text,
+    score_table,
+)
+from ssl_eo.eval.summary import Record, better, score_of
+from ssl_eo.eval.summary import read_results as read_run
+from ssl_eo.files import atomic_write
+
+__all__ = ["has_results", "write_results_page"]
+
+_TITLES = {
+    "partition": "Parts of the training set",
+    "subset": "Bands",
+    "size": "Sizes",
+    "tap": "Where features are read",
+    "pool": "How tokens are pooled",
+}
+_WORDS = {"partition": "labels", "subset": "bands", "size": "size", "tap": "read at"}
+_MAX_CONFUSIONS = 4  # models whose confusion is drawn
+_SIZE_OF_CURVES_INCHES = (5.0, 2.6)
+
+
+def has_results(folder: Path) -> bool:
+    """Whether `ssl-eo eval` wrote to it."""
+    return (folder / RESULTS).is_file()
+
+
+def write_results_page(
+    folders: Sequence[Path],
+    out: Path,
+    runs: Sequence[Path] = (),
+    normalizer: Sequence[Path] = (),
+    markdown: Path | None = None,
+    latex: Path | None = None,
+) -> Path:
+    """Write the page `out` about the results in `folders`, and beside it their scores with the ending `.csv`.
+
+    `runs` add curves of their probes while training. `markdown` and `latex` are files for the tables. Raises
+    `ValueError` where a folder has no results, or the files `normalizer` no range of a task.
+    """
+    comparison = Comparison.read(folders)
+    if not comparison.results:
+        raise ValueError(f"{', '.join(map(str, folders))}: nothing was measured, there is nothing to report")
+    ranges = read_ranges(normalizer, comparison.metrics) if normalizer else None
+    headline, notes = headline_table(comparison, ranges), _notes(comparison, ranges, normalizer)
+    scores = [score_table(comparison, probe) for probe in comparison.probes]
+    page = render(
+        "results_page.html.j2",
+        title="Evaluation of " + _listed([e.title for e in comparison.models], 4),
+        subtitle=f"Frozen features on {_listed(comparison.tasks, 6)}",
+        facts=_facts(comparison),
+        colors={e.title: _variable(comparison, e) for e in comparison.models},
+        headline=headline,
+        notes=notes,
+        costs=_costs(comparison, ranges),
+        scores=scores,
+        tasks=[_task(comparison, task, f"task{i}") for i, task in enumerate(comparison.tasks)],
+        training=_training(runs),
+        problems=[_problem(r) for r in comparison.problems],
+        setup=_setup(comparison),
+    )
+    atomic_write(out, page)
+    write_csv(out.with_suffix(".csv"), comparison.results)
+    margins = [margin_table(comparison, task) for task in comparison.tasks]
+    margins = [Table(f"Margins on {t}", *_rest(m)) for t, m in zip(comparison.tasks, margins, strict=True) if m.rows]
+    tables = [headline, *scores, *margins]
+    said = [*notes, *(f"{task}: {flag}" for task in comparison.tasks for flag in comparison.flags(task))]
+    for path, layout in ((markdown, as_markdown), (latex, as_latex)):
+        if path is not None:
+            atomic_write(path, layout([t for t in tables if t.columns], said))
+    return out
+
+
+def _rest(table: Table) -> tuple[Any, ...]:
+    return table.corner, table.columns, table.rows
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    failed = sum(r["kind"] == "error" for r in comparison.problems)
+    skipped = len(comparison.problems) - failed
+    counts = (
+        ("models", len(comparison.models)),
+        ("tasks", len(comparison.tasks)),
+        ("probes", len(comparison.probes)),
+        ("results", len(comparison.results)),
+        ("failed", failed),
+        ("skipped", skipped),
+    )
+    return [(what, f"{n:,}") for what, n in counts if n or what in ("models", "failed")]
+
+
+def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[Path]) -> list[str]:
+    """What a reader of the tables must know."""
+    together = {task for probe in comparison.probes for task in comparison.tasks_of_mean(probe, ranges)}
+    apart = ", ".join(task for task in comparison.tasks if task not in together)
+    notes = []
+    if ranges is None:
+        notes.append("Scores are plain, in percent: a task whose scores spread more weighs more in the mean.")
+        notes += [f"Not in the mean, since their scores are no ratios: {apart}."] if apart else []
+    else:
+        names = ", ".join(dict.fromkeys(path.name for path in normalizer))
+        notes.append(f"Scores of each task are scaled from its range in {names}: 0 is its low end, 100 its high.")
+        notes += [f"Not in the mean, since they have no range there: {apart}."] if apart else []
+    notes.append(
+        "The interquartile mean leaves out the lowest and the highest quarter of the scores. [Intervals] hold 95 % of a"
+        " bootstrap over test samples, of whole places where samples share one, task by task; of margins over the same"
+        " resamples for both sides."
+    )
+    notes.append(
+        "After ±, and with the word seeds, stands what the seed of the draw changes. Bold is the best of a column."
+    )
+    usual = {axis: dict.fromkeys(comparison.reference(task, axis) for task in comparison.tasks) for axis in _WORDS}
+    read = ", ".join(f"{_WORDS[axis]} {' or '.join(values)}" for axis, values in usual.items())
+    notes.append(f"Where not said otherwise: {read}.")
+    return notes
+
+
+def _costs(comparison: Comparison, ranges: Ranges | None) -> list[str]:
+    """The interquartile mean of each model over the GFLOP of a sample, by probes."""
+    charts = []
+    for i, probe in enumerate(comparison.probes):
+        means = [a for a in comparison.aggregates(probe, ranges) if a.mean is not None]
+        tasks = comparison.tasks_of_mean(probe, ranges)
+        points, levels = [], []
+        for a in means:
+            assert a.mean is not None
+            cost = _mean_gflop(comparison, a.entrant, tasks, probe)
+            if a.entrant.kind == "control":
+                levels.append((a.entrant.title, 100 * a.mean))
+            elif cost is not None:
+                label = a.entrant.title if a.entrant.kind == "model" else ""
+                points.append(Point(label, cost, 100 * a.mean, _series(comparison, a.entrant)))
+        if points:
+            title = f"{probe}: interquartile mean over cost"
+            x = "GFLOP of a sample, mean over tasks; circles are random encoders"
+            charts.append(draw_points(title, points, levels, x, f"cost{i}"))
+    return charts
+
+
+def _mean_gflop(comparison: Comparison, entrant: Entrant, tasks: Sequence[str], probe: str) -> float | None:
+    scores = [comparison.score(entrant, task, probe) for task in tasks]
+    costs = [s.records[0].get("gflop") for s in scores if s is not None]
+    known = [float(cost) for cost in costs if cost]
+    return float(np.mean(known)) if known and len(known) == len(costs) else None
+
+
+def _task(comparison: Comparison, task: str, name: str) -> dict[str, Any]:
+    """All that the page shows of one task; `name` is for identifiers."""
+    scored = {p: _scores(comparison, task, p) for p in comparison.probes}
+    scored = {p: of for p, of in scored.items() if of}
+    axes = [axis for axis in _TITLES if len(comparison.steps(task, axis)) > 1]
+    best = [_best_of(comparison, task, model) for model in comparison.models]
+    shown = [s for s in best if s is not None][:_MAX_CONFUSIONS]
+    titles = [f"{s.records[0]['model']}, {s.records[0]['probe']}" for s in shown]
+    return {
+        "name": task,
+        "about": _about(comparison, task),
+        "flags": comparison.flags(task),
+        "bars": [_bars(comparison, task, p, of, f"{name}-bars{i}") for i, (p, of) in enumerate(scored.items())],
+        "margins": margin_table(comparison, task),
+        "curves": _curves(comparison, task, list(scored), name) if "partition" in axes else [],
+        "axes": [(_TITLES[a], [axis_table(comparison, task, p, a) for p in scored], a == "partition") for a in axes],
+        "confusions": [
+            draw_confusion(title, _confusion(s), s.records[0]["classes"], f"{name}-confusion{i}")
+            for i, (title, s) in enumerate(zip(titles, shown, strict=True))
+            if "confusion" in s.records[0]
+        ],
+        "classes": [class_table(s, title) for title, s in zip(titles, shown, strict=True) if s.records[0]["per_class"]],
+    }
+
+
+def _scores(comparison: Comparison, task: str, probe: str) -> list[tuple[Entrant, Score]]:
+    return [(e, s) for e in comparison.entrants if (s := comparison.score(e, task, probe)) is not None]
+
+
+def _about(comparison: Comparison, task: str) -> str:
+    r = next(r for r in comparison.results if r["task"] == task)
+    n_classes = len(r["classes"])
+    of_classes = f" of {n_classes} classes" if n_classes else ""
+    places = f" at {r['n_groups']:,} places" if r["n_groups"] < r["n_test"] else ""
+    metric = metric_text(comparison.metrics[task])
+    return f"{r['kind_of_task']}{of_classes}, {metric}, {r['n_test']:,} test samples{places}"
+
+
+def _bars(comparison: Comparison, task: str, probe: str, scores: Sequence[tuple[Entrant, Score]], name: str) -> str:
+    metric = comparison.metrics[task]
+    bars = []
+    for entrant, score in scores:
+        bounds = score.interval
+        shown = None if bounds is None else (in_unit(metric, bounds.low), in_unit(metric, bounds.high))
+        bars.append(Bar(entrant.title, in_unit(metric, score.value), shown, _series(comparison, entrant)))
+    return draw_bars(f"{probe}, {metric_text(metric)}", bars, name)
+
+
+def _curves(comparison: Comparison, task: str, probes: Sequence[str], name: str) -> list[str]:
+    """Scores over the number of labelled samples, by probes: the parts that were published, or else the nested ones."""
+    steps = comparison.steps(task, "partition")
+    plain = [s for s in steps if not parse_partition(s).is_nested]
+    steps = (
+        plain if len(plain) > 1 else [s for s in steps if parse_partition(s).is_nested or parse_partition(s).ratio == 1]
+    )
+    charts = []
+    for i, probe in enumerate(probes):
+        lines = [_curve(comparison, entrant, task, probe, steps) for entrant in comparison.entrants]
+        lines = [line for line in lines if len(line.x) > 1]
+        if lines:
+            title = f"{probe}, {metric_text(comparison.metrics[task])}"
+            chart = Chart(title, lines, over_counts=True, x="labelled samples")
+            charts.append(draw(chart, f"{name}-curve{i}", _SIZE_OF_CURVES_INCHES))
+    return charts
+
+
+def _curve(comparison: Comparison, entrant: Entrant, task: str, probe: str, steps: Sequence[str]) -> Line:
+    found = [s for step in steps if (s := comparison.score(entrant, task, probe, partition=step)) is not None]
+    metric, series = comparison.metrics[task], _series(comparison, entrant)
+    x = [float(np.mean([r["n_train"] for r in s.records])) for s in found]
+    y = [in_unit(metric, s.value) for s in found]
+    bounds = [s.interval for s in found]
+    known = [(in_unit(metric, b.low), in_unit(metric, b.high)) for b in bounds if b is not None]
+    band = ([low for low, _ in known], [high for _, high in known]) if len(known) == len(x) else None
+    style = {"model": "main", "random": "other", "control": "reference"}[entrant.kind]
+    return Line(x, y, style, entrant.title, series or 0, band if entrant.kind == "model" else None)
+
+
+def _best_of(comparison: Comparison, task: str, model: Entrant) -> Score | None:
+    """The score of a model by the probe that suits it best."""
+    found = [s for p in comparison.probes if (s := comparison.score(model, task, p)) is not None]
+    if not found:
+        return None
+    best = reduce(partial(better, comparison.metrics[task]), [s.value for s in found])
+    return next(s for s in found if s.value == best)
+
+
+def _confusion(score: Score) -> np.ndarray[Any, Any]:
+    """Of all seeds together, `[K, K]`."""
+    return np.sum([r["confusion"] for r in score.records], axis=0)  # type: ignore[no-any-return]
+
+
+def _series(comparison: Comparison, entrant: Entrant) -> int | None:
+    """The colour of a model; what is not trained has none."""
+    return comparison.models.index(entrant) % len(SERIES) if entrant.kind == "model" else None
+
+
+def _variable(comparison: Comparison, entrant: Entrant) -> str:
+    """The CSS variable of a model's colour, as it is in charts."""
+    number = _series(comparison, entrant)
+    return f"var(--series-{number + 1})" if number else "var(--accent)"
+
+
+def _training(runs: Sequence[Path]) -> list[str]:
+    """Scores over steps, by task and probe, a line for each run."""
+    of_runs = {run.resolve().name: _watched(run) for run in runs}
+    kinds = dict.fromkeys((r["task"], r["probe"], r["metric"]) for records in of_runs.values() for r in records)
+    charts = []
+    for i, (task, probe, metric) in enumerate(kinds):
+        lines = []
+        for number, (name, records) in enumerate(of_runs.items()):
+            curve = [r for r in records if (r["task"], r["probe"], r["metric"]) == (task, probe, metric)]
+            points = [(r["step"], in_unit(metric, score_of(r))) for r in curve]
+            lines.append(Line([x for x, _ in points], [y for _, y in points], "main", name, number % len(SERIES)))
+        title = f"{task}: {probe}, {metric_text(metric)}"
+        charts.append(draw(Chart(title, [line for line in lines if len(line.x)]), f"training{i}"))
+    return charts
+
+
+def _watched(run: Path) -> list[Record]:
+    """Records of the probes of a run on its encoder's last block."""
+    records = read_run(run / "eval.jsonl")
+    return [r for r in records if r["kind"] == "probe" and r["features"] == "encoder" and r["tap"] == "last"]
+
+
+def _problem(record: Record) -> tuple[str, str, str]:
+    said = [record.get("model"), str(record["features"]).replace("_", " "), f"on {record['task']}"]
+    said += [f"{key} {record[key]}" for key in ("subset", "size", "tap", "probe", "partition", "seed") if key in record]
+    how = "failed" if record["kind"] == "error" else "skipped"
+    return record["kind"], f"{', '.join(str(s) for s in said if s)} ({how})", str(record["error"])
+
+
+def _setup(comparison: Comparison) -> list[tuple[str, str]]:
+    """What results depend on beside what the tables say."""
+    rows = []
+    for model in comparison.models:
+        r = next(r for r in comparison.results if f"{r['model']} {r['weights']}" == model.identity)
+        encoder = r["encoder"]
+        parts = [f"ViT-{encoder.get('size')}/{encoder.get('patch_size')}", f"weights {r['weights']}"]
+        parts += [f"step {r['step']:,}"] if r["step"] else []
+        rows.append((model.title, ", ".join(parts)))
+    for key, what in (("version", "ssl_eo"), ("torch", "torch"), ("interpolation", "resized by"), ("pool", "pooling")):
+        found = dict.fromkeys(str(r[key]) for r in comparison.results if r[key] is not None)
+        rows.append((what, ", ".join(found)))
+    counts = sorted({int(r["n_resamples"]) for r in comparison.results})
+    rows.append(("resamples", ", ".join(f"{n:,}" for n in counts)))
+    rows.append(("seeds", ", ".join(str(s) for s in sorted({r["seed"] for r in comparison.results}))))
+    return rows
+
+
+def _listed(names: Sequence[str], n_most: int) -> str:
+    rest = len(names) - n_most
+    return ", ".join(names[:n_most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,311 @@
+"""A split of a task: samples of a source with their labels, as batches that an encoder takes.
+
+A split of limited size is chosen once and held in memory, so that it can be shown again and again while training. One
+that takes all samples of its source is read each time, by workers, and may be of any size.
+
+N samples of a split, B batch, C bands of the tile, c bands shown, H W tile pixels, h w view pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ssl_eo.data.render import Renderer
+from ssl_eo.data.stacking import check_sample, cut_to_views, stack_tiles, stack_views
+from ssl_eo.data.types import Batch, Sample, Source, TileBatch, TileSchema, ViewPlan, move_to
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.models.vit import EncoderInput
+from ssl_eo.seeding import numpy_generator
+
+__all__ = ["LabelledBatch", "Shown", "Split"]
+
+logger = logging.getLogger(__name__)
+
+# How many samples are looked at for each one wanted, in search of a balanced subset of a source that is not balanced.
+_N_READ_PER_SAMPLE = 4
+_MAX_BAD_RATIO = 0.01  # of the samples of a split that is read whole; more would be another split
+_UNREADABLE = (ValueError, OSError, EOFError)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of each sample is shown, and what its labels must be. `task` is a name for messages and seeds."""
+
+    task: str
+    tile: str
+    schema: TileSchema
+    plan: ViewPlan
+    kind: Kind
+    n_classes: int
+    ignore: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """B samples: what an encoder sees, and what probes are told.
+
+    `labels` are `[B]` int64, `[B, K]` uint8, `[B, H, W]` int16 or `[B]` float32, by kind. Samples of one group share a
+    place. Those of one digest have the same pixels (as they are stored, in all bands of the tile).
+    """
+
+    inputs: EncoderInput
+    keys: list[str]
+    labels: Tensor
+    groups: list[str]
+    digests: list[str]
+
+
+@dataclass
+class _Part:
+    """Samples as they are read, and what is wrong with those that cannot be."""
+
+    keys: list[str]
+    groups: list[str]
+    digests: list[str]
+    labels: Tensor
+    tiles: TileBatch | None  # None where no sample could be read
+    problems: list[str]
+
+
+class Split:
+    """Labelled samples of `source`, at most `n_max` of them, or all as they come where that is None."""
+
+    def __init__(self, name: str, source: Source, shown: Shown, n_max: int | None) -> None:
+        self.name = name
+        self.is_held = n_max is not None
+        self._source, self._shown = source, shown
+        self._n_max = len(source) if n_max is None else n_max
+        self._renderer = Renderer([{shown.tile: shown.schema}])
+
+    def __len__(self) -> int:
+        """The number of samples; of a split that is not held, before any turns out unreadable."""
+        return len(self.keys) if self.is_held else len(self._source)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of a held split."""
+        return self._held.keys
+
+    @property
+    def labels(self) -> Tensor:
+        """Of a held split."""
+        return self._held.labels
+
+    @property
+    def groups(self) -> list[str]:
+        """Of a held split."""
+        return self._held.groups
+
+    @property
+    def digests(self) -> list[str]:
+        """Of a held split."""
+        return self._held.digests
+
+    def fingerprint(self) -> str:
+        """Of the samples of the split, chosen or not."""
+        return f"{self._source.fingerprint()} {self._n_max if self.is_held else 'all'} {self._shown.seed}"
+
+    def batches(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[LabelledBatch]:
+        """The samples `rows` (positions in this split, in any order), as inputs `[B, c, h, w]` on `device`."""
+        held = self._held
+        assert held.tiles is not None
+        for part in torch.split(rows, batch_size):
+            chosen = part.tolist()
+            keys, groups, digests = _at(held.keys, chosen), _at(held.groups, chosen), _at(held.digests, chosen)
+            yield self._labelled(_Part(keys, groups, digests, held.labels[part], _rows(held.tiles, part), []), device)
+
+    def stream(self, batch_size: int, device: torch.device, n_workers: int = 0) -> Iterator[LabelledBatch]:
+        """All samples, in order, each once.
+
+        Raises `ValueError` when more than one in a hundred cannot be read: the rest would be another split.
+        """
+        if self.is_held:
+            yield from self.batches(torch.arange(len(self)), batch_size, device)
+            return
+        parts = _Parts(self._source, self._shown, batch_size)
+        n_read = n_bad = 0
+        for part in DataLoader(parts, batch_size=None, num_workers=n_workers):
+            for problem in part.problems:
+                n_bad += 1
+                logger.warning("task %s: a sample of %s is left out: %s", self._shown.task, self.name, problem)
+            if n_bad > math.ceil(_MAX_BAD_RATIO * len(self._source)):
+                raise ValueError(
+                    f"task {self._shown.task}: {n_bad} samples of {self.name} could not be read, the last one is"
+                    f" {part.problems[-1]}"
+                )
+            n_read += len(part.keys)
+            if part.tiles is not None:
+                yield self._labelled(part, device)
+        if n_read == 0:
+            raise ValueError(f"task {self._shown.task}: {self.name} has 0 readable samples of {len(self._source)}")
+
+    def _labelled(self, part: _Part, device: torch.device) -> LabelledBatch:
+        shown = self._shown
+        assert part.tiles is not None
+        batch = Batch(
+            step=0,
+            source=0,
+            keys=part.keys,
+            tiles={shown.tile: part.tiles},
+            views={"image": stack_views([[shown.plan] * len(part.keys)])},
+        )
+        pixels = self._renderer.to(device).render(move_to(batch, device))["image"]
+        inputs = EncoderInput(pixels.pixels, pixels.channels, pixels.gsd_m)
+        return LabelledBatch(inputs, part.keys, part.labels, part.groups, part.digests)
+
+    @cached_property
+    def _held(self) -> _Part:
+        """All chosen samples."""
+        if not self.is_held:
+            raise RuntimeError(f"the split {self.name} is read as it is used: take stream()")
+        return _stacked(self._choose(), self._shown, [])
+
+    def _choose(self) -> list[Sample]:
+        """Up to `n_max` samples, met in a fixed random order, classes in equal parts while the source has them."""
+        shown, name = self._shown, self._shown.task
+        order = numpy_generator(shown.seed, "task", name, self.name).permutation(len(self._source))
+        is_balanced = shown.kind == "classification"
+        quota = -(-self._n_max // shown.n_classes) if is_balanced else self._n_max
+        n_chosen = np.zeros(max(shown.n_classes, 1), dtype=np.int64)
+        chosen: list[Sample] = []
+        spare: list[Sample] = []
+        n_bad = 0
+        for index in order[: _N_READ_PER_SAMPLE * self._n_max].tolist():
+            try:
+                sample = _read(self._source, index, shown)
+            except _UNREADABLE as error:
+                n_bad += 1
+                logger.warning("task %s: sample %d of %s is left out: %s", name, index, self.name, error)
+                continue
+            of_class = int(sample.label) if is_balanced else 0
+            if n_chosen[of_class] < quota:
+                n_chosen[of_class] += 1
+                chosen.append(sample)
+            elif len(spare) < self._n_max:
+                spare.append(sample)
+            if len(chosen) == self._n_max:
+                break
+        chosen += spare[: self._n_max - len(chosen)]
+        if len(chosen) < 2:
+            raise ValueError(
+                f"task {name}: {self.name} has {len(chosen)} readable samples of {len(self._source)} ({n_bad} could"
+                " not be read), too few for a probe"
+            )
+        return chosen
+
+
+class _Parts(Dataset[_Part]):
+    """The batches of a source in order, each read by whoever asks for it."""
+
+    def __init__(self, source: Source, shown: Shown, batch_size: int) -> None:
+        self._source, self._shown, self._batch_size = source, shown, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._source) // self._batch_size)
+
+    def __getitem__(self, i: int) -> _Part:
+        samples, problems = [], []
+        for index in range(i * self._batch_size, min((i + 1) * self._batch_size, len(self._source))):
+            try:
+                samples.append(_read(self._source, index, self._shown))
+            except _UNREADABLE as error:
+                problems.append(f"sample {index}: {error}")
+        return _stacked(samples, self._shown, problems)
+
+
+def _read(source: Source, index: int, shown: Shown) -> Sample:
+    """The sample at `index`, with the shown tile alone; raises `ValueError` where its label is not of the kind."""
+    sample = source.read(index)
+    schema = {shown.tile: shown.schema}
+    check_sample(sample, schema)
+    sample = cut_to_views(sample, [shown.plan], schema)
+    problem = _LABEL_PROBLEMS[shown.kind](sample.label, shown)
+    if problem is not None:
+        raise ValueError(f"{sample.key}: {shown.kind} needs {problem}")
+    return sample
+
+
+def _stacked(samples: Sequence[Sample], shown: Shown, problems: list[str]) -> _Part:
+    tiles = stack_tiles(samples, [shown.tile], {shown.tile: shown.schema})[shown.tile] if samples else None
+    keys = [sample.key for sample in samples]
+    groups = [str(sample.meta.get("group", sample.key)) for sample in samples]
+    digests = [_digest(sample.tiles[shown.tile].array) for sample in samples]
+    return _Part(keys, groups, digests, _stacked_labels(samples, shown), tiles, problems)
+
+
+def _digest(pixels: NDArray[Any]) -> str:
+    return blake2b(pixels.tobytes(), digest_size=16).hexdigest()
+
+
+def _stacked_labels(samples: Sequence[Sample], shown: Shown) -> Tensor:
+    dtype = {"classification": np.int64, "multilabel": np.uint8, "segmentation": np.int16, "regression": np.float32}
+    labels = [np.asarray(sample.label) for sample in samples]
+    if len(shapes := {label.shape for label in labels}) > 1:
+        raise ValueError(f"task {shown.task}: labels differ in size: {', '.join(map(str, sorted(shapes)))}")
+    return torch.from_numpy(np.stack(labels).astype(dtype[shown.kind])) if labels else torch.empty(0)
+
+
+def _class_problem(label: Any, shown: Shown) -> str | None:
+    if isinstance(label, (int, np.integer)) and 0 <= label < shown.n_classes:
+        return None
+    return f"a label from 0 to {shown.n_classes - 1}, got {label!r}"
+
+
+def _classes_problem(label: Any, shown: Shown) -> str | None:
+    values = np.asarray(label)
+    if values.shape == (shown.n_classes,) and np.isin(values, (0, 1)).all():
+        return None
+    return f"{shown.n_classes} labels of 0 or 1, got {_short(values)}"
+
+
+def _map_problem(label: Any, shown: Shown) -> str | None:
+    values: NDArray[Any] = np.asarray(label)
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        return f"a label for each pixel, got {_short(values)}"
+    known = (values >= 0) & (values < shown.n_classes)
+    if shown.ignore is not None:
+        known |= values == shown.ignore
+    if known.all():
+        return None
+    without = "" if shown.ignore is None else f" or {shown.ignore}"
+    return f"labels from 0 to {shown.n_classes - 1}{without}, got {values[~known].flat[0]}"
+
+
+def _number_problem(label: Any, shown: Shown) -> str | None:
+    if isinstance(label, (int, float, np.number)) and math.isfinite(label):
+        return None
+    return f"a finite number, got {label!r}"
+
+
+_LABEL_PROBLEMS = {
+    "classification": _class_problem,
+    "multilabel": _classes_problem,
+    "segmentation": _map_problem,
+    "regression": _number_problem,
+}
+
+
+def _short(values: NDArray[Any]) -> str:
+    return f"{values.dtype} of shape {list(values.shape)}"
+
+
+def _at(column: Sequence[str], rows: Sequence[int]) -> list[str]:
+    return [column[i] for i in rows]
+
+
+def _rows(tiles: TileBatch, rows: Tensor) -> TileBatch:
+    present = None if tiles.present is None else tiles.present[rows]
+    return TileBatch(tiles.pixels[rows], tiles.gsd_m[rows], tiles.has_no_data, present)

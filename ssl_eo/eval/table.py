@@ -1,0 +1,62 @@
+"""The tables that a person reads in a terminal: the encoder beside what needs no training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from ssl_eo.eval.summary import Record, score_text, summarise
+
+__all__ = ["print_summary", "rows_of_results"]
+
+_PARTS = ("partition", "subset", "size", "seed")  # by which results of one task may differ
+
+
+def print_summary(records: Sequence[Record], stream: TextIO) -> bool:
+    """Print one table for each task of `records`: the last step against step 0 and the controls.
+
+    Returns whether all that the tables compare could be measured; what could not is named below its table.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream, soft_wrap=True, highlight=False, markup=False, emoji=False)
+    summaries = summarise(records)
+    for summary in summaries:
+        table = Table(title=f"{summary.task}: {summary.metric} of frozen features", title_justify="left")
+        for column in ("features", "read at", *summary.probes):
+            table.add_column(column, justify="right" if column in summary.probes else "left")
+        for row in summary.rows:
+            cells = (score_text(summary.metric, row.scores[p]) if p in row.scores else "" for p in summary.probes)
+            table.add_row(row.title, row.tap, *cells)
+        console.print(table)
+        for rival in dict.fromkeys(margin.rival for margin in summary.margins):
+            gains = [f"{m.probe} {m.text}" for m in summary.margins if m.rival == rival]
+            console.print(f"  margin over {rival}: {', '.join(gains)}")
+        for failure in summary.failures:
+            console.print(f"  {failure}")
+    return not any(summary.failures for summary in summaries)
+
+
+def rows_of_results(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results of an evaluation (`ssl_eo.eval.records`) in the form of those of a training, a task for each variant.
+
+    A variant is told by what differs between the results of a task: part of the training set, bands, size, seed.
+    """
+    measured = [r for r in results if r["kind"] != "skipped"]
+    varied = [part for part in _PARTS if len({r[part] for r in measured if part in r}) > 1]
+    rows = []
+    for r in measured:
+        said = [str(r[part]) for part in varied if part in r]
+        head = {
+            "task": " ".join([r["task"], *(f"[{text}]" for text in said)]),
+            "features": "encoder" if r["features"] == "random_encoder" else r["features"],
+            "is_trained": r["features"] == "encoder",
+            "step": r["step"] or 0,
+        }
+        said_of_probe = {key: r[key] for key in ("tap", "probe", "metric") if key in r}
+        if r["kind"] == "error":
+            rows.append({**head, "kind": "error", **said_of_probe, "error": r["error"]})
+        else:
+            rows.append({**head, "kind": "probe", **said_of_probe, **r["scores"]})
+    return rows

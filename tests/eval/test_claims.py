@@ -1,0 +1,137 @@
+"""Claims with real processes: each piece of work is done once, and that of a process which dies by another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssl_eo.eval.claims import Claim, claimed, work_through
+
+NAMES = [f"piece {i}" for i in range(12)]
+FORK = multiprocessing.get_context("fork")
+
+
+def _start(n: int, work: Callable[..., None], *args: Any) -> list[int | None]:
+    """Exit codes of `n` processes that all do `work(all_begun, *args)`."""
+    all_begun = FORK.Barrier(n)
+    processes = [FORK.Process(target=work, args=(all_begun, *args)) for _ in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode is not None, "it hangs"
+    return [process.exitcode for process in processes]
+
+
+def _note(folder: Path, name: str, text: str = "") -> None:
+    with (folder / "log").open("a") as file:
+        file.write(f"{name};{text}\n")
+
+
+def _log(folder: Path) -> list[tuple[str, str]]:
+    lines = (folder / "log").read_text().splitlines()
+    return sorted((name, text) for name, _, text in (line.partition(";") for line in lines))
+
+
+def _work_once(all_begun: Any, folder: Path) -> None:
+    has_begun = False
+
+    def work(name: str, claim: Claim) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            all_begun.wait(30)  # nothing has ended before all processes have begun
+            has_begun = True
+        _note(folder, name, str(claim.n_before))
+
+    work_through(folder / "claims", NAMES, work)
+
+
+def test_each_piece_is_done_once_by_three_processes(tmp_path: Path) -> None:
+    assert _start(3, _work_once, tmp_path) == [0, 0, 0]
+    assert _log(tmp_path) == sorted((name, "0") for name in NAMES)
+
+
+def test_a_later_process_looks_at_each_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert _start(1, _work_once, tmp_path) == [0]
+    assert _log(tmp_path) == sorted([(name, "0") for name in NAMES] * 2)
+
+
+def _die_at_the_first(all_begun: Any, folder: Path) -> None:
+    """Whoever comes to `piece 0` first is killed at it."""
+    has_begun = False
+
+    def work(name: str, claim: Claim) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            all_begun.wait(30)
+            has_begun = True
+        if name == NAMES[0] and claim.n_before == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        _note(folder, name, str(claim.n_before))
+
+    work_through(folder / "claims", NAMES, work)
+
+
+def test_what_a_killed_process_was_at_is_taken_up_by_another(tmp_path: Path) -> None:
+    codes = _start(2, _die_at_the_first, tmp_path)
+    assert sorted(codes, key=str) == [-signal.SIGKILL, 0]
+    assert _log(tmp_path) == sorted((name, "1" if name == NAMES[0] else "0") for name in NAMES)
+
+
+def _give_up_after_two(all_begun: Any, folder: Path) -> None:
+    has_begun = False
+
+    def work(name: str, claim: Claim) -> None:
+        nonlocal has_begun
+        if not has_begun:
+            all_begun.wait(30)
+            has_begun = True
+        if name == NAMES[0] and claim.n_before < 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        _note(folder, name, "given up" if claim.n_before == 2 else "done")
+
+    work_through(folder / "claims", NAMES, work)
+
+
+def test_a_piece_that_was_given_up_kills_no_more_of_those_who_saw_it(tmp_path: Path) -> None:
+    codes = _start(4, _give_up_after_two, tmp_path)
+    assert sorted(codes, key=str) == [-signal.SIGKILL, -signal.SIGKILL, 0, 0]
+    assert _log(tmp_path) == sorted((name, "given up" if name == NAMES[0] else "done") for name in NAMES)
+
+
+def test_a_piece_that_was_given_up_is_tried_again_by_the_next_call(tmp_path: Path) -> None:
+    seen = []
+    for _ in range(2):
+        work_through(tmp_path, ["a"], lambda _, claim: seen.append(claim.n_before))
+    assert seen == [0, 0]
+
+
+def test_an_error_is_no_death(tmp_path: Path) -> None:
+    for error in (KeyboardInterrupt, ValueError):
+
+        def fail(name: str, claim: Claim, error: type[BaseException] = error) -> None:
+            raise error("stop")
+
+        with pytest.raises(error):
+            work_through(tmp_path, ["a"], fail)
+    with claimed(tmp_path, "a") as claim:
+        assert claim is not None
+        assert (claim.n_before, claim.ended_ns) == (0, None)
+
+
+def test_a_claim_is_of_one_at_a_time(tmp_path: Path) -> None:
+    with claimed(tmp_path, "a") as first:
+        assert first is not None
+        with claimed(tmp_path, "a") as second, claimed(tmp_path, "b") as other:
+            assert second is None
+            assert other is not None
+    with claimed(tmp_path, "a") as third:
+        assert third is not None
+        assert third.n_before == 0  # it was held, and never begun

@@ -1,0 +1,360 @@
+"""The page of evaluations: its numbers against a count by hand, and how it looks in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from toy import tasks
+from toy.results import outcome, problem, record, written
+
+from ssl_eo.cli import main
+from ssl_eo.eval.comparison import Comparison, Entrant
+from ssl_eo.eval.offline import Evaluation, Model, evaluate
+from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
+from ssl_eo.eval.results_page import write_results_page
+
+
+def _entrant(comparison: Comparison, title: str) -> Entrant:
+    (found,) = [e for e in comparison.entrants if e.title == title]
+    return found
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+ODD = ['$a_b$ & <i>"c"</i>', "100 %", "\\d"]
+
+
+def _shapes(svg: str, kind: str) -> int:
+    """How many elements of matplotlib's name `kind` are drawn; the SVG must be well-formed."""
+    root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
+    return len([e for e in root.iter() if kind in e.get("id", "")])
+
+
+def test_bars_have_a_patch_and_an_interval_each() -> None:
+    bars = [Bar(name, 10.0 * i, (10.0 * i - 2, 10.0 * i + 2) if i else None, i or None) for i, name in enumerate(ODD)]
+    svg = draw_bars(ODD[0], bars, "x")
+    assert _shapes(svg, "x-patch_") - _shapes(draw_bars("", [], "x"), "x-patch_") == 3
+    for name in ODD:
+        assert name in "".join(ElementTree.fromstring(svg.replace("xlink:href", "href")).itertext())
+
+
+def test_a_confusion_has_a_cell_for_each_share_and_rows_sum_to_one() -> None:
+    svg = draw_confusion("t", [[8, 2, 0], [0, 0, 0], [1, 1, 2]], ODD, "x")
+    texts = [e.text for e in ElementTree.fromstring(svg.replace("xlink:href", "href")).iter("text")]
+    assert [t for t in texts if t and t.isdigit()] == ["80", "20", "25", "25", "50"]
+    opacities = [float(v) for v in re.findall(r"fill: var\(--accent\); opacity: ([\d.]+)", svg)]
+    assert opacities == pytest.approx([0.8, 0.2, 0.25, 0.25, 0.5])
+
+
+def test_points_and_levels_are_named() -> None:
+    svg = draw_points("t", [Point("one", 0.5, 40, 0), Point("none", 5, 60, None)], [("level", 50)], "GFLOP", "x")
+    assert all(name in svg for name in ("one", "none", "level", "GFLOP"))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class _Page(HTMLParser):
+    """What a browser would load, the text, and whether elements close in order."""
+
+    VOID = frozenset({"meta", "img", "br", "path", "use", "rect", "line"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.rows: list[list[str]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for key, value in attrs:
+            if key in ("src", "href", "xlink:href"):
+                self.links.append(value or "")
+            if key == "id":
+                self.ids.append(value or "")
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"style", "svg"} & set(self.open):
+            return
+        self.texts.append(data)
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data if "span" not in self.open else f" {data}"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two encoders, evaluated on a task of each kind with parts of the training set and bands."""
+    folders = []
+    for number, name in enumerate(("first", "second")):
+        folder = tmp_path_factory.mktemp(name)
+        plan = Evaluation(
+            tasks=[tasks.task(kind, name=f"toy_{kind}", flags=[f"<noise> of {kind}"]) for kind in tasks.KINDS],
+            partitions=["0.20x", "1.00x"],
+            subsets=["all", "random"],
+            seeds=[0, 1],
+            n_resamples=40,
+        )
+        evaluate(Model(name, tasks.encoder(seed=number), 10), plan, folder)
+        folders.append(folder)
+    return folders
+
+
+def _text(page: _Page) -> str:
+    return " ".join(" ".join(page.texts).split())
+
+
+def test_the_page_is_whole_and_loads_nothing(results: list[Path], tmp_path: Path) -> None:
+    html = write_results_page(results, tmp_path / "report.html").read_text()
+    page = _Page(html)
+    assert page.open == []
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert "http" not in html
+    assert not re.search(r"#0[1-9a]0[1-9a]0[1-9a]\b", html)  # every stand-in colour became a variable of the page
+    used = set(re.findall(r"var\((--[\w-]+)\)", html))
+    assert used <= set(re.findall(r"(--[\w-]+):", html))
+
+
+def test_the_page_shows_what_was_measured(results: list[Path], tmp_path: Path) -> None:
+    page = _Page(write_results_page(results, tmp_path / "report.html").read_text())
+    text = _text(page)
+    assert "Evaluation of first, second" in text
+    for kind in tasks.KINDS:
+        assert f"<noise> of {kind}" in text  # escaped, so the parser gives it back
+    for title in (
+        "Margins over what needs no training",
+        "Bands",
+        "Confusion of classes",
+        "Score over labelled",
+    ):
+        assert title in text
+    comparison = Comparison.read(results)
+    titles = ["first", "second", "random encoder", "band statistics", "texture statistics", "random convolution"]
+    assert [e.title for e in comparison.entrants] == titles
+    (start,) = [i for i, row in enumerate(page.rows) if row[:2] == ["features", "toy_classification, accuracy %"]][:1]
+    for row, entrant in zip(page.rows[start + 1 : start + 7], comparison.entrants, strict=True):
+        score = comparison.score(entrant, "toy_classification", "knn")
+        assert score is not None
+        assert score.interval is not None
+        low, high = 100 * score.interval.low, 100 * score.interval.high
+        assert row[:2] == [entrant.title, f"{100 * score.value:.1f} [{low:.1f}, {high:.1f}]"]
+
+
+def test_scores_are_written_in_three_more_forms(results: list[Path], tmp_path: Path) -> None:
+    out, markdown, latex = (tmp_path / name for name in ("report.html", "tables.md", "tables.tex"))
+    write_results_page(results, out, markdown=markdown, latex=latex)
+    comparison = Comparison.read(results)
+    with (tmp_path / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(comparison.results)
+    assert {row["dataset"] for row in rows} == set(comparison.tasks)
+    score = comparison.score(_entrant(comparison, "second"), "toy_segmentation", "ridge")
+    assert score is not None
+    shown = f"{100 * score.value:.1f}"
+    text = markdown.read_text()
+    assert shown in next(line for line in text.split("## ridge")[1].splitlines() if line.startswith("| second |"))
+    assert len({line.count(" | ") for line in text.split("## ridge")[1].split("\n\n")[1].splitlines()[2:]}) == 1
+    assert r"<noise\>" in text or r"\<noise\>" in text
+    table = latex.read_text().split(r"\caption{ridge}")[1].split(r"\end{table}")[0]
+    assert shown in next(line for line in table.splitlines() if line.startswith("second &"))
+    assert len({line.count("&") for line in table.splitlines() if line.endswith(r"\\")}) == 1
+    assert not re.search(r"(?<!\\)[%_#$](?!pm)", table.replace("{!}{%", "").replace(r"$\pm$", ""))
+
+
+def test_failures_flags_and_odd_names_are_shown(tmp_path: Path) -> None:
+    name = "<b>$x$ & y"
+    records = [
+        record("encoder", outcome(40), task=name, n_leaked=3),
+        record("band_statistics", outcome(20), task=name),
+    ]
+    records += [problem("error", "OSError: <gone>"), problem("skipped", "the tile has no bands rgb")]
+    out = write_results_page([written(tmp_path / "a", records)], tmp_path / "report.html", latex=tmp_path / "t.tex")
+    page = _Page(out.read_text())
+    text = _text(page)
+    assert page.open == []
+    assert "3 test samples have the content of a training sample" in text
+    assert "a, encoder, on scenes, subset rgb, size task (failed) : OSError: <gone>" in text.replace("):", ") :")
+    assert "(skipped)" in text
+    assert name in text
+    assert r"<b>\$x\$ \& y" in (tmp_path / "t.tex").read_text()
+
+
+def test_ranges_bring_every_task_onto_one_scale(results: list[Path], tmp_path: Path) -> None:
+    ranges = tmp_path / "normalizer.json"
+    ranges.write_text(json.dumps({f"toy_{kind}": [0.0, 2.0] for kind in tasks.KINDS}))
+    out = tmp_path / "report.html"
+    assert main(["report", *map(str, results), "--out", str(out), "--normalizer", str(ranges)]) == 0
+    page = _Page(out.read_text())
+    assert "scaled from its range in normalizer.json: 0 is its low end" in _text(page)
+    comparison = Comparison.read(results)
+    values = sorted(
+        value / 2 if kind != "regression" else 1 - value / 2
+        for kind in tasks.KINDS
+        if (score := comparison.score(comparison.entrants[0], f"toy_{kind}", "ridge")) is not None
+        for value in score.values
+    )
+    (row,) = [row for row in page.rows if row[0] == "first"][:1]
+    header = next(row for row in page.rows if row[0] == "features")
+    at = header.index("ridge, 4 tasks")
+    assert row[at].split()[0] == f"{25 * sum(values[2:6]):.1f}"  # the middle half of 4 tasks and 2 seeds
+
+
+def test_sizes_are_compared(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(n), size=size) for size, n in (("task", 30), ("224", 45))]
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    assert "Sizes" in _text(page)
+    (start,) = [i for i, row in enumerate(page.rows) if row == ["features", "task", "224"]]
+    assert [cell.split()[0] for cell in page.rows[start + 1][1:]] == ["50.0", "75.0"]
+
+
+def test_old_records_without_resamples_have_scores_alone(tmp_path: Path) -> None:
+    bare = [record(f, outcome(n)) for f, n in (("encoder", 40), ("band_statistics", 20))]
+    for found in bare:
+        del found["resampled"], found["gflop"]
+    page = _Page(write_results_page([written(tmp_path, bare)], tmp_path / "r.html").read_text())
+    assert ["a", "66.7"] in page.rows
+    assert ["a over the best control", "+33.3 band statistics"] in page.rows
+
+
+def test_runs_add_their_curves(results: list[Path], tmp_path: Path) -> None:
+    head = {
+        "task": "scenes",
+        "features": "encoder",
+        "kind": "probe",
+        "tap": "last",
+        "probe": "knn",
+        "metric": "accuracy",
+    }
+    run = tmp_path / "my-run"
+    run.mkdir()
+    (run / "config.yaml").write_text("objective: {name: mae}\n")
+    (run / "eval.jsonl").write_text("".join(json.dumps({**head, "step": s, "accuracy": s / 99}) + "\n" for s in (0, 9)))
+    out = tmp_path / "report.html"
+    assert main(["report", str(results[0]), str(run), "--out", str(out)]) == 0
+    assert "While training" in out.read_text()
+    assert "my-run" in out.read_text()
+    assert not (run / "report.html").exists()
+
+
+def test_the_command_tells_folders_apart(
+    results: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(results[0], tmp_path / "results")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("objective: {name: mae}\n")
+    assert main(["report", str(folder), str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n{folder / 'results.html'}\n"
+    for arguments, message in (
+        ([str(tmp_path)], "it is not a run directory"),
+        ([str(folder), str(tmp_path / "rnu"), "--out", "x.html"], "rnu has no results.jsonl"),
+        ([str(run), "--latex", "x.tex"], "--latex is for results of ssl-eo eval"),
+    ):
+        assert main(["report", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_folders_without_results_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no results\.jsonl"):
+        write_results_page([tmp_path], tmp_path / "r.html")
+    with pytest.raises(ValueError, match="nothing was measured"):
+        write_results_page([written(tmp_path, [problem("error", "x")])], tmp_path / "r.html")
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+# Draws nothing and loads nothing: it asks the browser what it has drawn and loaded, and writes it into the page.
+_ASK = """<script>
+const drawn = [...document.querySelectorAll("svg")].map(svg => {
+  const shapes = [...svg.querySelectorAll("path, use")].filter(shape => {
+    const box = shape.getBBox();
+    return box.width + box.height > 0;
+  });
+  const frame = svg.getBoundingClientRect();
+  return {label: svg.getAttribute("aria-label"), shapes: shapes.length, width: frame.width, height: frame.height};
+});
+const colors = [...document.querySelectorAll("svg path, svg text")].map(e => e.getAttribute("style") || "");
+const root = document.documentElement;
+const found = {drawn, loaded: performance.getEntriesByType("resource").map(e => e.name),
+  overflow: root.scrollWidth - root.clientWidth,
+  unresolved: [...new Set(colors.flatMap(s => [...s.matchAll(/var\\((--[\\w-]+)\\)/g)].map(m => m[1])))]
+    .filter(name => getComputedStyle(root).getPropertyValue(name).trim() === "")};
+const out = document.createElement("pre");
+out.id = "found";
+out.textContent = JSON.stringify(found);
+document.body.append(out);
+</script></body>"""
+
+
+def _browse(chromium: str, page: Path, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", *quiet]
+    command += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--v=0", *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.fixture
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("there is no chromium: apt-get install --no-install-recommends chromium")
+    return found
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width_px", [1200, 600])
+def test_a_browser_draws_every_chart_and_complains_of_nothing(
+    chromium: str, results: list[Path], tmp_path: Path, width_px: int
+) -> None:
+    out = write_results_page(results, tmp_path / "report.html")
+    asking = tmp_path / "asking.html"
+    html = out.read_text()
+    asking.write_text(html.replace("</body>", _ASK))
+    done = _browse(chromium, asking, tmp_path / "profile", f"--window-size={width_px},1000", "--dump-dom")
+    assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
+    found = json.loads(unescape(done.stdout.split('<pre id="found">')[1].split("</pre>")[0]))
+    assert len(found["drawn"]) == html.count("<svg")
+    assert len(found["drawn"]) == 18  # costs 2, bars 6, curves 6, confusions 4
+    for chart in found["drawn"]:
+        assert chart["shapes"] > 3, chart
+        assert chart["width"] > 100, chart
+        assert chart["height"] > 50, chart
+    assert found["loaded"] == []
+    assert found["unresolved"] == []
+    assert found["overflow"] <= 0  # tables scroll by themselves, the page does not
+
+
+@pytest.mark.browser
+def test_a_browser_that_complains_is_heard(chromium: str, tmp_path: Path) -> None:
+    page = tmp_path / "broken.html"
+    page.write_text("<!DOCTYPE html><script>undefined.x</script>")
+    done = _browse(chromium, page, tmp_path / "profile", "--dump-dom")
+    assert any(":CONSOLE" in line for line in done.stderr.splitlines())
