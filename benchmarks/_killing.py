@@ -103,7 +103,7 @@ class Run:
 
     def begun_after(self) -> int | None:
         """The step after which this start goes on, 0 for a new run; None as long as it has not said so."""
-        found = re.search(r": (?:new run|going on after step ([\d,]+));", self.output())
+        found = re.search(r": (?:new run|going on after step ([\d,]+)) on ", self.output())
         return None if found is None else int((found[1] or "0").replace(",", ""))
 
     def step(self) -> int:

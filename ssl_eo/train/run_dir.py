@@ -96,6 +96,7 @@ def identify(path: Path, is_new: bool) -> str:
     if is_main():
         file = path / _WORD
         if is_new or not file.is_file():
+            path.mkdir(parents=True, exist_ok=True)
             atomic_write(file, token_hex(8))
         word = file.read_text(encoding="utf-8")
     return str(broadcast_object(word))
