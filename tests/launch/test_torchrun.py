@@ -172,15 +172,18 @@ def _is_held(run: Path) -> bool:
 
 
 def test_a_signal_is_heard_while_the_others_are_awaited(tmp_path: Path) -> None:
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    for rank in ("0", "1"):
-        arguments = [sys.executable, "-m", "ssl_eo", "train", *_command(tmp_path)]
-        process = _start_process(arguments, RANK=rank, LOCAL_RANK=rank, **meeting)
-        time.sleep(8)  # it has come to where it waits
+    processes = []
+    for rank in ("0", "1"):  # of two groups, whose other rank never comes
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        arguments = [sys.executable, "-m", "ssl_eo", "train", *_command(tmp_path / rank)]
+        processes.append(_start_process(arguments, RANK=rank, LOCAL_RANK=rank, **meeting))
+    time.sleep(10)  # both have come to where they wait
+    begun = time.monotonic()
+    for process in processes:
         process.terminate()
-        begun = time.monotonic()
+    for process in processes:
         status, output = finish(process)
         assert time.monotonic() - begun < 10
         assert status == 75, output

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launching import ROOT, command, finish, read_checkpoint, records, start, train
+
+from ssl_eo.cli import main
+from ssl_eo.cluster import EXIT_RESUMABLE
+
+OnRanks = Callable[..., list[Any]]
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 STEPS = (
@@ -23,6 +30,10 @@ DISTILLATION = (*STEPS, "train.global_batch_size=8", "objective.koleo_over_ranks
 
 # Gradients are summed in another order, and AdamW divides by their size: float32 rounding (6e-8) grows over ten steps.
 TOLERANCE = {"rtol": 2e-3, "atol": 2e-5}
+
+
+def _train(config: str, out_dir: Path, *overrides: str) -> int:
+    return main(command(config, out_dir, *overrides)[2:])
 
 
 def _final(out_dir: Path, name: str) -> dict[str, torch.Tensor]:
@@ -62,24 +73,21 @@ def test_two_ranks_equal_one_process(single: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
-def test_two_ranks_equal_one_process_in_self_distillation(tmp_path: Path, centering: str) -> None:
+def test_two_ranks_equal_one_process_in_self_distillation(tmp_path: Path, on_ranks: OnRanks, centering: str) -> None:
     """Targets, centers and neighbours are those of the samples of all ranks, which hide other numbers of patches."""
     config, name = str(ROOT / "configs" / "debug" / "dinov2.yaml"), "debug_dinov2"
     for n_ranks in (1, 2):
         overrides = (*DISTILLATION, f"objective.centering={centering}")
-        status, output = train(config, tmp_path / str(n_ranks), *overrides, n_ranks=n_ranks)
-        assert status == 0, output
+        assert on_ranks(n_ranks, _train, config, tmp_path / str(n_ranks), *overrides) == [0] * n_ranks
     _assert_close(tmp_path / "1", tmp_path / "2", name)
     assert _keys_by_step(tmp_path / "1", name) == _keys_by_step(tmp_path / "2", name)
 
 
-def test_from_two_ranks_to_one(single: Path, tmp_path: Path) -> None:
-    status, output = train(DEBUG, tmp_path, *SHORT, "train.time_limit_s=0.0", n_ranks=2)
-    assert status != 0, output
+def test_from_two_ranks_to_one(single: Path, tmp_path: Path, on_ranks: OnRanks) -> None:
+    assert on_ranks(2, _train, DEBUG, tmp_path, *SHORT, "train.time_limit_s=0.0") == [EXIT_RESUMABLE] * 2
     stopped = records(tmp_path / "debug_mae" / "metrics.jsonl")[-1]["step"]
     assert 0 < stopped < 10
-    status, output = train(DEBUG, tmp_path, *SHORT)
-    assert status == 0, output
+    assert on_ranks(1, _train, DEBUG, tmp_path, *SHORT) == [0]
     _assert_close(single, tmp_path)
 
 
@@ -93,7 +101,6 @@ def test_an_error_on_one_rank_ends_them_all(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in (tmp_path / "debug_mae" / "checkpoints").iterdir()] == ["step_00000003"]
 
 
-def test_accumulated_micro_batches_equal_one_batch(single: Path, tmp_path: Path) -> None:
-    status, output = train(DEBUG, tmp_path, *SHORT, "train.accumulate=2")
-    assert status == 0, output
+def test_accumulated_micro_batches_equal_one_batch(single: Path, tmp_path: Path, on_ranks: OnRanks) -> None:
+    assert on_ranks(1, _train, DEBUG, tmp_path, *SHORT, "train.accumulate=2") == [0]
     _assert_close(single, tmp_path)

@@ -93,8 +93,7 @@ def test_kill_9_of_a_rank_ends_the_other_which_says_so(rank: int, tmp_path: Path
     assert _checkpoints(tmp_path) == ["step_00000004"]
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "asynchronous"), [(0, "true"), (1, "false")])
 def test_kill_9_in_mid_save_is_told_too(rank: int, asynchronous: str, tmp_path: Path) -> None:
     """Large files and many, so that the save takes a while; what the others then meet is an error of the save."""
     overrides = (f"checkpoint.asynchronous={asynchronous}", "model.embed_dim=384", "model.n_heads=6")

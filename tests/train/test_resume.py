@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,9 +63,27 @@ def _losses(out_dir: Path, name: str = "debug_mae") -> list[float]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("uninterrupted")
-    status, output = train(DEBUG, out_dir, *SHORT)
-    assert status == 0, output
+    assert _train(DEBUG, out_dir) == 0
     return out_dir
+
+
+def _train(config: str, out_dir: Path, *overrides: str) -> int:
+    """In this process, which is quicker than in one of its own."""
+    return main(command(config, out_dir, *SHORT, *overrides)[2:])
+
+
+def _kill_9_after_step(step: int, config: str, out_dir: Path, name: str, *overrides: str) -> None:
+    """A training in a fork of this process, which is quicker than a new one."""
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(config, out_dir, *overrides))
+    process.start()
+    limit = time.monotonic() + 120
+    while not any(r["step"] >= step for r in records(out_dir / name / "metrics.jsonl")):
+        assert process.is_alive(), "ended early"
+        assert time.monotonic() < limit, "timed out"
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def _train_killed_after_step(step: int, out_dir: Path, *overrides: str, how: int = signal.SIGKILL) -> tuple[int, str]:
@@ -88,14 +108,11 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
 def test_kill_9_in_every_objective(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Teachers, queues, centers, learned weights and the ratios of masks go on as well."""
     config, name = str(ROOT / "configs" / "debug" / f"{kind}.yaml"), f"debug_{kind}"
-    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", (*SHORT, *ALSO.get(kind, ()))
-    assert main(command(config, whole, *steps)[2:]) == 0
-    process = start(command(config, killed, *steps))
-    wait_for(lambda: any(r["step"] >= 12 for r in records(killed / name / "metrics.jsonl")), process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
+    whole, killed, also = tmp_path / "whole", tmp_path / "killed", ALSO.get(kind, ())
+    assert _train(config, whole, *also) == 0
+    _kill_9_after_step(12, config, killed, name, *also)
     capfd.readouterr()
-    assert main(command(config, killed, *steps)[2:]) == 0
+    assert _train(config, killed, *also) == 0
     assert "going on after step 10" in capfd.readouterr().err
     final = _final(whole, name)
     assert all(any(re.search(pattern, key) for key in final) for pattern in STATE_OF[kind])
@@ -106,31 +123,26 @@ def test_kill_9_in_every_objective(kind: str, tmp_path: Path, capfd: pytest.Capt
 
 def test_kill_9_on_real_data_with_two_workers(real_samples: Callable[[str], Path], tmp_path: Path) -> None:
     """EuroSAT JPEGs from WebDataset tars: 20 steps equal 10, a kill, and 10, in weights, optimiser and keys seen."""
-    recipe = ("pretrain/mae_vitmicro4_eurosat", f"data.sources[0].root={real_samples('eurosat_rgb')}")
-    short = (*SHORT, "data.n_workers=2", "eval.every_n_steps=0", "train.precision=float32", "run.name=debug_mae")
-    status, output = train(recipe[0], tmp_path / "whole", *short, recipe[1])
-    assert status == 0, output
-    process = start(command(recipe[0], tmp_path / "killed", *short, recipe[1]))
-    metrics = tmp_path / "killed" / "debug_mae" / "metrics.jsonl"
-    wait_for(lambda: any(r["step"] >= 12 for r in records(metrics)), process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert finish(process)[0] == -signal.SIGKILL
-    status, output = train(recipe[0], tmp_path / "killed", *short, recipe[1])
-    assert status == 0, output
+    recipe, root = "pretrain/mae_vitmicro4_eurosat", f"data.sources[0].root={real_samples('eurosat_rgb')}"
+    also = ("data.n_workers=2", "eval.every_n_steps=0", "train.precision=float32", "run.name=debug_mae", root)
+    assert _train(recipe, tmp_path / "whole", *also) == 0
+    _kill_9_after_step(12, recipe, tmp_path / "killed", "debug_mae", *also)
+    assert _train(recipe, tmp_path / "killed", *also) == 0
     assert_same_bits(_final(tmp_path / "whole"), _final(tmp_path / "killed"))
     assert _keys(tmp_path / "killed") == _keys(tmp_path / "whole")
     assert len({key for _, keys in _keys(tmp_path / "whole") for key in keys}) == 20 * 16
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-def test_a_signal_checkpoints_and_exits_75(uninterrupted: Path, tmp_path: Path, how: signal.Signals) -> None:
+def test_a_signal_checkpoints_and_exits_75(
+    uninterrupted: Path, tmp_path: Path, how: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
     status, output = _train_killed_after_step(4, tmp_path, how=how)
     assert status == 75, output
     assert "stopped on request after step" in output
     assert not (tmp_path / "debug_mae" / "checkpoints" / "step_00000010").exists()
-    status, output = train(DEBUG, tmp_path, *SHORT)
-    assert status == 0, output
-    assert "going on after step" in output
+    assert _train(DEBUG, tmp_path) == 0
+    assert "going on after step" in capfd.readouterr().err
     assert_same_bits(_final(uninterrupted), _final(tmp_path))
 
 
@@ -141,8 +153,7 @@ def test_killed_before_the_first_checkpoint_leaves_no_trace(tmp_path: Path) -> N
     evaluation = ("eval.every_n_steps=100", f"eval.tasks=[{task}]")
     status, _ = _train_killed_after_step(2, tmp_path, *evaluation)
     assert status == -signal.SIGKILL
-    status, output = train(DEBUG, tmp_path, *SHORT, *evaluation)
-    assert status == 0, output
+    assert _train(DEBUG, tmp_path, *evaluation) == 0
     lines = [
         (r["step"], r["features"], r["kind"], r.get("probe")) for r in records(tmp_path / "debug_mae" / "eval.jsonl")
     ]
@@ -155,14 +166,12 @@ def test_workers_evaluation_and_asynchronous_saves_leave_the_bits_alone(uninterr
     split = "{name: synthetic, sensors: [sentinel2_l2a], extent_m: 320.0, n_samples: 60, split: %s}"
     task = f"{{name: tiny, train: {split % 'train'}, test: {split % 'test'}, max_train: 60, max_test: 30}}"
     evaluation = ("eval.every_n_steps=5", f"eval.tasks=[{task}]")
-    status, output = train(DEBUG, tmp_path, *SHORT, "data.n_workers=3", "checkpoint.asynchronous=true", *evaluation)
-    assert status == 0, output
+    assert _train(DEBUG, tmp_path, "data.n_workers=3", "checkpoint.asynchronous=true", *evaluation) == 0
     results = records(tmp_path / "debug_mae" / "eval.jsonl")
     assert {r["step"] for r in results if r["kind"] == "probe"} == {0, 5, 10, 15, 20}
     assert_same_bits(_final(uninterrupted), _final(tmp_path))
 
 
-def test_finished_run_has_nothing_to_do(uninterrupted: Path) -> None:
-    status, output = train(DEBUG, uninterrupted, *SHORT)
-    assert status == 0
-    assert "has finished its 20 steps" in output
+def test_finished_run_has_nothing_to_do(uninterrupted: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert _train(DEBUG, uninterrupted) == 0
+    assert "has finished its 20 steps" in "".join(capfd.readouterr())
