@@ -11,7 +11,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO
 
-__all__ = ["atomic_file", "atomic_write", "is_seen", "lock_folder", "sync"]
+__all__ = ["atomic_file", "atomic_write", "is_seen", "locked_folder", "sync"]
+
+_held: set[int] = set()  # handles of folders that this process holds
 
 
 @contextmanager
@@ -60,8 +62,9 @@ def is_seen(is_there: Callable[[], bool], within_s: float) -> bool:
     return True
 
 
-def lock_folder(path: Path, hint: str) -> int:
-    """Make the folder `path` and hold it for this process: the handle to close in the end.
+@contextmanager
+def locked_folder(path: Path, hint: str) -> Iterator[None]:
+    """Make the folder `path` and hold it for this process alone: its death frees it, whoever it has forked.
 
     Raises `ValueError` when it cannot be used or another process holds it; `hint` says what to set instead.
     """
@@ -75,4 +78,20 @@ def lock_folder(path: Path, hint: str) -> int:
     except OSError:
         os.close(handle)
         raise ValueError(f"{path} is in use by another process; wait for it, stop it, or {hint}") from None
-    return handle
+    _held.add(handle)
+    try:
+        yield
+    finally:
+        if handle in _held:  # of a child that has let go no more
+            _held.discard(handle)
+            os.close(handle)
+
+
+def _let_go() -> None:
+    """A forked child shares its parent's locks: workers that outlive it by seconds would keep the folder."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 
-from ssl_eo.files import atomic_file, atomic_write
+from ssl_eo.files import atomic_file, atomic_write, locked_folder
 
 
 def test_the_old_content_is_there_until_the_end(tmp_path: Path) -> None:
@@ -61,3 +63,24 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError, match=f"{path} could not be written: Is a directory"):
         atomic_write(path, b"")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _hold_beside_a_child(folder: Path) -> None:
+    """Hold the folder and fork a child that lives on, until killed."""
+    with locked_folder(folder, "another"):
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(8,)).start()
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_death_frees_a_folder_although_a_child_lives_on(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=_hold_beside_a_child, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="in use by another process"), locked_folder(tmp_path, "another"):
+        pass
+    process.kill()
+    process.join()
+    with locked_folder(tmp_path, "another"):
+        pass

@@ -7,7 +7,6 @@ that are finished, and `manifest.json` is written when all are. The format is de
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from ssl_eo.data.pool import in_order
 from ssl_eo.data.shards import ShardError, ShardIndex, index_path
 from ssl_eo.data.statistics import Statistics, merge_statistics, tile_statistics
 from ssl_eo.data.types import Source, TileSchema
-from ssl_eo.files import lock_folder
+from ssl_eo.files import locked_folder
 from ssl_eo.jsonl import JsonLines
 
 __all__ = ["IndexReport", "PackReport", "Progress", "StatsReport", "index", "pack", "stats"]
@@ -77,16 +76,14 @@ def pack(
     """
     folder = _folder(Path(out), split)
     plan = make_plan(source, folder, codec, shard_size_mb, samples_per_shard, keep_constant_bands, max_bad_ratio)
-    lock = lock_folder(plan.folder, "choose another folder")
-    try:
-        claim(plan)
-        return _pack(source, plan, split, dict(source_options or {}), n_workers, progress)
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise _no_space(error, plan) from error
-        raise
-    finally:
-        os.close(lock)
+    with locked_folder(plan.folder, "choose another folder"):
+        try:
+            claim(plan)
+            return _pack(source, plan, split, dict(source_options or {}), n_workers, progress)
+        except OSError as error:
+            if error.errno in _NO_SPACE:
+                raise _no_space(error, plan) from error
+            raise
 
 
 def _pack(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from ssl_eo.distributed import (
     world_size,
 )
 from ssl_eo.eval.report import save_panel
-from ssl_eo.files import atomic_write, is_seen, lock_folder
+from ssl_eo.files import atomic_write, is_seen, locked_folder
 from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.train.sealing import holds_checkpoints
 
@@ -56,21 +55,17 @@ def claim(path: Path, config: Config) -> Iterator[None]:
 
     Raises `ValueError` on every rank for a directory in use, of another config, or that not every rank sees.
     """
-    handle: int | None = None
     error: Exception | None = None
-    if is_main():
-        try:
-            handle = lock_folder(path, "set another run.name or run.out_dir")
-            _check_config(path, config)
-        except (ValueError, OSError) as caught:
-            error = caught
-    try:
+    with contextlib.ExitStack() as stack:
+        if is_main():
+            try:
+                stack.enter_context(locked_folder(path, "set another run.name or run.out_dir"))
+                _check_config(path, config)
+            except (ValueError, OSError) as caught:
+                error = caught
         raise_on_all_ranks(error)
         _check_shared(path)
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def describe(config: Config, schemas: Sequence[Mapping[str, TileSchema]], world: World, step: int) -> None:

@@ -108,7 +108,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(uninterrupted: Path, t
 def test_kill_9_in_every_objective(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Teachers, queues, centers, learned weights and the ratios of masks go on as well."""
     config, name = str(ROOT / "configs" / "debug" / f"{kind}.yaml"), f"debug_{kind}"
-    whole, killed, also = tmp_path / "whole", tmp_path / "killed", ALSO.get(kind, ())
+    whole, killed, also = tmp_path / "whole", tmp_path / "killed", ("train.global_batch_size=8", *ALSO.get(kind, ()))
     assert _train(config, whole, *also) == 0
     _kill_9_after_step(12, config, killed, name, *also)
     capfd.readouterr()
