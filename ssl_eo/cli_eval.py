@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ssl_eo.cluster import EXIT_DONE, EXIT_FAILURE, read_launch
+from ssl_eo.cluster import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_RESUMABLE,
+    STOP_SIGNALS,
+    StoppedEarlyError,
+    read_launch,
+    signals_handled,
+)
 
 if TYPE_CHECKING:
     from ssl_eo.eval.offline import Model
 
 __all__ = ["add_arguments"]
+
+_ONE_REQUEST_S = 2.0  # launchers ask more than once, and giving back is not to be interrupted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +53,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="samples of a forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that read; 0 reads in this one")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap; 0: no intervals")
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        with _requests_stop():
+            return _evaluate(arguments)
+    except StoppedEarlyError:
+        print("ssl-eo: stopped on request; the same command goes on", file=sys.stderr, flush=True)
+        return EXIT_RESUMABLE
+
+
+@contextlib.contextmanager
+def _requests_stop() -> Iterator[None]:
+    """Let signals that ask this process to end raise `StoppedEarlyError`, so that it gives its claim back.
+
+    A process that dies instead counts as one that its work has killed.
+    """
+    owner, asked_s = os.getpid(), -math.inf
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked_s
+        if os.getpid() != owner:
+            os._exit(128 + signum)  # a process that reads samples: it has no claim
+        before_s, asked_s = asked_s, time.monotonic()
+        if asked_s - before_s > _ONE_REQUEST_S:
+            raise StoppedEarlyError
+
+    asked = [name for name in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(name) is not signal.SIG_IGN]  # nohup
+    with signals_handled(asked, stop):
+        yield
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -46,7 +91,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from ssl_eo.config import build
     from ssl_eo.eval.offline import Evaluation, evaluate
-    from ssl_eo.eval.records import write_csv
+    from ssl_eo.eval.records import read_results, write_csv
     from ssl_eo.eval.table import print_summary, rows_of_results
 
     launch = read_launch(os.environ)
@@ -73,7 +118,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     results = evaluate(model, plan, out)
     if launch.rank != 0:
         return EXIT_DONE
-    write_csv(out / "results.csv", results)
+    write_csv(out / "results.csv", read_results(out))
     return EXIT_DONE if print_summary(rows_of_results(results), sys.stdout) else EXIT_FAILURE
 
 

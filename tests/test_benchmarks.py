@@ -69,6 +69,23 @@ def test_strategies_side_by_side() -> None:
 
 
 @pytest.mark.slow
+def test_what_measuring_costs() -> None:
+    header, rows, conditions = run("benchmarks/eval_cost.py", "--size", "small")
+    assert header == ["section", "row", "value", "unit", "ratio", "target", "met"]
+    assert [row[0] for row in rows] == [*["cost"] * 5, *["share"] * 4]
+    assert [row[1] for row in rows if row[-1] in ("yes", "NO")] == ["health", "probes"]
+    assert "a toy" in conditions
+
+
+def test_probes_beside_those_of_scikit_learn() -> None:
+    header, rows, conditions = run("benchmarks/probes.py", "--size", "small")
+    assert header == ["section", "row", "value", "unit", "ratio", "target", "met"]
+    assert {row[0] for row in rows} == {"logistic", "ridge", "knn"}
+    assert all(row[-1] == "yes" for row in rows if "points" in row)
+    assert "a toy" in conditions
+
+
+@pytest.mark.slow
 def test_what_a_save_costs() -> None:
     header, rows, _ = run("benchmarks/scaling.py", "--size", "small", "--turns", "1", "--only", "saving")
     assert header == ["section", "row", "value", "unit", "ratio", "target", "met"]

@@ -5,6 +5,8 @@ and which seed a run happened to have (`aggregate`). All intervals are those of 
 Tibshirani 1993, chapter 13), and the same seed gives the same resamples.
 
 M samples, G groups, R resamples, D data sets, V values of all data sets together.
+
+`FEWEST_GROUPS` are needed for an interval to be shown at all, below `FEW_GROUPS` it is too narrow to be taken as it is.
 """
 
 from __future__ import annotations
@@ -22,15 +24,21 @@ from ssl_eo.eval.metrics import Outcome
 from ssl_eo.seeding import numpy_generator
 
 __all__ = [
+    "FEWEST_GROUPS",
+    "FEW_GROUPS",
     "Interval",
     "aggregate",
+    "equal_shares",
     "interquartile_mean",
+    "interquartile_means",
     "interval_of",
     "intervals",
     "normalised",
     "paired_difference",
     "resampled_scores",
 ]
+
+FEWEST_GROUPS, FEW_GROUPS = 5, 20
 
 
 @dataclass(frozen=True)
@@ -120,9 +128,10 @@ def aggregate(
 ) -> tuple[float, Interval]:
     """Interquartile mean of the scores of all data sets together, and its interval (Agarwal et al. 2021, section 4).
 
-    `scores` holds one value a seed for each data set, on one scale for all (see `normalised`). The bootstrap is
-    stratified: the values of each data set are resampled among themselves, then pooled. Where no data set has two
-    values there is nothing to resample and the interval is nan; data sets of one value do not widen it.
+    `scores` holds one value a seed for each data set, on one scale for all (see `normalised`). All data sets weigh the
+    same, however many values they have. The bootstrap is stratified: the values of each data set are resampled among
+    themselves, then pooled. Where no data set has two values there is nothing to resample and the interval is nan;
+    data sets of one value do not widen it.
     """
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
@@ -130,7 +139,8 @@ def aggregate(
         raise ValueError(f"scores: no value of {', '.join(empty)}")
     if undefined := [name for name, values in scores.items() if not np.isfinite(values).all()]:
         raise ValueError(f"scores: values of {', '.join(undefined)} are not finite; leave these data sets out by name")
-    mean = interquartile_mean([value for values in scores.values() for value in values])
+    shares = equal_shares([len(values) for values in scores.values()])
+    mean = interquartile_mean([value for values in scores.values() for value in values], shares)
     if max(map(len, scores.values())) < 2:
         return mean, interval_of(np.full(n_resamples, math.nan), level)
     drawn = []
@@ -138,20 +148,43 @@ def aggregate(
         # By name, so that neither the order of the data sets nor which others there are moves the draw of one.
         rng = numpy_generator(seed, "aggregate", name)
         drawn.append(np.asarray(values, dtype=np.float64)[rng.integers(len(values), size=(n_resamples, len(values)))])
-    means = _interquartile_means(np.concatenate(drawn, axis=1))  # [R]
+    means = interquartile_means(np.concatenate(drawn, axis=1), shares)  # [R]
     return mean, interval_of(means, level)
 
 
-def interquartile_mean(values: Sequence[float]) -> float:
-    """Mean of the middle half of `values` (25 % trimmed mean).
+def equal_shares(counts: Sequence[int]) -> list[int]:
+    """Weights `[V]` of values of which each data set has so many, one set after the other: all sets weigh the same.
 
-    A quarter of V, which need not be a whole number, is cut at either end: of a value at the edge the remaining
-    fraction counts. Where 4 divides V this is the trimmed mean of Agarwal et al. (2021), who round V / 4 down.
+    They are whole numbers, so that sets of equal counts come out exactly as if their values were simply pooled.
+    """
+    whole = math.lcm(*counts)
+    return [whole // n for n in counts for _ in range(n)]
+
+
+def interquartile_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> float:
+    """Mean of the middle half of `values` (25 % trimmed mean); `weights` say how often each of them counts, else once.
+
+    A quarter of the weight, which need not be that of whole values, is cut at either end: of a value at the edge the
+    remaining fraction counts. Without weights, and where 4 divides V, this is the trimmed mean of Agarwal et al.
+    (2021), who round V / 4 down.
     """
     pooled = np.asarray(values, dtype=np.float64)
     if not len(pooled) or not np.isfinite(pooled).all():
         raise ValueError(f"an interquartile mean needs at least one value, all of them finite, got {list(values)}")
-    return float(_interquartile_means(pooled[None])[0])
+    return float(interquartile_means(pooled[None], [1.0] * len(pooled) if weights is None else weights)[0])
+
+
+def interquartile_means(values: NDArray[np.float64], weights: Sequence[float]) -> NDArray[np.float64]:
+    """`interquartile_mean` of each row of `[R, V]`; `weights [V]` are those of the columns."""
+    order = np.argsort(values, axis=1, kind="stable")
+    weight = np.asarray(weights, dtype=np.float64)[order]  # [R, V]
+    end = weight.cumsum(1)
+    whole = float(np.sum(weights))
+    # A value fills the weight from the end of the one before it to its own, and counts as far as that is between the
+    # quartiles.
+    share = np.clip(np.minimum(end, 0.75 * whole) - np.maximum(end - weight, 0.25 * whole), 0.0, None)
+    means: NDArray[np.float64] = (np.take_along_axis(values, order, 1) * share).sum(1) / share.sum(1)
+    return means
 
 
 def normalised(score: float, low: float, high: float) -> float:
@@ -159,16 +192,6 @@ def normalised(score: float, low: float, high: float) -> float:
     if not (math.isfinite(low) and math.isfinite(high)) or low == high:
         raise ValueError(f"low and high must be finite and differ, got {low} and {high}")
     return (score - low) / (high - low)
-
-
-def _interquartile_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each row of `[R, V]`."""
-    v = values.shape[1]
-    place = np.arange(v)
-    # The value at place i fills i to i + 1; it counts by how much of that lies between the quartiles.
-    share = np.clip(np.minimum(place + 1, 0.75 * v) - np.maximum(place, 0.25 * v), 0.0, 1.0)  # [V]
-    means: NDArray[np.float64] = np.sort(values, axis=1) @ share / share.sum()
-    return means
 
 
 def _resamples(n: int, groups: Sequence[str | int] | None, n_resamples: int, seed: int) -> Iterator[Tensor]:

@@ -1,84 +1,29 @@
-"""Results of several models on several tasks side by side: what is compared with what, and how sure that is.
+"""Results of several models on several tasks side by side: what is compared with what.
 
-Two things vary and are kept apart: which samples the test set happens to hold (intervals of scores and of margins), and
-the seed of what is drawn (the spread of scores). A score is the mean over seeds.
-
-S seeds, R resamples of the test samples, T tasks.
+Part of the training set, bands and size are conditions: one for all on a task. Where features are read, and how tokens
+are pooled, is how a model is used: each has its own. Nothing is left out in silence: `absence`, `flags` and `left_out`
+say what a table lacks and why.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ssl_eo.eval.bootstrap import Interval, aggregate, interquartile_mean, interval_of, normalised
-from ssl_eo.eval.features import ALL_TAPS
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
+from ssl_eo.eval.bootstrap import FEW_GROUPS, FEWEST_GROUPS, Interval
+from ssl_eo.eval.entrants import Entrant, entrants_of, identity_of, is_encoder, shape_of
+from ssl_eo.eval.experiments import AXES, CONDITIONS, Score, Setting, newest_whole, paired_interval, split_digest
+from ssl_eo.eval.leaks import LEAK
 from ssl_eo.eval.partitions import parse_partition
-from ssl_eo.eval.records import RESULTS, Record, key_of, read_results, unpacked
-from ssl_eo.eval.summary import Margin, is_ratio
+from ssl_eo.eval.records import QUESTION, RESULTS, Record, read_results
+from ssl_eo.eval.summary import Margin, best_of, tap_rank
 
-__all__ = ["AXES", "Aggregate", "Comparison", "Entrant", "PairedMargin", "Ranges", "Score", "read_ranges"]
+__all__ = ["WORDS_OF_CONDITIONS", "Comparison", "PairedMargin"]
 
-AXES = ("partition", "subset", "size", "tap", "pool")  # by which results of one entrant on one task may differ
-Ranges = Mapping[str, tuple[float, float]]  # of the scores of a task; the first is 0 on the common scale, the second 1
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """What a row of a table is about."""
-
-    title: str
-    kind: Literal["model", "random", "control"]
-    identity: str
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """An entrant on one task by one probe in one setting; `records` are those of its seeds."""
-
-    metric: str
-    records: Sequence[Record]
-
-    @property
-    def values(self) -> list[float]:
-        """`[S]`."""
-        return [float(r["scores"][self.metric]) for r in self.records]
-
-    @property
-    def value(self) -> float:
-        return float(np.mean(self.values))
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over seeds; None where no two of them differ."""
-        return float(np.std(self.values, ddof=1)) if len(set(self.values)) > 1 else None
-
-    @cached_property
-    def resampled(self) -> NDArray[np.float64] | None:
-        """Scores on resamples of the test samples, `[S, R]`; None where a record has none."""
-        texts = [r.get("resampled") for r in self.records]
-        found = [unpacked(text) for text in texts if text]
-        if len(found) < len(texts) or len({len(values) for values in found}) != 1:
-            return None
-        return np.stack(found)
-
-    @property
-    def interval(self) -> Interval | None:
-        """Over the test samples."""
-        return None if self.resampled is None else _known(interval_of(self.resampled.mean(0)))
-
-    @property
-    def test_samples(self) -> tuple[Any, ...]:
-        """What must be equal for two scores to be of the same samples."""
-        return tuple(sorted({(r["data"]["test"], r["n_test"], r["n_groups"]) for r in self.records}))
+WORDS_OF_CONDITIONS = {"partition": "labels", "subset": "bands", "size": "size"}
+_Place = tuple[str, str, str]  # identity of the entrant, task, probe
+_Conditions = tuple[str, str, str]  # values of `CONDITIONS`
 
 
 @dataclass(frozen=True)
@@ -89,18 +34,7 @@ class PairedMargin:
     rival: Entrant
     margin: Margin
     interval: Interval | None  # of the gain over the test samples, the same resamples for both
-
-
-@dataclass(frozen=True)
-class Aggregate:
-    """An entrant on all tasks by one probe: the interquartile mean, None where it lacks results of a task."""
-
-    entrant: Entrant
-    probe: str
-    n_tasks: int  # with a result
-    mean: float | None
-    over_seeds: Interval | None  # stratified bootstrap; None where no seed changes anything
-    over_samples: Interval | None
+    reading: str  # of the rival, where there is another, as of an encoder where the model is read otherwise
 
 
 class Comparison:
@@ -110,17 +44,21 @@ class Comparison:
         """Raises `ValueError` where a task is ranked by several metrics."""
         every = list(records)
         self.results = [r for r in every if r["kind"] == "result"]
-        self.problems = _distinct([r for r in every if r["kind"] != "result"])
+        self.problems = _distinct(_unanswered(every))
         self._of: dict[str, list[Record]] = {}
         for r in self.results:
             self._of.setdefault(str(r["task"]), []).append(r)
         self.tasks = list(self._of)
         self.probes = list(dict.fromkeys(str(r["probe"]) for r in self.results))
         self.metrics = {task: _metric_of(task, of) for task, of in self._of.items()}
-        self.entrants = _entrants(self.results)
+        self.entrants = entrants_of(self.results)
+        self.left_out = {task: why for task, of in self._of.items() if (why := _leak(of))}
+        self._shapes = {identity_of(r): shape_of(r) for r in self.results if r["features"] == "encoder"}
         self._steps = {(task, axis): _steps(of, axis) for task, of in self._of.items() for axis in AXES}
+        self._conditions = {task: _commonest_conditions(of) for task, of in self._of.items()}
         self._scores = _scores(self.results)
-        self._shapes = {_identity(r): _shape(r) for r in self.results if r["features"] == "encoder"}
+        self._readings = {place: self._reading_of(place[1], of) for place, of in self._scores.items()}
+        self._examples = {task: self._find_example(task) for task in self.tasks}
 
     @classmethod
     def read(cls, folders: Sequence[Path]) -> Comparison:
@@ -134,151 +72,133 @@ class Comparison:
     def models(self) -> list[Entrant]:
         return [e for e in self.entrants if e.kind == "model"]
 
-    def flags(self, task: str) -> list[str]:
-        """Known defects of a task, and those that were found in its results."""
-        found = [flag for r in self._of[task] for flag in r["flags"]]
-        leaked = max(r.get("n_leaked") or 0 for r in self._of[task])
-        if leaked:
-            found.append(f"{leaked} test samples have the content of a training sample")
-        tests = {(r["data"]["test"], r["n_test"]) for r in self._of[task]}
-        if len(tests) > 1:
-            found.append(f"scores are of {len(tests)} different sets of test samples and do not compare")
-        return list(dict.fromkeys(found))
-
     def steps(self, task: str, axis: str) -> list[str]:
         """Values that an axis has in the results of a task; parts of the training set by size."""
         return self._steps[task, axis]
 
-    def reference(self, task: str, axis: str) -> str:
-        """The value of an axis at which entrants are compared: most labels, all bands, the task's size, all taps."""
-        steps = self.steps(task, axis) or ["None"]
-        if axis == "partition":
-            return max(steps, key=lambda name: (parse_partition(name).ratio, not parse_partition(name).is_nested))
-        preferred = {"subset": ["all"], "size": ["task"], "tap": [ALL_TAPS, "last"], "pool": []}[axis]
-        return next((step for step in preferred if step in steps), steps[0])
+    def condition(self, task: str, axis: str) -> str:
+        """Where entrants are compared: what most of them have; of equals most labels, all bands, the task's size."""
+        return self._conditions[task][CONDITIONS.index(axis)]
 
     def score(self, entrant: Entrant, task: str, probe: str, **fixed: str) -> Score | None:
-        """At the reference, but for the axes that are `fixed`; None where that was not measured."""
-        setting = (fixed.get(axis) or self._usual(entrant, task, axis) for axis in AXES)
-        return self._scores.get((entrant.identity, task, probe, *setting))
+        """Under the conditions of the task, read as the entrant is, but for the axes that are `fixed`.
+
+        None where that was not measured, see `absence`.
+        """
+        place = (entrant.identity, task, probe)
+        if place not in self._scores:
+            return None
+        usual = Setting(*self._conditions[task], *self._readings[place])
+        return self._scores[place].get(usual._replace(**fixed))
+
+    def reading(self, entrant: Entrant, tasks: Sequence[str], probes: Sequence[str]) -> str:
+        """How an entrant is read on `tasks` by `probes`; empty where encoders are read alike, controls in one way."""
+        if entrant.kind == "control":
+            differs = any(self._n_readings(entrant, task, probe) > 1 for task in tasks for probe in probes)
+        else:
+            differs = self.readings_differ(tasks, probes)
+        if not differs:
+            return ""
+        own = (self._reads(entrant, task, probe) for task in tasks for probe in probes)
+        return "; ".join(dict.fromkeys(_reading_text(reads) for reads in own if reads is not None))
+
+    def readings_differ(self, tasks: Sequence[str], probes: Sequence[str]) -> bool:
+        """Whether encoders are read in different ways on one of `tasks` by one of `probes`."""
+        encoders = [e for e in self.entrants if e.kind != "control"]
+        return any(
+            len({self._reads(e, task, probe) for e in encoders} - {None}) > 1 for task in tasks for probe in probes
+        )
+
+    def absence(self, entrant: Entrant, task: str, probe: str) -> str:
+        """What there is instead of a score under the conditions of the task."""
+        settings = self._scores.get((entrant.identity, task, probe))
+        if settings is None:
+            return "not measured"
+        usual = Setting(*self._conditions[task], "", "")
+        differing = [axis for axis in CONDITIONS if all(getattr(s, axis) != getattr(usual, axis) for s in settings)]
+        own = {axis: dict.fromkeys(getattr(s, axis) for s in settings) for axis in differing or CONDITIONS}
+        return "only with " + ", ".join(f"{WORDS_OF_CONDITIONS[axis]} {' or '.join(of)}" for axis, of in own.items())
+
+    def example(self, task: str) -> Score:
+        """A score of the test samples that most scores of the task are of."""
+        return self._examples[task]
+
+    def is_compared(self, task: str, score: Score) -> bool:
+        """Whether it is of the test samples that most scores of the task are of."""
+        return score.is_on_the_samples_of(self.example(task))
+
+    def shown(self, task: str) -> list[tuple[Entrant, str, Score]]:
+        """Entrants, probes and scores under the conditions of a task."""
+        found = ((e, p, self.score(e, task, p)) for p in self.probes for e in self.entrants)
+        return [(entrant, probe, score) for entrant, probe, score in found if score is not None]
 
     def margins(self, task: str, probe: str) -> list[PairedMargin]:
-        """Each model against the random encoder of its shape and against the best control.
+        """Each model against the random encoder of its shape and against the best control, on the same test samples.
 
-        The best is chosen by the score that is compared, so the choice never flatters the model.
+        How a model is read is fixed beforehand, and what is best of a rival is chosen by the score that is compared: so
+        no choice flatters the model.
         """
         found = []
         for model in self.models:
             own = self.score(model, task, probe)
             if own is not None:
-                for rival, score in self._rivals(model, task, probe):
+                for rival, score in self._rivals(model, own, task, probe):
                     margin = Margin(probe, self.metrics[task], own.value, rival.title, score.value)
-                    found.append(PairedMargin(model, rival, margin, _paired(own, score)))
+                    if rival.kind == "control":
+                        is_plain = self._n_readings(rival, task, probe) == 1
+                    else:
+                        is_plain = score.setting[3:] == own.setting[3:]
+                    reading = "" if is_plain else _reading_text(score.setting[3:])
+                    found.append(PairedMargin(model, rival, margin, paired_interval(own, score), reading))
         return found
 
-    def aggregates(self, probe: str, ranges: Ranges | None) -> list[Aggregate]:
-        """Every entrant over the tasks that `probe` was run on, on the scale of `ranges` or else plain."""
-        tasks = self.tasks_of_mean(probe, ranges)
-        return [self._aggregate(entrant, probe, tasks, ranges) for entrant in self.entrants] if tasks else []
+    def flags(self, task: str) -> list[str]:
+        """Known defects of a task, and those that were found in its results."""
+        found = [flag for r in self._of[task] for flag in r["flags"]]
+        if n_leaked := _n_leaked(self._of[task]):
+            found.append(f"{n_leaked} test samples have the content of a training sample")
+        scores = self.shown(task)
+        if apart := dict.fromkeys(e.title for e, _, score in scores if not self.is_compared(task, score)):
+            found.append(f"scored on other test samples than the rest, and not compared with it: {', '.join(apart)}")
+        n_fitted_on = len({split_digest(score.records[0], "train") for _, _, score in scores})
+        if n_fitted_on > 1:
+            found.append(f"the probes were fitted on {n_fitted_on} different sets of training samples")
+        n_groups = min((score.n_groups for _, _, score in scores), default=FEW_GROUPS)
+        if n_groups < FEWEST_GROUPS:
+            found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
+        elif n_groups < FEW_GROUPS:
+            found.append(f"intervals are too narrow: test samples are of {n_groups} places, fewer than {FEW_GROUPS}")
+        return list(dict.fromkeys([*found, *_flags_of_experiments(scores)]))
 
-    def tasks_of_mean(self, probe: str, ranges: Ranges | None) -> list[str]:
-        """Tasks whose scores are on one scale: those with `ranges`, without any those whose metric is a ratio."""
-        measured = [task for task in self.tasks if any(r["probe"] == probe for r in self._of[task])]
-        return [task for task in measured if (is_ratio(self.metrics[task]) if ranges is None else task in ranges)]
+    def _n_readings(self, entrant: Entrant, task: str, probe: str) -> int:
+        return len({setting[3:] for setting in self._scores.get((entrant.identity, task, probe), {})})
 
-    def _usual(self, entrant: Entrant, task: str, axis: str) -> str:
-        """Controls see pixels alone: they have no taps and no pool of tokens."""
-        if entrant.kind == "control" and axis in ("tap", "pool"):
-            return "pixels" if axis == "tap" else "None"
-        return self.reference(task, axis)
+    def _reads(self, entrant: Entrant, task: str, probe: str) -> tuple[str, str] | None:
+        return None if (score := self.score(entrant, task, probe)) is None else score.setting[3:]
 
-    def _rivals(self, model: Entrant, task: str, probe: str) -> list[tuple[Entrant, Score]]:
-        scored = [(e, s) for e in self.entrants if (s := self.score(e, task, probe)) is not None]
-        random = [(e, s) for e, s in scored if e.identity == self._shapes[model.identity]]
-        sign = 1 if HIGHER_IS_BETTER[self.metrics[task]] else -1
-        controls = sorted(((e, s) for e, s in scored if e.kind == "control"), key=lambda pair: sign * pair[1].value)
-        return [*random, *controls[-1:]]
-
-    def _aggregate(self, entrant: Entrant, probe: str, tasks: Sequence[str], ranges: Ranges | None) -> Aggregate:
-        scores = {task: s for task in tasks if (s := self.score(entrant, task, probe)) is not None}
-        if len(scores) < len(tasks):
-            return Aggregate(entrant, probe, len(scores), None, None, None)
-        values = {task: [_scaled(v, task, s.metric, ranges) for v in s.values] for task, s in scores.items()}
-        mean, over_seeds = aggregate(values)
-        varies = any(s.spread is not None for s in scores.values())
-        return Aggregate(
-            entrant, probe, len(tasks), mean, _known(over_seeds) if varies else None, _over_samples(scores, ranges)
+    def _reading_of(self, task: str, settings: Collection[Setting]) -> tuple[str, str]:
+        """Tap and pool of an entrant: all taps, else the last, else the deepest; of several pools the task's first."""
+        pools = self.steps(task, "pool")
+        at_conditions = [s for s in settings if s[:3] == self._conditions[task]]
+        chosen = max(
+            at_conditions or settings, key=lambda s: (tap_rank(s.tap), -pools.index(s.pool) if s.pool in pools else 0)
         )
+        return chosen.tap, chosen.pool
 
+    def _find_example(self, task: str) -> Score:
+        every = [s for place, of in self._scores.items() if place[1] == task for s in of.values()]
+        candidates = [score for _, _, score in self.shown(task)] or every
+        return max(candidates, key=lambda a: sum(a.is_on_the_samples_of(b) for b in candidates))
 
-def read_ranges(paths: Sequence[Path], tasks: Mapping[str, str]) -> Ranges:
-    """Scales of `tasks` (with their metrics) from files `{dataset: [low, high]}` as GEO-Bench has them.
-
-    A dataset is named as the task, or as its last part; tasks that are in no file have no scale. Of errors the greater
-    number is the low end. Raises `ValueError` where no task has a scale.
-    """
-    known: dict[str, Any] = {}
-    for path in paths:
-        known |= _read_table(path)
-    read = ", ".join(map(str, paths))
-    found = {}
-    for task, metric in tasks.items():
-        pair = known.get(task, known.get(task.rpartition("/")[2]))
-        if pair is None:
-            continue
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(v, (int, float)) for v in pair)):
-            raise ValueError(f"--normalizer: {read}: the range of {task} must be [low, high], got {pair}")
-        if not pair[0] < pair[1]:
-            raise ValueError(f"--normalizer: {read}: the range of {task} must rise, got {pair}")
-        found[task] = (pair[0], pair[1]) if HIGHER_IS_BETTER[metric] else (pair[1], pair[0])
-    if not found:
-        names = ", ".join(known) or "nothing"
-        raise ValueError(f"--normalizer: {read} has {names}, but none of {', '.join(tasks)}; add their [low, high]")
-    return found
-
-
-def _read_table(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--normalizer: {path} cannot be read: {error}") from None
-    if not isinstance(table, dict):
-        raise ValueError(f"--normalizer: {path} must hold {{dataset: [low, high]}}, got a {type(table).__name__}")
-    return table
-
-
-def _scaled(value: float, task: str, metric: str, ranges: Ranges | None) -> float:
-    if ranges is None:
-        return value if HIGHER_IS_BETTER[metric] else 1.0 - value
-    return normalised(value, *ranges[task])
-
-
-def _over_samples(scores: Mapping[str, Score], ranges: Ranges | None) -> Interval | None:
-    """Of the interquartile mean, the test samples of each task resampled among themselves."""
-    columns = []
-    for task, score in scores.items():
-        if score.resampled is None:
-            return None
-        columns += [[_scaled(v, task, score.metric, ranges) for v in values] for values in score.resampled]  # [R]
-    if len({len(column) for column in columns}) != 1:
-        return None
-    pooled = np.array(columns).T  # [R, sum of S over T]
-    defined = pooled[np.isfinite(pooled).all(1)]
-    return _known(interval_of([interquartile_mean(row.tolist()) for row in defined]))
-
-
-def _paired(own: Score, rival: Score) -> Interval | None:
-    """Of the gain, on the same resamples; None where the scores are not of the same samples."""
-    if own.resampled is None or rival.resampled is None or own.test_samples != rival.test_samples:
-        return None
-    if own.resampled.shape[1] != rival.resampled.shape[1]:
-        return None
-    gains = own.resampled.mean(0) - rival.resampled.mean(0)  # [R]
-    return _known(interval_of(gains if HIGHER_IS_BETTER[own.metric] else -gains))
-
-
-def _known(interval: Interval) -> Interval | None:
-    return interval if np.isfinite([interval.low, interval.high]).all() else None
+    def _rivals(self, model: Entrant, own: Score, task: str, probe: str) -> list[tuple[Entrant, Score]]:
+        """The random encoder as it is read best, and the best control."""
+        found: dict[str, list[tuple[Entrant, Score]]] = {"random": [], "control": []}
+        for e in self.entrants:
+            if e.kind == "control" or e.identity == self._shapes[model.identity]:
+                of = self._scores.get((e.identity, task, probe), {})
+                scores = [score for setting, score in of.items() if setting[:3] == self._conditions[task]]
+                found[e.kind] += [(e, score) for score in scores if score.is_on_the_samples_of(own)]
+        return [best_of(self.metrics[task], of, lambda pair: pair[1].value) for of in found.values() if of]
 
 
 def _metric_of(task: str, records: Sequence[Record]) -> str:
@@ -288,63 +208,80 @@ def _metric_of(task: str, records: Sequence[Record]) -> str:
     return found[0]
 
 
+def _n_leaked(records: Sequence[Record]) -> int:
+    return max(int(r.get("n_leaked") or 0) for r in records)
+
+
+def _leak(records: Sequence[Record]) -> str:
+    """Why the task of these records is left out of what is said of all tasks; empty where it is not."""
+    admitted = dict.fromkeys(flag for r in records for flag in r["flags"] if flag.startswith(LEAK))
+    n_leaked = _n_leaked(records)
+    counted = [f"leak: {n_leaked} test samples have the content of a training sample"] if n_leaked else []
+    return "; ".join(admitted or counted)
+
+
 def _steps(records: Sequence[Record], axis: str) -> list[str]:
-    found = dict.fromkeys(str(r[axis]) for r in records if _has(r, axis))
+    """Taps and pools are of encoders, pools not of their patches."""
+    of_encoders = [r for r in records if axis in CONDITIONS or (is_encoder(r) and r[axis])]
+    found = dict.fromkeys(str(r[axis]) for r in of_encoders)
     if axis == "partition":
         return sorted(found, key=lambda name: (parse_partition(name).ratio, name))
     return list(found)
 
 
-def _scores(results: Sequence[Record]) -> dict[tuple[str, ...], Score]:
-    """By entrant, task, probe and setting. What was measured again counts once, the newest."""
-    places: dict[tuple[str, ...], dict[int, Record]] = {}
-    for r in sorted(results, key=lambda r: str(r["date"])):
-        place = (_identity(r), str(r["task"]), str(r["probe"]), *(str(r[axis]) for axis in AXES))
-        places.setdefault(place, {})[r["seed"]] = r
-    return {place: Score(of[min(of)]["metric"], [of[s] for s in sorted(of)]) for place, of in places.items()}
+def _commonest_conditions(records: Sequence[Record]) -> _Conditions:
+    found: dict[_Conditions, set[str]] = {}
+    for r in records:
+        condition = (str(r["partition"]), str(r["subset"]), str(r["size"]))
+        found.setdefault(condition, set()).add(identity_of(r))
+
+    def rank(condition: _Conditions) -> tuple[float, ...]:
+        name, subset, size = condition
+        part = parse_partition(name)
+        return len(found[condition]), part.ratio, not part.is_nested, subset == "all", size == "task"
+
+    return max(found, key=rank)
 
 
-def _has(record: Record, axis: str) -> bool:
-    """Whether an axis means something for a record: taps and pools are of encoders, pools not of their patches."""
-    return axis not in ("tap", "pool") or (record["features"] in ("encoder", "random_encoder") and record[axis])
-
-
-def _identity(record: Record) -> str:
-    if record["features"] == "encoder":
-        return f"{record['model']} {record['weights']}"
-    return _shape(record) if record["features"] == "random_encoder" else str(record["features"])
-
-
-def _shape(record: Record) -> str:
-    """The random encoder of the shape of the record's; models of one shape share it."""
-    return f"random {key_of(record['encoder'] or {})}"
-
-
-def _entrants(results: Sequence[Record]) -> list[Entrant]:
-    """Models, random encoders, controls. What needs no more than a name has no more."""
-    models: dict[str, Record] = {}
-    shapes: dict[str, list[str]] = {}
-    controls: dict[str, str] = {}
+def _scores(results: Sequence[Record]) -> dict[_Place, dict[Setting, Score]]:
+    records: dict[_Place, dict[Setting, list[Record]]] = {}
     for r in results:
-        if r["features"] == "encoder":
-            models[_identity(r)] = r
-        elif r["features"] == "random_encoder":
-            named = shapes.setdefault(_shape(r), [])
-            named += [r["model"]] if r["model"] not in named else []
-        else:
-            controls[str(r["features"])] = str(r["features"]).replace("_", " ")
-    names = [str(r["model"]) for r in models.values()]
-    stepped = [f"{r['model']}, step {r['step']:,}" for r in models.values()]
-    titles = []
-    for name, step, r in zip(names, stepped, models.values(), strict=True):
-        alone = name if names.count(name) == 1 else step
-        titles.append(alone if stepped.count(step) == 1 else f"{step} ({r['weights'][:6]})")
-    random = {k: "random encoder" + (f" as {', '.join(v)}" if len(shapes) > 1 else "") for k, v in shapes.items()}
+        settings = records.setdefault((identity_of(r), str(r["task"]), str(r["probe"])), {})
+        settings.setdefault(Setting.of(r), []).append(r)
+    return {place: {s: newest_whole(s, of) for s, of in settings.items()} for place, settings in records.items()}
+
+
+def _reading_text(reading: Sequence[str]) -> str:
+    tap, pool = reading
+    return f"read at {tap.replace('_', ' ')}{'' if pool == 'None' else f', {pool}'}"
+
+
+def _flags_of_experiments(scores: Sequence[tuple[Entrant, str, Score]]) -> list[str]:
+    """Of which entrants there are results that were not all got in the same way."""
+    probes: dict[tuple[str, str, str], list[str]] = {}
+    for entrant, probe, score in scores:
+        if score.others:
+            day = max(str(r["date"]) for r in score.records)[:10]
+            probes.setdefault((entrant.title, ", ".join(score.others), day), []).append(probe)
     return [
-        *(Entrant(title, "model", key) for title, key in zip(titles, models, strict=True)),
-        *(Entrant(title, "random", key) for key, title in random.items()),
-        *(Entrant(title, "control", key) for key, title in controls.items()),
+        f"{title} has results of several experiments by {', '.join(of)}, which differ in {keys}: shown is the newest"
+        f" whole one, of {day}"
+        for (title, keys, day), of in probes.items()
     ]
+
+
+def _unanswered(records: Sequence[Record]) -> list[Record]:
+    """What could not be measured, unless a later result is what was asked for, or one of the job that failed."""
+    found: dict[tuple[str, ...], Record] = {}
+    for r in records:
+        question = tuple(str(r.get(key)) for key in QUESTION)
+        whole_job = (str(r["job"]),)
+        if r["kind"] == "result":
+            found.pop(question, None)
+            found.pop(whole_job, None)
+        else:
+            found[question if "probe" in r else whole_job] = r
+    return list(found.values())
 
 
 def _distinct(problems: Sequence[Record]) -> list[Record]:

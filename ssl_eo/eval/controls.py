@@ -9,6 +9,7 @@ B samples, C channels, H W pixels, h w pixels after a stride, P statistics, F fi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,9 +20,17 @@ from ssl_eo.eval.features import Featurise
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import torch_generator
 
-__all__ = ["CONTROLS", "band_statistics", "control_taps", "random_convolution", "texture_statistics"]
+__all__ = [
+    "CONTROLS",
+    "DRAWN_CONTROLS",
+    "band_statistics",
+    "control_of",
+    "control_taps",
+    "random_convolution",
+    "texture_statistics",
+]
 
-_CELL_PX = 8  # side of what stands for a patch
+_CELL_PX = 8  # side of what stands for a patch, unless told
 
 # Products grow with the square of the statistics. All 6,000 of twelve bands make a slower and weaker control than 300.
 _MAX_STATISTICS_FOR_PRODUCTS = 32
@@ -53,13 +62,14 @@ def texture_statistics(pixels: Tensor) -> Tensor:
     return torch.cat([statistics, statistics[:, first] * statistics[:, second]], 1)
 
 
-def random_convolution(pixels: Tensor, n_filters: int = 64) -> Tensor:
+def random_convolution(pixels: Tensor, n_filters: int = 64, seed: int = 0) -> Tensor:
     """Two layers of random 5x5 filters with stride 2, mean and spread of each over the image: `[B, 4F]`.
 
-    What local filters, a nonlinearity and pooling know before any training. The filters are the same in every run.
+    What local filters, a nonlinearity and pooling know before any training. The filters of one `seed` are the same in
+    every run.
     """
     x = pixels.float()
-    generator = torch_generator("random_convolution", x.shape[1], n_filters)
+    generator = torch_generator(seed, "random_convolution", x.shape[1], n_filters)
     pooled = []
     for _ in range(2):
         fan_in = x.shape[1] * 25
@@ -69,9 +79,12 @@ def random_convolution(pixels: Tensor, n_filters: int = 64) -> Tensor:
     return torch.cat(pooled, 1)
 
 
-def control_taps(control: Callable[[Tensor], Tensor], of_patches: bool) -> Featurise:
-    """`control` as a function from inputs to features: of whole images, or of cells that stand for patches."""
-    function = control_of_cells(control, _CELL_PX) if of_patches else control
+def control_taps(control: Callable[[Tensor], Tensor], of_patches: bool, cell_px: int | None = None) -> Featurise:
+    """`control` as a function from inputs to features: of whole images, or of cells that stand for patches.
+
+    Cells have a side of `cell_px`, which is that of the patches of the encoder beside; None: 8 pixels.
+    """
+    function = control_of_cells(control, cell_px or _CELL_PX) if of_patches else control
 
     def featurise(inputs: EncoderInput) -> dict[str, Tensor]:
         return {"pixels": function(inputs.pixels)}
@@ -84,6 +97,12 @@ CONTROLS: dict[str, Callable[[Tensor], Tensor]] = {
     "texture_statistics": texture_statistics,
     "random_convolution": random_convolution,
 }
+DRAWN_CONTROLS = ("random_convolution",)  # those of which a seed draws anything
+
+
+def control_of(name: str, seed: int) -> Callable[[Tensor], Tensor]:
+    """The control `name`, with what it draws drawn by `seed`."""
+    return partial(random_convolution, seed=seed) if name in DRAWN_CONTROLS else CONTROLS[name]
 
 
 def _mean(flat: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def extract(
     featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128, n_workers: int = 0
 ) -> FeatureSet:
     """Features of all samples of `split`, on `device`, by this process alone; raises what reading and encoding do."""
-    return _collect(featurise, split.stream(batch_size, device, n_workers), device)
+    return _collect(featurise, split.stream(batch_size, device, n_workers), len(split), device)
 
 
 def extract_over_ranks(featurise: Featurise, split: Split, device: torch.device, batch_size: int = 128) -> FeatureSet:
@@ -140,30 +140,37 @@ def extract_over_ranks(featurise: Featurise, split: Split, device: torch.device,
     """
     keys = on_all_ranks(lambda: split.keys)  # read now: ranks must agree before the first forward pass
     _check_same(keys)
-    batches = split.batches(_rows_of_rank(len(split)), batch_size, device)
-    own = on_all_ranks(lambda: _collect(featurise, batches, device))
+    rows = _rows_of_rank(len(split))
+    batches = split.batches(rows, batch_size, device)
+    own = on_all_ranks(lambda: _collect(featurise, batches, len(rows), device))
     taps = {name: gather(features)[: len(split)] for name, features in own.taps.items()}
     return FeatureSet(taps, split.labels.to(device), keys, split.groups, split.digests)
 
 
 @torch.no_grad()
-def _collect(featurise: Featurise, batches: Iterable[LabelledBatch], device: torch.device) -> FeatureSet:
-    collected: dict[str, list[Tensor]] = {}
+def _collect(featurise: Featurise, batches: Iterable[LabelledBatch], n_max: int, device: torch.device) -> FeatureSet:
+    """Features of all `batches`, which have at most `n_max` samples.
+
+    They are written to their place at once: of patches there are gigabytes, which must not be there twice.
+    """
+    taps: dict[str, Tensor] = {}
     labels: list[Tensor] = []
     keys: list[str] = []
     groups: list[str] = []
     digests: list[str] = []
     for batch in batches:
+        first = len(keys)
         for name, features in featurise(batch.inputs).items():
-            collected.setdefault(name, []).append(features.float())
+            if not features.isfinite().all():
+                raise ValueError(f"features of tap {name!r} are not finite")
+            if name not in taps:
+                taps[name] = torch.empty(n_max, *features.shape[1:], dtype=torch.float32, device=features.device)
+            taps[name][first : first + len(features)] = features
         labels.append(batch.labels)
         keys += batch.keys
         groups += batch.groups
         digests += batch.digests
-    taps = {name: torch.cat(parts) for name, parts in collected.items()}
-    for name, features in taps.items():
-        if not features.isfinite().all():
-            raise ValueError(f"features of tap {name!r} are not finite")
+    taps = {name: features[: len(keys)] for name, features in taps.items()}
     return FeatureSet(taps, torch.cat(labels).to(device), keys, groups, digests)
 
 

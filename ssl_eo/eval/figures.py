@@ -13,7 +13,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FONT_SIZE", "GRID", "INK", "MUTED", "PAPER", "SERIES", "Chart", "Line", "Sheet", "draw", "sheet"]
+__all__ = [
+    "FONT_SIZE",
+    "GRID",
+    "INK",
+    "MUTED",
+    "PAPER",
+    "SERIES",
+    "Chart",
+    "Line",
+    "Sheet",
+    "draw",
+    "label_ends",
+    "sheet",
+]
 
 # Stand-in -> CSS variable of the page. Near black, so that a page without the variables still shows something.
 INK, MUTED, GRID, PAPER = "#010101", "#020202", "#030303", "#0a0a0a"
@@ -29,6 +42,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _SIZE_INCHES = (3.8, 2.3)
 FONT_SIZE = 9.5
+_MANY_TIMES = 30  # as many as the fewest: over a longer axis the numbers 1, 2, 5, 10, ... run into each other
 _MAX_MARKERS = 40  # points of a curve that are still shown one by one
 
 
@@ -119,7 +133,9 @@ def draw(chart: Chart, name: str, size_inches: tuple[float, float] = _SIZE_INCHE
         axes.set_xlabel(chart.x, color=MUTED, fontsize=FONT_SIZE - 1, loc="left")
         if chart.over_counts:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            counts = [x for line in chart.lines for x in line.x]
+            is_narrow = max(counts) < _MANY_TIMES * min(counts)
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if is_narrow else (1.0, 3.0)))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter("{x:,g}")
         else:
@@ -133,11 +149,11 @@ def draw(chart: Chart, name: str, size_inches: tuple[float, float] = _SIZE_INCHE
         axes.yaxis.set_major_formatter("{x:g}")
         if chart.zero:
             axes.set_ylim(bottom=0)
-        _label_ends(axes, chart.lines, size_inches[1])
+        label_ends(axes, chart.lines, size_inches[1])
     return page.svg
 
 
-def _label_ends(axes: Any, lines: Sequence[Line], height_inches: float) -> None:
+def label_ends(axes: Any, lines: Sequence[Line], height_inches: float) -> None:
     """Write each label right of the end of its line, moved up where it would cover the one below.
 
     Where that leads over the top, they move down again.

@@ -1,13 +1,18 @@
-"""Probes while training: every so often, on fixed small tasks, without touching the training itself.
+"""Measuring an encoder while it trains, every so often, without touching the training itself.
 
-One line a result goes to `eval.jsonl`. All have `step`, `task`, `split` (which was scored), `features` (`encoder`, or
-the name of a control, which is measured once a run), `seconds` (of all that was done with these features at this step)
-and a `kind`:
+Probes on fixed small tasks; and more often the health of its features on samples of the training sources, without any
+label. One line a result goes to `eval.jsonl`. Those of tasks have `step`, `task`, `split` (which was scored),
+`features` (`encoder`, or the name of a control, which is measured once a run), `seconds` (of all that was done with
+these features at this step) and a `kind`:
 
 - `probe`: `tap`, `probe`, every metric of the kind of task by its name, `metric` (the one that ranks), `chosen`, and
   `n_leaked` (scored samples whose pixels are among those that probes were fitted on);
-- `health`: `tap`, `n_features`, `effective_rank`, `mean_norm`, `mean_cosine` of the scored features;
+- `health`: `tap`, `n_features`, and the measures of `ssl_eo.eval.health` of the scored features;
 - `error`: `error`, and nothing was measured.
+
+Those of training sources have `step`, `source`, `features` (`encoder`), `seconds` and the kind `health`, with
+`n_samples` and `collapsed` (what is wrong, in words) besides, or `error`. The kind `skipped` has `step`, `what`
+(`probes` or `health`) and `reason`: it was due and is put off.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ import torch
 from torch import nn
 
 from ssl_eo.distributed import broadcast_object, gather_objects, is_main, on_all_ranks, rank, world_size
+from ssl_eo.eval.budget import TimeBudget
+from ssl_eo.eval.collapse import CollapseWatch
 from ssl_eo.eval.controls import CONTROLS, control_taps
 from ssl_eo.eval.features import (
     Encode,
@@ -42,19 +49,26 @@ from ssl_eo.eval.health import health
 from ssl_eo.eval.leaks import count_leaked
 from ssl_eo.eval.probing import Probing
 from ssl_eo.eval.tasks import Task, TaskConfig
+from ssl_eo.eval.watching import Training, WatchedSource, watched_sources
 from ssl_eo.jsonl import JsonLines, read_jsonl
 
 __all__ = ["EvalConfig", "EvalHook", "undisturbed"]
 
 logger = logging.getLogger(__name__)
 
+WORKS = ("health", "probes")  # what is measured, the cheap one first
+
 
 @dataclass
 class EvalConfig:
-    """When and how a run probes its own representation."""
+    """When and how a run measures its own representation."""
 
-    every_n_steps: int = 0  # 0: never
+    every_n_steps: int = 0  # probes; 0: never
     tasks: list[TaskConfig] = field(default_factory=list)  # names of shipped benchmarks, or tasks written out
+    health_every_n_steps: int = 0  # the health of features, without labels; 0: never
+    health_samples: int = 256  # of each training source, for that; each rank holds its part of them in memory
+    # Probes and health are put off while they would take more than this share of the time; null: they may take any.
+    max_time_ratio: float | None = None
     at_start: bool = True  # also before the first step: the random encoder that training has to beat
     controls: bool = True  # also probe statistics of the pixels and random filters, once a run
     pool: Pool = "mean"  # of the tokens of a tap: CLS token, mean over patches, both, or mean and spread over patches
@@ -62,8 +76,13 @@ class EvalConfig:
     batch_size: int = 128  # samples per forward pass on each rank
 
     def __post_init__(self) -> None:
-        if self.every_n_steps < 0:
-            raise ValueError(f"every_n_steps must be 0 (never) or positive, got {self.every_n_steps}")
+        for key in ("every_n_steps", "health_every_n_steps"):
+            if (value := getattr(self, key)) < 0:
+                raise ValueError(f"{key} must be 0 (never) or positive, got {value}")
+        if self.health_samples < 2:
+            raise ValueError(f"health_samples must be at least 2, got {self.health_samples}")
+        if self.max_time_ratio is not None and not 0 < self.max_time_ratio <= 1:
+            raise ValueError(f"max_time_ratio must be above 0 and at most 1, or null, got {self.max_time_ratio}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_taps(self.taps)
@@ -75,48 +94,107 @@ class EvalConfig:
 
 
 class EvalHook:
-    """Probes an encoder on `tasks` and writes what it finds to `run_dir/eval.jsonl`.
+    """Measures an encoder and writes what it finds to `run_dir/eval.jsonl`: probes on `tasks`, health on `training`.
 
-    Every rank calls `run` at the same step. A failing task becomes a record and never stops training.
+    Every rank calls `due` and `run` at the same steps. What fails becomes a record and never stops training.
     """
 
-    def __init__(self, cfg: EvalConfig, run_dir: Path, device: torch.device) -> None:
+    def __init__(self, cfg: EvalConfig, run_dir: Path, device: torch.device, training: Training | None = None) -> None:
         """Open the sources of all tasks, so that a path that is wrong on any rank is an error now, not hours later."""
         self.cfg = cfg
         self.path = run_dir / "eval.jsonl"
         self.device = device
+        self.budget = TimeBudget(cfg.max_time_ratio)
         self.tasks = on_all_ranks(lambda: [Task(_held(task)) for task in cfg.tasks] if cfg.every_n_steps else [])
+        self.watched: list[WatchedSource] = []
+        if cfg.health_every_n_steps:
+            assert training is not None, "health is measured on what is trained on"
+            self.watched = watched_sources(training, cfg.health_samples, cfg.batch_size, device)
         known = read_jsonl(self.path) if is_main() else []
         done = {(r["task"], r["features"]) for r in known if r.get("kind") == "probe" and r["features"] != "encoder"}
         self._controls_done: set[tuple[str, str]] = broadcast_object(done)
+        self._collapse = CollapseWatch(known)  # of use on the rank that writes
         self._n_leaked: dict[str, int] = {}
+        self._put_off: dict[str, int] = {}  # what was due and did not fit -> the step at which it is asked again
 
-    def due(self, step: int, total_steps: int) -> bool:
-        """Whether to run after `step` optimiser steps."""
-        if self.cfg.every_n_steps == 0:
+    def due(self, step: int, total_steps: int) -> list[str]:
+        """What of `health` and `probes` is to be run after `step` optimiser steps. Ask once a step, on all ranks."""
+        is_end = step in (0, total_steps)
+        return [what for what in WORKS if self._is_due(what, step, is_end) and self._fits(what, step, is_end)]
+
+    def _is_due(self, what: str, step: int, is_end: bool) -> bool:
+        every = self.cfg.every_n_steps if what == "probes" else self.cfg.health_every_n_steps
+        if every == 0 or (step == 0 and not self.cfg.at_start):
             return False
-        if step == 0:
-            return self.cfg.at_start
-        return step % self.cfg.every_n_steps == 0 or step == total_steps
+        if what in self._put_off and not is_end:
+            return step >= self._put_off[what]
+        return is_end or step % every == 0
 
-    def run(self, encode: Encode, step: int, module: nn.Module) -> dict[str, float]:
-        """Probe `encode`, which returns the tokens of each of `cfg.taps` and runs on `module`.
+    def _fits(self, what: str, step: int, is_end: bool) -> bool:
+        n_steps = 0 if is_end else self.budget.wait(what, step)
+        if n_steps == 0:
+            self._put_off.pop(what, None)
+            return True
+        if what not in self._put_off:
+            reason = f"it would take more than max_time_ratio {self.cfg.max_time_ratio:g} of the time so far"
+            self._write([{"step": step, "kind": "skipped", "what": what, "reason": reason}])
+            if is_main():
+                logger.warning("step %d: %s put off for about %d steps: %s", step, what, n_steps, reason)
+        self._put_off[what] = step + n_steps
+        return False
 
-        Returns `eval/<task>/<tap>/<probe or health measure>`, the same on every rank.
+    def run(self, encode: Encode, step: int, module: nn.Module, works: Sequence[str] = WORKS) -> dict[str, float]:
+        """Measure `encode`, which returns the tokens of each of `cfg.taps` and runs on `module`.
+
+        Returns `eval/<task>/<tap>/<probe or health measure>` and `health/<source>/<tap>/<measure>`, the same on every
+        rank.
         """
-        names = [tap_name(ratio) for ratio in self.cfg.taps]
-        encoder = pooled_taps(encode, names, self.cfg.pool)
         found: dict[str, float] = {}
-        patches = patch_taps(encode, names)
         with undisturbed(module, self.device):
-            for task in self.tasks:
-                of_patches = task.cfg.kind == "segmentation"
-                found |= _scalars(task.name, self._measure(task, "encoder", patches if of_patches else encoder, step))
-                for name, control in CONTROLS.items() if self.cfg.controls else ():
-                    if (task.name, name) not in self._controls_done:
-                        self._measure(task, name, control_taps(control, of_patches), step)
-                        self._controls_done.add((task.name, name))
+            for what in works:
+                with self.budget.spending(what):
+                    found |= self._health(encode, step) if what == "health" else self._probe(encode, step)
         return found
+
+    def _health(self, encode: Encode, step: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        names = [tap_name(ratio) for ratio in self.cfg.taps]
+        for source in self.watched:
+            start = time.perf_counter()
+            head = {"step": step, "source": source.name, "features": "encoder"}
+            try:
+                measured = source.measure(encode, names, self.cfg.pool)
+                records = [{**head, "kind": "health", "tap": tap, **values} for tap, values in measured.items()]
+            except Exception as error:  # raised on all ranks or on none
+                logger.warning(
+                    "step %d: the health of features of %s could not be measured: %s", step, source.name, error
+                )
+                records = [{**head, "kind": "error", "error": f"{type(error).__name__}: {error}"}]
+            seconds = round(time.perf_counter() - start, 3)
+            if is_main():
+                looked = [{**r, "collapsed": self._collapse.look(r)} if r["kind"] == "health" else r for r in records]
+                self._write([{**r, "seconds": seconds} for r in looked])
+            found |= _health_scalars(records)
+        return found
+
+    def _probe(self, encode: Encode, step: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        names = [tap_name(ratio) for ratio in self.cfg.taps]
+        encoder, patches = pooled_taps(encode, names, self.cfg.pool), patch_taps(encode, names)
+        for task in self.tasks:
+            of_patches = task.cfg.kind == "segmentation"
+            found |= _scalars(task.name, self._measure(task, "encoder", patches if of_patches else encoder, step))
+            for name, control in CONTROLS.items() if self.cfg.controls else ():
+                if (task.name, name) not in self._controls_done:
+                    self._measure(task, name, control_taps(control, of_patches), step)
+                    self._controls_done.add((task.name, name))
+        return found
+
+    def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        if is_main():
+            with JsonLines(self.path) as file:
+                for record in records:
+                    file.write(record)
 
     def _measure(self, task: Task, features: str, featurise: Featurise, step: int) -> list[dict[str, Any]]:
         """Records of one task and one kind of features: extracted and probed by all ranks, written by rank 0."""
@@ -127,17 +205,14 @@ class EvalHook:
                 for split in (task.train, task.watched)
             )
             n_leaked = self._count_leaked(task, train, scored)
-            records = _probe(task, Probing(task.shown, train, None, scored, tuple(task.cfg.no_data)), scored)
+            records = _probed(task, Probing(task.shown, train, None, scored, tuple(task.cfg.no_data)), scored)
             records = [{**r, "n_leaked": n_leaked} if r["kind"] == "probe" else r for r in records]
         except Exception as error:  # raised on all ranks or on none
             logger.warning("step %d: %s of task %s could not be evaluated: %s", step, features, task.name, error)
             records = [{"kind": "error", "error": f"{type(error).__name__}: {error}"}]
-        if is_main():
-            head = {"step": step, "task": task.name, "split": task.watched.name, "features": features}
-            seconds = round(time.perf_counter() - start, 3)
-            with JsonLines(self.path) as file:
-                for record in records:
-                    file.write({**head, **record, "seconds": seconds})
+        head = {"step": step, "task": task.name, "split": task.watched.name, "features": features}
+        seconds = round(time.perf_counter() - start, 3)
+        self._write([{**head, **record, "seconds": seconds} for record in records])
         return records
 
     def _count_leaked(self, task: Task, train: FeatureSet, scored: FeatureSet) -> int:
@@ -167,12 +242,12 @@ def _held(task: TaskConfig) -> TaskConfig:
     return replace(task, **{name: getattr(TaskConfig, name) for name in names if getattr(task, name) is None})
 
 
-def _probe(task: Task, probing: Probing, scored: FeatureSet) -> list[dict[str, Any]]:
+def _probed(task: Task, probing: Probing, scored: FeatureSet) -> list[dict[str, Any]]:
     """Records of all probes and taps, on every rank; each is worked out by one rank, in turn."""
     work: list[Callable[[], dict[str, Any]]] = []
     for tap in probing.taps:
         work += [partial(_record, task, probing, tap, name) for name in task.cfg.probes]
-        work.append(partial(_health, scored, tap))
+        work.append(partial(_health_of, scored, tap))
     own = on_all_ranks(lambda: {i: work[i]() for i in range(rank(), len(work), world_size())})
     done: dict[int, dict[str, Any]] = {}
     for of_rank in gather_objects(own):
@@ -189,7 +264,7 @@ def _record(task: Task, probing: Probing, tap: str, name: str) -> dict[str, Any]
     return {"kind": "probe", "tap": tap, "probe": name, "metric": headline, **scores, "chosen": probed.chosen}
 
 
-def _health(features: FeatureSet, tap: str) -> dict[str, Any]:
+def _health_of(features: FeatureSet, tap: str) -> dict[str, Any]:
     x = features.at(tap).flatten(0, -2)
     return {"kind": "health", "tap": tap, "n_features": x.shape[1], **health(x)}
 
@@ -203,3 +278,12 @@ def _scalars(task: str, records: Sequence[Mapping[str, Any]]) -> dict[str, float
         elif record["kind"] == "health":
             found[f"{prefix}/effective_rank"] = record["effective_rank"]
     return found
+
+
+def _health_scalars(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        f"health/{record['source']}/{record['tap']}/{name}": value
+        for record in records
+        for name, value in record.items()
+        if isinstance(value, float)
+    }

@@ -1,16 +1,17 @@
-"""Samples that are in more than one split of a task: what a probe has seen, it need not have understood.
+"""Samples, and places, that are in more than one split of a task: what a probe has seen, it need not have understood.
 
-A task may say that it knows: `SHARED_KEYS` and `LEAK` begin the flags that do.
+A task may say that it knows: `SHARED_KEYS`, `LEAK` and `SHARED_PLACES` begin the flags that do.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Protocol
 
-__all__ = ["LEAK", "SHARED_KEYS", "Identified", "count_leaked"]
+__all__ = ["LEAK", "SHARED_KEYS", "SHARED_PLACES", "Identified", "Placed", "count_leaked", "count_shared_groups"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 SHARED_KEYS = "shared keys"
 # "leak: 3 % of the scenes were drawn twice": equal pixels are known, they are counted and no more said of them.
 LEAK = "leak"
+# "shared places: the published split parts dates, not fields": likewise for groups in several splits.
+SHARED_PLACES = "shared places"
 
 
 class Identified(Protocol):
@@ -28,6 +31,13 @@ class Identified(Protocol):
 
     @property
     def digests(self) -> list[str]: ...
+
+
+class Placed(Protocol):
+    """Samples of a split by the groups that they belong to: those of one group share a place."""
+
+    @property
+    def groups(self) -> list[str]: ...
 
 
 def count_leaked(task: str, splits: Mapping[str, Identified], flags: Sequence[str] = ()) -> int:
@@ -52,6 +62,34 @@ def count_leaked(task: str, splits: Mapping[str, Identified], flags: Sequence[st
         seen |= set(split.digests)
         n_leaked = len(leaked)
     return n_leaked
+
+
+def count_shared_groups(task: str, splits: Mapping[str, Placed], flags: Sequence[str] = ()) -> int:
+    """How many groups of the last of `splits`, the one that is scored, have a sample in an earlier one too.
+
+    Warns of them, once, unless `flags` admit it. Where they say that keys of the splits mean different samples, their
+    names of places mean nothing either, and there is none to count.
+    """
+    if _admits(flags, SHARED_KEYS):
+        return 0
+    *earlier, scored = splits
+    known = set[str]().union(*(splits[name].groups for name in earlier))
+    groups = splits[scored].groups
+    shared = [group for group in dict.fromkeys(groups) if group in known]
+    if shared and not _admits(flags, LEAK) and not _admits(flags, SHARED_PLACES):
+        n_samples = sum(group in known for group in groups)
+        _warn_once(
+            f"task {task}: {len(shared)} of {len(set(groups))} places of {scored}, with {n_samples} of its"
+            f" {len(groups)} samples, are in an earlier split too, the first is {shared[0]}; scores flatter whoever"
+            f" remembers. A flag of the task that begins with {SHARED_PLACES!r} says that this is known"
+        )
+    return len(shared)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Once in a process: all features of a task have the same samples."""
+    logger.warning("%s", message)
 
 
 def _check_keys(task: str, first: str, second: str, splits: Mapping[str, Identified]) -> None:

@@ -26,6 +26,7 @@ from ssl_eo.eval.kinds import Kind
 __all__ = [
     "HEADLINE",
     "HIGHER_IS_BETTER",
+    "METRICS",
     "Classified",
     "MultiLabelled",
     "Outcome",
@@ -42,11 +43,18 @@ HEADLINE: Mapping[Kind, str] = {
     "regression": "rmse",
 }
 
+_CLASSES = ("accuracy", "macro_accuracy", "macro_f1")  # of samples or of pixels
+_PAIRS = ("f1_micro", "map_micro")  # of sample and class
+# What a task may be ranked by: the keys of `scores` of its outcomes.
+METRICS: Mapping[Kind, tuple[str, ...]] = {
+    "classification": (*_CLASSES, "weighted_f1", "kappa", "worst_class_recall", "ece"),
+    "multilabel": (*_PAIRS, "f1_macro", "f1_macro_all", "map_macro", "map_macro_all", "subset_accuracy"),
+    "segmentation": (*_CLASSES, "miou_present", "miou_all", "miou_valid", "fwiou"),
+    "regression": ("rmse", "mae", "r2"),
+}
+_LOWER_IS_BETTER = ("ece", "rmse", "mae")
 HIGHER_IS_BETTER: Mapping[str, bool] = {
-    **dict.fromkeys(("accuracy", "macro_accuracy", "macro_f1", "weighted_f1", "kappa", "worst_class_recall"), True),
-    **dict.fromkeys(("f1_micro", "f1_macro", "f1_macro_all", "map_micro", "map_macro", "map_macro_all"), True),
-    **dict.fromkeys(("subset_accuracy", "miou_present", "miou_all", "miou_valid", "fwiou", "r2"), True),
-    **dict.fromkeys(("ece", "rmse", "mae"), False),
+    metric: metric not in _LOWER_IS_BETTER for metrics in METRICS.values() for metric in metrics
 }
 
 _N_BINS = 15  # of the top probability, for the calibration error

@@ -2,7 +2,10 @@
 
 `0.10x` is a tenth of the training samples: the published tenth where the dataset has one, else ours. `nested_0.10x` is
 ours in any case. Ours are nested: a larger one holds all samples of a smaller one, so a curve over them rises by what
-is added, not by the draw.
+is added, not by the draw. They keep the shares of classes; where samples have several, those of the rarest class of
+each. Maps and numbers are drawn from all alike.
+
+N samples, K classes.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from ssl_eo.data.manifest import Manifest
 from ssl_eo.data.opening import SourceConfig, open_source
+from ssl_eo.data.sources import shards
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.seeding import torch_generator
 
 __all__ = ["WHOLE", "Partition", "parse_partition", "partition_rows"]
 
 WHOLE = "1.00x"
+_WITH_PARTITIONS = ("geobench",)  # sources with an option `partition`
 _NAME = re.compile(r"(nested_)?([01]\.[0-9]+)x")
 
 
@@ -67,24 +73,54 @@ def partition_rows(
 
 
 def _published(partition: Partition, train: SourceConfig) -> list[str] | None:
-    """Keys of the published partition, None where the dataset has none of this name."""
+    """Keys of the published partition, None where the dataset has none of this name.
+
+    Raises `ValueError` for packed data of a dataset that has some: which sample is in which was not packed.
+    """
+    if isinstance(train.options, shards.Config):
+        _check_packed(partition, shards.Source(train.options).manifest)
     if "partition" not in {f.name for f in fields(train.options)}:
         return None
     known = get_args(get_type_hints(type(train.options))["partition"])
-    name = f"{partition.ratio:.2f}x"
-    if name not in known:
+    name = next((name for name in known if _ratio(name) == partition.ratio), None)
+    if name is None:
         return None
     source: Any = open_source(replace(train, options=replace(train.options, partition=name)))
     return [source.locate(i)[0] for i in range(len(source))]
 
 
+def _check_packed(partition: Partition, manifest: Manifest) -> None:
+    if manifest.source_name in _WITH_PARTITIONS:
+        raise ValueError(
+            f"partition {partition.name}: {manifest.source_name} has published ones, which packed data lack; take"
+            f" nested_{partition.name}, or read the published files with name: {manifest.source_name}"
+        )
+
+
 def _nested(ratio: float, kind: Kind, labels: Tensor, seed: int) -> list[int]:
-    """A share of each class, at least one sample; without one class a sample, of all."""
+    """A share of each class, at least one sample; of maps and numbers, a share of all."""
     order = torch.randperm(len(labels), generator=torch_generator(seed, "nested partitions"))
-    of_class = labels.cpu()[order] if kind == "classification" else torch.zeros(len(order), dtype=torch.long)
+    of_class = _strata(kind, labels.cpu())[order]
     chosen: list[int] = []
     for value in sorted(set(of_class.tolist())):
         members = order[of_class == value]
         n_kept = math.ceil(round(ratio * len(members), 6))  # 0.07 * 100 is a little more than 7
         chosen += members[:n_kept].tolist()
     return sorted(chosen)
+
+
+def _strata(kind: Kind, labels: Tensor) -> Tensor:
+    """What each sample counts as, `[N]`: its class, or the rarest of its classes; K where it has none."""
+    if kind == "classification":
+        return labels
+    if kind == "multilabel":
+        has = labels > 0  # [N, K]
+        rarest = torch.where(has, has.sum(0), len(labels) + 1).argmin(1)
+        return torch.where(has.any(1), rarest, labels.shape[1])
+    return torch.zeros(len(labels), dtype=torch.long)
+
+
+def _ratio(name: str) -> float | None:
+    """Of a published partition; None for those that are no share, such as `default`."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else float(match[2])

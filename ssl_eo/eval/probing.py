@@ -6,10 +6,13 @@ N training samples, M test samples, F features, K classes, H W pixels, h w patch
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ssl_eo.eval.dense import class_fractions, pixel_confusions, sampled_rows
 from ssl_eo.eval.features import ALL_TAPS, FeatureSet
@@ -69,14 +72,16 @@ class Probing:
         features_of = self._train if split == "train" else self._val
         assert features_of is not None
         features, targets = features_of.at(tap), features_of.labels
+        groups = _numbered(features_of.groups).to(features.device)
         if shown.kind == "segmentation":
             n_images, h, w = features.shape[:3]
             targets = class_fractions(targets, (h, w), shown.n_classes, shown.ignore)  # [N*h*w, K]
             generator = torch_generator(shown.seed, "patches", shown.task, split)
             rows = sampled_rows(n_images, h * w, _MAX_PATCHES, generator).to(features.device)
             features, targets = features.flatten(0, 2)[rows], targets[rows]
+            groups = groups.repeat_interleave(h * w)[rows]
         n_classes = 1 if shown.kind == "regression" else shown.n_classes
-        return Labelled(features, targets, shown.kind, n_classes)
+        return Labelled(features, targets, shown.kind, n_classes, groups)
 
     def _outcome(self, prediction: Prediction) -> Outcome:
         shown, labels = self._shown, self._test.labels.cpu()
@@ -93,3 +98,9 @@ class Probing:
             prediction.scores, self._test.labels, (grid[0], grid[1]), shown.n_classes, shown.ignore
         )
         return Segmented(confusions.cpu(), self._no_data)
+
+
+def _numbered(groups: Sequence[str]) -> Tensor:
+    """A number for each name, `[N]` int64."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.long)

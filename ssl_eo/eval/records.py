@@ -1,7 +1,7 @@
 """What an evaluation leaves: `results.jsonl`, one object a result, which says all that is needed to get it again.
 
 A result has a `key`, the hash of everything that it depends on: weights, data, what was shown, probe, partition, seed,
-version. So an evaluation that was stopped goes on, and results of several machines are put together by
+code. So an evaluation that was stopped goes on, and results of several machines are put together by
 concatenation. `results.csv` holds the scores in the columns of torchgeo-bench.
 """
 
@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ssl_eo.eval.bootstrap import FEWEST_GROUPS
 from ssl_eo.files import atomic_write
 from ssl_eo.jsonl import JsonLines, read_jsonl
 
 __all__ = [
+    "QUESTION",
     "RESULTS",
     "Record",
     "append",
@@ -38,6 +40,7 @@ __all__ = [
 Record = Mapping[str, Any]
 
 RESULTS = "results.jsonl"
+QUESTION = ("job", "tap", "taps", "probe", "partition", "seed")  # what a result answers, whatever data and code
 _COLUMNS = (
     *("dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "feature_dim", "best_c", "best_lr"),
     *("best_batch_size", "n_train", "n_val", "n_test", "seed", "model", "name", "normalization", "image_size"),
@@ -77,15 +80,21 @@ def append(folder: Path, records: Sequence[Record]) -> None:
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Results by `key`, the newest of each, in the order in which they were first found.
 
-    What could not be measured counts until it is: a later result of the same key takes the place of its error, and any
-    later result of a job that of an error of the whole job (`key_of_job`).
+    What could not be measured counts until it is: a later result takes the place of an error that answers the same
+    question, of which the key may be another (data were mended, the version has changed); and any later result of a job
+    that of an error of the whole job (`key_of_job`).
     """
     found: dict[str, dict[str, Any]] = {}
+    errors: dict[tuple[str, ...], set[str]] = {}  # keys by question
     for record in read_jsonl(folder / RESULTS):
         if {"key", "kind", "job"} <= record.keys():
             found[record["key"]] = record
-            if record["kind"] == "result":
-                found.pop(key_of_job(record["job"]), None)
+            question = tuple(str(record.get(name)) for name in QUESTION)
+            if record["kind"] == "error":
+                errors.setdefault(question, set()).add(record["key"])
+            elif record["kind"] == "result":
+                for key in {key_of_job(record["job"]), *errors.pop(question, ())} - {record["key"]}:
+                    found.pop(key, None)
     return list(found.values())
 
 
@@ -102,7 +111,8 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
 
 def _row(record: Record) -> dict[str, Any]:
     metric, chosen = record["metric"], record["chosen"]
-    low, high = record["intervals"].get(metric, (None, None))
+    has_interval = record["n_groups"] >= FEWEST_GROUPS
+    low, high = record["intervals"].get(metric, (None, None)) if has_interval else (None, None)
     penalty = chosen.get("penalty")
     return {
         "dataset": record["task"],

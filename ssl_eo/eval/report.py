@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial, reduce
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,16 @@ __all__ = ["is_run", "save_panel", "write_report"]
 
 _MAX_PICTURES = 6
 _HEADLINE_PROBE = "ridge"
+_HEALTH = {  # measures that are drawn, as they are called in the charts
+    "effective_rank": "Effective rank",
+    "spread_ratio": "Spread around the mean",
+    "alpha_req": "Decay of the spectrum (alpha-ReQ)",
+    "uniformity": "Uniformity",
+    "mean_cosine": "Mean cosine",
+    "mean_norm": "Mean norm",
+    "cls_patch_cosine": "Cosine of CLS token and patches",
+    "dead_ratio": "Share of dead features",
+}
 _SHAPE = {"embed_dim": "wide", "depth": "blocks", "n_heads": "heads"}  # what a config may change of a size
 
 
@@ -60,6 +71,8 @@ def write_report(run_dir: Path) -> Path:
         verdicts=[v for summary in summaries if (v := _verdict(summary)) is not None],
         tables=[_table(run, summary) for summary in summaries],
         errors=[r for r in run.evals if r["kind"] == "error"],
+        health=[_health(run, i, name) for i, name in enumerate(dict.fromkeys(str(r["source"]) for r in run.watched))],
+        put_off=[f"Step {r['step']:,}: {r['what']} put off: {r['reason']}" for r in run.put_off],
         training=_draw_all("training", _training_charts(run)),
         speed=_draw_all("speed", _speed_charts(run)),
         pictures=_pictures(run_dir),
@@ -132,7 +145,9 @@ class _Run:
     config: Mapping[str, Any]
     config_text: str
     metrics: list[Record]
-    evals: list[Record]
+    evals: list[Record]  # of tasks
+    watched: list[Record]  # of training sources
+    put_off: list[Record]
     env: Mapping[str, Any]
 
     @classmethod
@@ -146,12 +161,15 @@ class _Run:
         except (yaml.YAMLError, json.JSONDecodeError) as error:
             raise ValueError(f"{run_dir}: config.yaml or env.json cannot be read: {error}") from None
         metrics = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "step" in r]
+        told = [r for r in read_jsonl(run_dir / "eval.jsonl") if {"step", "kind"} <= r.keys()]
         return cls(
             name=run_dir.resolve().name,
             config=config if isinstance(config, dict) else {},
             config_text=text,
             metrics=newest(metrics, ("step",)),
             evals=read_results(run_dir / "eval.jsonl"),
+            watched=newest([r for r in told if "source" in r], ("step", "kind", "source", "tap")),
+            put_off=newest([r for r in told if r["kind"] == "skipped" and "what" in r], ("step", "what")),
             env=env,
         )
 
@@ -297,6 +315,26 @@ def _probe_charts(run: _Run, task: str) -> list[Chart]:
         charts.append(Chart(f"{probe} {metric}", [*curves, *flat]))
     ranks = _tap_lines(run.results(task, "health", features="encoder"), lambda r: float(r["effective_rank"]))
     return [*charts, Chart("Effective rank of the features", ranks, zero=True)]
+
+
+def _health(run: _Run, position: int, source: str) -> dict[str, Any]:
+    """Curves of one training source, and in words what went wrong there."""
+    records = [r for r in run.watched if r["source"] == source]
+    charts = []
+    for name, title in _HEALTH.items():
+        lines = _tap_lines([r for r in records if _is_number(r.get(name))], itemgetter(name))
+        charts.append(Chart(title, lines))
+    remarks = [f"Step {r['step']:,}: could not be measured: {r['error']}" for r in records if r["kind"] == "error"]
+    steps: dict[tuple[str, str], list[int]] = {}
+    for r in records:
+        for cause in r.get("collapsed", []):
+            steps.setdefault((str(r["tap"]), cause), []).append(r["step"])
+    for (tap, cause), found in steps.items():
+        when = (
+            f"Step {found[0]:,}" if len(found) == 1 else f"{len(found)} times from step {found[0]:,} to {found[-1]:,}"
+        )
+        remarks.append(f"{when}: features at {tap.replace('_', ' ')} {cause}")
+    return {"source": source, "charts": _draw_all(f"health{position}-", charts), "remarks": remarks}
 
 
 def _tap_lines(records: Sequence[Record], value_of: Callable[[Record], float] = score_of) -> list[Line]:

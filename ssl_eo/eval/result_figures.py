@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ssl_eo.eval.figures import FONT_SIZE, GRID, INK, MUTED, PAPER, SERIES, sheet
+from ssl_eo.eval.figures import FONT_SIZE, GRID, INK, MUTED, PAPER, SERIES, Line, label_ends, sheet
 
-__all__ = ["Bar", "Point", "draw_bars", "draw_confusion", "draw_points"]
+__all__ = ["Bar", "Point", "draw_bars", "draw_confusion", "draw_points", "short"]
 
 _MAX_NAMED_CLASSES = 24  # of a confusion matrix; the names of more would be too small to read
 _MAX_NUMBERED_CLASSES = 10  # likewise the numbers in its cells
+_MAX_LETTERS = 26  # of a name beside axes; longer ones would leave no room for what is drawn
+_WIDTH_INCHES = 5.2
+_SIZE_OF_POINTS_INCHES = (5.6, 3.0)
 _LEAST_SHARE = 0.005  # of a class; smaller cells would not be seen
 
 
@@ -38,6 +41,12 @@ class Point:
     x: float
     y: float
     series: int | None
+
+
+def short(name: str) -> str:
+    """`name` as it fits into a chart: of a long one the beginning and the end."""
+    half = _MAX_LETTERS // 2
+    return name if len(name) <= _MAX_LETTERS else f"{name[: half - 1].rstrip()}…{name[-half:].lstrip()}"
 
 
 def draw_bars(title: str, bars: Sequence[Bar], name: str) -> str:
@@ -63,8 +72,9 @@ def draw_confusion(title: str, confusion: ArrayLike, classes: Sequence[str], nam
     counts = np.asarray(confusion, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)  # [K, K]
     k = len(counts)
-    side = min(5.2, max(3.0, 0.26 * k + 1.4))
-    with sheet(title, name, (side, side)) as page:
+    n_letters = max(len(short(name)) for name in classes) if k <= _MAX_NAMED_CLASSES else 0
+    side = min(_WIDTH_INCHES, max(2.6, 0.26 * k + 1.0) + 0.06 * n_letters)
+    with sheet(title, name, (_WIDTH_INCHES, side)) as page:  # as wide as other charts, so that letters are as large
         axes = page.axes
         _fill_cells(axes, shares)
         axes.set_xlim(0, k)
@@ -77,8 +87,9 @@ def draw_confusion(title: str, confusion: ArrayLike, classes: Sequence[str], nam
         axes.set_ylabel("true", color=MUTED, fontsize=FONT_SIZE - 1)
         if k <= _MAX_NAMED_CLASSES:
             small = {"fontsize": FONT_SIZE - (1 if k <= _MAX_NUMBERED_CLASSES else 2.5)}
-            axes.set_xticks(np.arange(k) + 0.5, classes, rotation=90, **small)
-            axes.set_yticks(np.arange(k) + 0.5, classes, **small)
+            names = [short(name) for name in classes]
+            axes.set_xticks(np.arange(k) + 0.5, names, rotation=90, **small)
+            axes.set_yticks(np.arange(k) + 0.5, names, **small)
     return page.svg
 
 
@@ -86,43 +97,38 @@ def draw_points(title: str, points: Sequence[Point], levels: Sequence[tuple[str,
     """Points over a logarithmic axis with the title `x`, and dashed lines across for what has no place on it."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    with sheet(title, name, (5.6, 3.0)) as page:
+    xs = [point.x for point in points]
+    low, high = min(xs) / 2, max(xs) * 2
+    with sheet(title, name, _SIZE_OF_POINTS_INCHES) as page:
         axes = page.axes
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.margins(y=0.12)
         for point in points:
             color = MUTED if point.series is None else SERIES[point.series]
             face = PAPER if point.series is None else color
             axes.plot(point.x, point.y, "o", markersize=7, markeredgecolor=color, markerfacecolor=face)
+            is_right = point.x > (low * high) ** 0.5  # of the middle: its name is to the left, where there is room
             axes.annotate(
-                point.label,
+                short(point.label),
                 (point.x, point.y),
-                xytext=(7, 0),
+                xytext=(-7 if is_right else 7, 0),
                 textcoords="offset points",
+                ha="right" if is_right else "left",
                 va="center",
                 color=color,
                 fontsize=FONT_SIZE - 1,
             )
-        for label, y in levels:
-            axes.axhline(y, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
-            axes.annotate(
-                label,
-                (1, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                color=MUTED,
-                fontsize=FONT_SIZE - 1,
-            )
-        axes.set_xscale("log")
-        xs = [point.x for point in points]
-        axes.set_xlim(min(xs) / 2, max(xs) * 4)  # room for labels
-        axes.margins(y=0.12)
+        lines = [Line((low, high), (y, y), "reference", short(label)) for label, y in levels]
+        for line in lines:
+            axes.plot(line.x, line.y, **line.look)
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(x, color=MUTED, fontsize=FONT_SIZE - 1, loc="left")
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
+        label_ends(axes, lines, _SIZE_OF_POINTS_INCHES[1])
     return page.svg
 
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from ssl_eo.eval.aggregates import Aggregate, Ranges, Ranking, aggregates, mean_ranks, tasks_of_mean, tasks_of_rank
 from ssl_eo.eval.bootstrap import Interval
-from ssl_eo.eval.comparison import Comparison, Entrant, PairedMargin, Ranges, Score
+from ssl_eo.eval.comparison import Comparison, PairedMargin
+from ssl_eo.eval.experiments import CONDITIONS, Score
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER
-from ssl_eo.eval.summary import better, is_ratio
+from ssl_eo.eval.summary import best_of, is_ratio
 
 __all__ = [
     "Cell",
@@ -27,11 +28,15 @@ __all__ = [
     "headline_table",
     "in_unit",
     "margin_table",
+    "mean_table",
     "metric_text",
+    "rank_table",
     "score_table",
 ]
 
 _WRITTEN = {"f1": "F1", "map": "mAP", "miou": "mIoU", "r2": "R2", "rmse": "RMSE", "mae": "MAE", "ece": "ECE"}
+_NOTHING = "–"
+_FEWEST_TASKS = 2  # of which a mean says more than the scores of the task
 _OF_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _OF_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
@@ -47,11 +52,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """`kind` is that of the entrant, or empty."""
+    """`kind` is that of the entrant, or empty; `note` stands smaller below the title."""
 
     title: str
     kind: str
     cells: Sequence[Cell]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,32 +83,57 @@ def metric_text(metric: str) -> str:
 
 def headline_table(comparison: Comparison, ranges: Ranges | None) -> Table:
     """The interquartile mean of each entrant by each probe, all of the same tasks."""
-    columns = [probe for probe in comparison.probes if comparison.tasks_of_mean(probe, ranges)]
-    found = {probe: comparison.aggregates(probe, ranges) for probe in columns}
-    bests = {p: max((a.mean for a in of if a.mean is not None), default=None) for p, of in found.items()}
-    rows = []
-    for i, entrant in enumerate(comparison.entrants):
-        cells = []
-        for probe in columns:
-            a = found[probe][i]
-            if a.mean is None:
-                n_all = len(comparison.tasks_of_mean(probe, ranges))
-                cells.append(Cell(note=f"{a.n_tasks} of {n_all} tasks"))
-                continue
-            notes = [_bounds("accuracy", a.over_samples)]
-            notes += [f"seeds {text}" for text in [_bounds("accuracy", a.over_seeds)] if text]
-            cells.append(Cell(f"{100 * a.mean:.1f}", "\n".join(filter(None, notes)), a.mean == bests[probe]))
-        rows.append(Row(entrant.title, entrant.kind, cells))
-    titles = [f"{p}, {_plural(len(comparison.tasks_of_mean(p, ranges)), 'task')}" for p in columns]
-    return Table("Interquartile mean over tasks", "features", titles, rows)
+
+    def cell(a: Aggregate, best: float | None) -> Cell:
+        assert a.interquartile_mean is not None
+        notes = [_bounds("accuracy", a.over_samples)]
+        notes += [f"seeds {text}" for text in [_bounds("accuracy", a.over_seeds)] if text]
+        text = f"{100 * a.interquartile_mean:.1f}"
+        return Cell(text, "\n".join(filter(None, notes)), a.interquartile_mean == best)
+
+    return _table_of_means("Interquartile mean over tasks", comparison, ranges, lambda a: a.interquartile_mean, cell)
+
+
+def mean_table(comparison: Comparison, ranges: Ranges | None) -> Table:
+    """Likewise the plain mean over tasks."""
+
+    def cell(a: Aggregate, best: float | None) -> Cell:
+        assert a.mean is not None
+        return Cell(f"{100 * a.mean:.1f}", is_best=a.mean == best)
+
+    title = f"Mean of {'plain' if ranges is None else 'normalised'} scores over tasks"
+    return _table_of_means(title, comparison, ranges, lambda a: a.mean, cell)
+
+
+def rank_table(comparison: Comparison) -> Table:
+    """The mean rank of each entrant by each probe, over all tasks that do not leak."""
+    titles, columns = [], []
+    for probe in comparison.probes:
+        n_all = len(tasks_of_rank(comparison, probe))
+        if n_all >= _FEWEST_TASKS:
+            found = mean_ranks(comparison, probe)
+            best = min((r.mean_rank for r in found if r.mean_rank is not None), default=None)
+            columns.append([_rank_cell(r, n_all, best) for r in found])
+            titles.append(f"{probe}, {n_all} tasks")
+    return Table("Mean rank over tasks, 1 is best", "features", titles, _rows_of_means(comparison, columns))
 
 
 def score_table(comparison: Comparison, probe: str) -> Table:
     """Every entrant on every task by one probe, with intervals over test samples."""
     tasks = [t for t in comparison.tasks if any(comparison.score(e, t, probe) for e in comparison.entrants)]
-    columns = [_column([comparison.score(e, task, probe) for e in comparison.entrants]) for task in tasks]
+    columns = []
+    for task in tasks:
+        cells = _column(comparison, task, [comparison.score(e, task, probe) for e in comparison.entrants])
+        absent = [comparison.absence(e, task, probe) for e in comparison.entrants]
+        columns.append(
+            [c if c.text else Cell(note=why.replace(", ", ",\n")) for c, why in zip(cells, absent, strict=True)]
+        )
+    rows = [
+        Row(e.title, e.kind, [column[i] for column in columns], comparison.reading(e, tasks, [probe]))
+        for i, e in enumerate(comparison.entrants)
+    ]
     titles = [f"{task}, {metric_text(comparison.metrics[task])}" for task in tasks]
-    return Table(probe, "features", titles, _rows(comparison.entrants, columns))
+    return Table(probe, "features", titles, rows)
 
 
 def margin_table(comparison: Comparison, task: str) -> Table:
@@ -115,24 +146,22 @@ def margin_table(comparison: Comparison, task: str) -> Table:
     probes = [p for p in comparison.probes if any(p in of for of in found.values())]
     rows = []
     for (title, rival), of in found.items():
-        cells = [_margin_cell(of[p]) if p in of else Cell() for p in probes]
+        cells = [_margin_cell(of[p]) if p in of else Cell(note=_NOTHING) for p in probes]
         rows.append(Row(f"{title} over {rival}", "", cells))
     return Table("Margins", "", probes, rows)
 
 
 def axis_table(comparison: Comparison, task: str, probe: str, axis: str) -> Table:
-    """Every entrant on one task by one probe, along one axis of what was varied."""
+    """Every entrant that the axis means something for, on one task by one probe, along one axis of what was varied."""
     steps = comparison.steps(task, axis)
+    entrants = [e for e in comparison.entrants if axis in CONDITIONS or e.kind != "control"]
     columns = []
     for step in steps:
-        usual = {axis: step}
-        scores = [
-            None if e.kind == "control" and axis in ("tap", "pool") else comparison.score(e, task, probe, **usual)
-            for e in comparison.entrants
-        ]
-        columns.append(_column(scores))
-    title = f"{probe}, {metric_text(comparison.metrics[task])}"
-    return Table(title, "features", steps, _rows(comparison.entrants, columns))
+        fixed = {axis: step}
+        columns.append(_column(comparison, task, [comparison.score(e, task, probe, **fixed) for e in entrants]))
+    reading = [comparison.reading(e, [task], [probe]) if axis in CONDITIONS else "" for e in entrants]
+    rows = [Row(e.title, e.kind, [column[i] for column in columns], reading[i]) for i, e in enumerate(entrants)]
+    return Table(f"{probe}, {metric_text(comparison.metrics[task])}", "features", steps, rows)
 
 
 def class_table(score: Score, title: str) -> Table:
@@ -157,7 +186,7 @@ def as_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
         lines = [f"## {_of_markdown(table.title)}", "", _pipes(map(_of_markdown, [table.corner, *table.columns]))]
         lines.append("|" + "|".join([" --- ", *(" ---: " for _ in table.columns)]) + "|")
         for row in table.rows:
-            lines.append(_pipes([_of_markdown(row.title), *map(_markdown_cell, row.cells)]))
+            lines.append(_pipes([_of_markdown(_titled(row)), *map(_markdown_cell, row.cells)]))
         parts.append("\n".join(lines))
     parts.append("\n".join(f"- {_of_markdown(_one_line(note))}" for note in notes))
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -175,30 +204,67 @@ def as_latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
         for row in table.rows:
             lines += [r"\midrule"] if row.kind != before else []
             before = row.kind
-            title = "{}" * row.title.startswith(("[", "*")) + _of_latex(row.title)  # else an argument of \\
+            title = "{}" * row.title.startswith(("[", "*")) + _of_latex(_titled(row))  # else an argument of \\
             lines.append(" & ".join([title, *map(_latex_cell, row.cells)]) + r" \\")
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]))
     return "\n\n".join(parts) + "\n"
 
 
-def _column(scores: Sequence[Score | None]) -> list[Cell]:
-    """One cell an entrant; the best of them is marked."""
-    present = [s for s in scores if s is not None]
-    if not present:
-        return [Cell() for _ in scores]
-    metric = present[0].metric
-    best = reduce(partial(better, metric), [s.value for s in present])
-    return [Cell() if s is None else _score_cell(s, s.value == best) for s in scores]
+def _table_of_means(
+    title: str,
+    comparison: Comparison,
+    ranges: Ranges | None,
+    value: Callable[[Aggregate], float | None],
+    cell: Callable[[Aggregate, float | None], Cell],
+) -> Table:
+    """A column for each probe of what is `value` of an aggregate; `cell` shows one, told the best of the column."""
+    titles, columns = [], []
+    for probe in comparison.probes:
+        n_all = len(tasks_of_mean(comparison, probe, ranges))
+        if n_all >= _FEWEST_TASKS:
+            found = aggregates(comparison, probe, ranges)
+            best = max((v for a in found if (v := value(a)) is not None), default=None)
+            columns.append([_lacking(a.n_tasks, n_all) if value(a) is None else cell(a, best) for a in found])
+            titles.append(f"{probe}, {n_all} tasks")
+    return Table(title, "features", titles, _rows_of_means(comparison, columns))
 
 
-def _rows(entrants: Sequence[Entrant], columns: Sequence[Sequence[Cell]]) -> list[Row]:
-    """Of columns; an entrant without any score has no row."""
-    rows = [Row(e.title, e.kind, [column[i] for column in columns]) for i, e in enumerate(entrants)]
-    return [row for row in rows if any(cell.text for cell in row.cells)]
+def _rows_of_means(comparison: Comparison, columns: Sequence[Sequence[Cell]]) -> list[Row]:
+    notes = [comparison.reading(e, comparison.tasks, comparison.probes) for e in comparison.entrants]
+    return [
+        Row(e.title, e.kind, [column[i] for column in columns], notes[i]) for i, e in enumerate(comparison.entrants)
+    ]
+
+
+def _rank_cell(found: Ranking, n_all: int, best: float | None) -> Cell:
+    if found.mean_rank is None:
+        return _lacking(found.n_tasks, n_all)
+    return Cell(f"{found.mean_rank:.2f}", f"of {found.n_ranked}", found.mean_rank == best)
+
+
+def _lacking(n_tasks: int, n_all: int) -> Cell:
+    return Cell(note=f"{n_tasks} of {n_all} tasks")
+
+
+def _column(comparison: Comparison, task: str, scores: Sequence[Score | None]) -> list[Cell]:
+    """One cell an entrant; the best of those that can be compared is marked."""
+    compared = [s for s in scores if s is not None and comparison.is_compared(task, s)]
+    best = best_of(comparison.metrics[task], compared, lambda s: s.value).value if compared else None
+    cells = []
+    for score in scores:
+        if score is None:
+            cells.append(Cell(note=_NOTHING))
+        elif score in compared:
+            cells.append(_score_cell(score, score.value == best))
+        else:
+            cell = _score_cell(score, is_best=False)
+            cells.append(replace(cell, note="\n".join(filter(None, [cell.note, "other test samples"]))))
+    return cells
 
 
 def _score_cell(score: Score, is_best: bool) -> Cell:
-    notes = [_bounds(score.metric, score.interval)]
+    is_undefined = score.resampled is not None and score.interval is None
+    notes = ["all resamples undefined" if is_undefined else _bounds(score.metric, score.interval)]
     if score.spread is not None:
         notes.append(f"± {_number(score.metric, score.spread)}")
     return Cell(_number(score.metric, score.value), " ".join(filter(None, notes)), is_best)
@@ -207,7 +273,7 @@ def _score_cell(score: Score, is_best: bool) -> Cell:
 def _margin_cell(found: PairedMargin) -> Cell:
     m = found.margin
     notes = [_bounds(m.metric, found.interval, sign="+")]
-    notes += [m.rival] if found.rival.kind == "control" else []
+    notes += [m.rival, found.reading] if found.rival.kind == "control" else [found.reading]
     return Cell(_number(m.metric, m.gain, sign="+"), "\n".join(filter(None, notes)))
 
 
@@ -218,7 +284,12 @@ def _number(metric: str, value: float, sign: str = "") -> str:
 def _bounds(metric: str, interval: Interval | None, sign: str = "") -> str:
     if interval is None or math.isnan(interval.low):
         return ""
-    return f"[{_number(metric, interval.low, sign)}, {_number(metric, interval.high, sign)}]"
+    undefined = f"\n{_plural(interval.n_undefined, 'resample')} undefined" if interval.n_undefined else ""
+    return f"[{_number(metric, interval.low, sign)}, {_number(metric, interval.high, sign)}]{undefined}"
+
+
+def _titled(row: Row) -> str:
+    return f"{row.title} ({row.note})" if row.note else row.title
 
 
 def _one_line(text: str) -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssl_eo.eval.comparison import Comparison, Entrant, Ranges, Score, read_ranges
+from ssl_eo.eval.aggregates import Ranges, aggregates, read_ranges, tasks_of_mean, tasks_of_rank
+from ssl_eo.eval.comparison import WORDS_OF_CONDITIONS, Comparison
+from ssl_eo.eval.entrants import Entrant, identity_of
+from ssl_eo.eval.experiments import Score
 from ssl_eo.eval.figures import SERIES, Chart, Line, draw
 from ssl_eo.eval.page import render
 from ssl_eo.eval.partitions import parse_partition
 from ssl_eo.eval.records import RESULTS, write_csv
-from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
+from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points, short
 from ssl_eo.eval.result_tables import (
     Table,
     as_latex,
@@ -24,10 +26,12 @@ from ssl_eo.eval.result_tables import (
     headline_table,
     in_unit,
     margin_table,
+    mean_table,
     metric_text,
+    rank_table,
     score_table,
 )
-from ssl_eo.eval.summary import Record, better, score_of
+from ssl_eo.eval.summary import Record, best_of, score_of
 from ssl_eo.eval.summary import read_results as read_run
 from ssl_eo.files import atomic_write
 
@@ -40,7 +44,6 @@ _TITLES = {
     "tap": "Where features are read",
     "pool": "How tokens are pooled",
 }
-_WORDS = {"partition": "labels", "subset": "bands", "size": "size", "tap": "read at"}
 _MAX_CONFUSIONS = 4  # models whose confusion is drawn
 _SIZE_OF_CURVES_INCHES = (5.0, 2.6)
 
@@ -64,18 +67,21 @@ def write_results_page(
     `ValueError` where a folder has no results, or the files `normalizer` no range of a task.
     """
     comparison = Comparison.read(folders)
-    if not comparison.results:
+    if not comparison.results and not comparison.problems:
         raise ValueError(f"{', '.join(map(str, folders))}: nothing was measured, there is nothing to report")
-    ranges = read_ranges(normalizer, comparison.metrics) if normalizer else None
-    headline, notes = headline_table(comparison, ranges), _notes(comparison, ranges, normalizer)
+    ranges = read_ranges(normalizer, comparison.metrics) if normalizer and comparison.results else None
+    headlines = [headline_table(comparison, ranges), mean_table(comparison, ranges), rank_table(comparison)]
+    notes = _notes(comparison, ranges, normalizer)
     scores = [score_table(comparison, probe) for probe in comparison.probes]
+    tried = [*comparison.results, *comparison.problems]
+    models = [e.title for e in comparison.models] or list(dict.fromkeys(str(r["model"]) for r in tried if r["model"]))
     page = render(
         "results_page.html.j2",
-        title="Evaluation of " + _listed([e.title for e in comparison.models], 4),
-        subtitle=f"Frozen features on {_listed(comparison.tasks, 6)}",
+        title="Evaluation of " + (_listed(models, 4) or "controls"),
+        subtitle=f"Frozen features on {_listed(list(dict.fromkeys(str(r['task']) for r in tried)), 6)}",
         facts=_facts(comparison),
         colors={e.title: _variable(comparison, e) for e in comparison.models},
-        headline=headline,
+        headlines=[table for table in headlines if table.columns],
         notes=notes,
         costs=_costs(comparison, ranges),
         scores=scores,
@@ -88,8 +94,9 @@ def write_results_page(
     write_csv(out.with_suffix(".csv"), comparison.results)
     margins = [margin_table(comparison, task) for task in comparison.tasks]
     margins = [Table(f"Margins on {t}", *_rest(m)) for t, m in zip(comparison.tasks, margins, strict=True) if m.rows]
-    tables = [headline, *scores, *margins]
+    tables = [*headlines, *scores, *margins]
     said = [*notes, *(f"{task}: {flag}" for task in comparison.tasks for flag in comparison.flags(task))]
+    said += [f"{what}: {why}" for kind, what, why in map(_problem, comparison.problems) if kind == "error"]
     for path, layout in ((markdown, as_markdown), (latex, as_latex)):
         if path is not None:
             atomic_write(path, layout([t for t in tables if t.columns], said))
@@ -111,52 +118,73 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("failed", failed),
         ("skipped", skipped),
     )
-    return [(what, f"{n:,}") for what, n in counts if n or what in ("models", "failed")]
+    return [(what, f"{n:,}") for what, n in counts if n or what == "failed"]
 
 
 def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[Path]) -> list[str]:
     """What a reader of the tables must know."""
-    together = {task for probe in comparison.probes for task in comparison.tasks_of_mean(probe, ranges)}
-    apart = ", ".join(task for task in comparison.tasks if task not in together)
-    notes = []
-    if ranges is None:
-        notes.append("Scores are plain, in percent: a task whose scores spread more weighs more in the mean.")
-        notes += [f"Not in the mean, since their scores are no ratios: {apart}."] if apart else []
-    else:
+    if not comparison.results:
+        return []
+    together = {task for probe in comparison.probes for task in tasks_of_mean(comparison, probe, ranges)}
+    ranked = {task for probe in comparison.probes for task in tasks_of_rank(comparison, probe)}
+    apart = ", ".join(task for task in comparison.tasks if task in ranked - together)
+    notes = [f"In no mean and no rank: {task} ({why})." for task, why in comparison.left_out.items()]
+    why = "their scores are no ratios" if ranges is None else "they have no range in what --normalizer names"
+    notes += [f"Not in the means, since {why}: {apart}."] if apart else []
+    if len(together) > 1 and ranges is None:
+        notes.append("Scores are plain, in percent: a task whose scores spread more weighs more in the means.")
+    elif len(together) > 1:
         names = ", ".join(dict.fromkeys(path.name for path in normalizer))
         notes.append(f"Scores of each task are scaled from its range in {names}: 0 is its low end, 100 its high.")
-        notes += [f"Not in the mean, since they have no range there: {apart}."] if apart else []
+    if len(together) > 1:
+        notes.append(
+            "The interquartile mean leaves out the lowest and the highest quarter of the scores; tasks weigh the same"
+            " whatever their numbers of seeds."
+        )
     notes.append(
-        "The interquartile mean leaves out the lowest and the highest quarter of the scores. [Intervals] hold 95 % of a"
-        " bootstrap over test samples, of whole places where samples share one, task by task; of margins over the same"
-        " resamples for both sides."
+        "[Intervals] hold 95 % of a bootstrap over test samples, of whole places where samples share one, task by task;"
+        " of margins over the same resamples for both sides. After ±, and with the word seeds, stands what the seed of"
+        " the draw changes. Bold is the best of a column."
     )
-    notes.append(
-        "After ±, and with the word seeds, stands what the seed of the draw changes. Bold is the best of a column."
-    )
-    usual = {axis: dict.fromkeys(comparison.reference(task, axis) for task in comparison.tasks) for axis in _WORDS}
-    read = ", ".join(f"{_WORDS[axis]} {' or '.join(values)}" for axis, values in usual.items())
-    notes.append(f"Where not said otherwise: {read}.")
-    return notes
+    codes = {" ".join(str(r[k]) for k in ("version", "code") if r.get(k)) for r in comparison.results}
+    if len(codes) > 1:
+        notes.append(f"Results are of {len(codes)} versions of the code ({', '.join(sorted(codes))}).")
+    return [*notes, _said_of_settings(comparison)]
+
+
+def _said_of_settings(comparison: Comparison) -> str:
+    """Under which conditions entrants are compared, and how the encoders among them are read."""
+    said = []
+    for axis, word in WORDS_OF_CONDITIONS.items():
+        values = dict.fromkeys(comparison.condition(task, axis) for task in comparison.tasks)
+        said.append(f"{word} {' or '.join(values)}")
+    scores = [s for task in comparison.tasks for e, _, s in comparison.shown(task) if e.kind != "control"]
+    if comparison.readings_differ(comparison.tasks, comparison.probes):
+        return f"Where not said otherwise: {', '.join(said)}. Where an encoder is read stands below its name."
+    for axis, word in (("tap", "read at"), ("pool", "pooled by")):
+        read = dict.fromkeys(getattr(score.setting, axis).replace("_", " ") for score in scores)
+        named = [value for value in read if value != "None"]
+        said += [f"{word} {' or '.join(named)}"] if named else []
+    return f"Where not said otherwise: {', '.join(said)}."
 
 
 def _costs(comparison: Comparison, ranges: Ranges | None) -> list[str]:
     """The interquartile mean of each model over the GFLOP of a sample, by probes."""
     charts = []
     for i, probe in enumerate(comparison.probes):
-        means = [a for a in comparison.aggregates(probe, ranges) if a.mean is not None]
-        tasks = comparison.tasks_of_mean(probe, ranges)
+        tasks = tasks_of_mean(comparison, probe, ranges)
         points, levels = [], []
-        for a in means:
-            assert a.mean is not None
-            cost = _mean_gflop(comparison, a.entrant, tasks, probe)
+        for a in aggregates(comparison, probe, ranges):
+            if a.interquartile_mean is None:
+                continue
+            cost, mean = _mean_gflop(comparison, a.entrant, tasks, probe), 100 * a.interquartile_mean
             if a.entrant.kind == "control":
-                levels.append((a.entrant.title, 100 * a.mean))
+                levels.append((a.entrant.title, mean))
             elif cost is not None:
                 label = a.entrant.title if a.entrant.kind == "model" else ""
-                points.append(Point(label, cost, 100 * a.mean, _series(comparison, a.entrant)))
+                points.append(Point(label, cost, mean, _series(comparison, a.entrant)))
         if points:
-            title = f"{probe}: interquartile mean over cost"
+            title = f"{probe}: {'interquartile mean' if len(tasks) > 1 else 'score'} over cost"
             x = "GFLOP of a sample, mean over tasks; circles are random encoders"
             charts.append(draw_points(title, points, levels, x, f"cost{i}"))
     return charts
@@ -173,24 +201,25 @@ def _task(comparison: Comparison, task: str, name: str) -> dict[str, Any]:
     """All that the page shows of one task; `name` is for identifiers."""
     scored = {p: _scores(comparison, task, p) for p in comparison.probes}
     scored = {p: of for p, of in scored.items() if of}
-    axes = [axis for axis in _TITLES if len(comparison.steps(task, axis)) > 1]
-    best = [_best_of(comparison, task, model) for model in comparison.models]
-    shown = [s for s in best if s is not None][:_MAX_CONFUSIONS]
-    titles = [f"{s.records[0]['model']}, {s.records[0]['probe']}" for s in shown]
+    axes = [axis for axis in _TITLES if _is_varied(comparison, task, axis)]
+    best = [(m, s) for m in comparison.models if (s := _best_of(comparison, task, m)) is not None]
+    titled = [(f"{model.title}, {score.records[0]['probe']}", score) for model, score in best]
+    matrices = [(title, score) for title, score in titled if "confusion" in score.records[0]]
     return {
         "name": task,
         "about": _about(comparison, task),
         "flags": comparison.flags(task),
+        "absent": _absent(comparison, task, list(scored)),
         "bars": [_bars(comparison, task, p, of, f"{name}-bars{i}") for i, (p, of) in enumerate(scored.items())],
         "margins": margin_table(comparison, task),
         "curves": _curves(comparison, task, list(scored), name) if "partition" in axes else [],
         "axes": [(_TITLES[a], [axis_table(comparison, task, p, a) for p in scored], a == "partition") for a in axes],
         "confusions": [
-            draw_confusion(title, _confusion(s), s.records[0]["classes"], f"{name}-confusion{i}")
-            for i, (title, s) in enumerate(zip(titles, shown, strict=True))
-            if "confusion" in s.records[0]
+            draw_confusion(short(title), _confusion(s), s.records[0]["classes"], f"{name}-confusion{i}")
+            for i, (title, s) in enumerate(matrices[:_MAX_CONFUSIONS])
         ],
-        "classes": [class_table(s, title) for title, s in zip(titles, shown, strict=True) if s.records[0]["per_class"]],
+        "n_more_confusions": len(matrices[_MAX_CONFUSIONS:]),
+        "classes": [class_table(s, title) for title, s in titled if s.records[0]["per_class"]],
     }
 
 
@@ -198,8 +227,27 @@ def _scores(comparison: Comparison, task: str, probe: str) -> list[tuple[Entrant
     return [(e, s) for e in comparison.entrants if (s := comparison.score(e, task, probe)) is not None]
 
 
+def _is_varied(comparison: Comparison, task: str, axis: str) -> bool:
+    """Whether there are several steps of an axis, and of how models are read that one of them was read in several."""
+    steps = comparison.steps(task, axis)
+    if axis in WORDS_OF_CONDITIONS:
+        return len(steps) > 1
+    places = [(e, probe) for e in comparison.entrants if e.kind != "control" for probe in comparison.probes]
+    return any(sum(comparison.score(e, task, p, **{axis: s}) is not None for s in steps) > 1 for e, p in places)
+
+
+def _absent(comparison: Comparison, task: str, probes: Sequence[str]) -> list[str]:
+    """Models without a score here, why, and by which probes."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for model in comparison.models:
+        for probe in probes:
+            if comparison.score(model, task, probe) is None:
+                found.setdefault((model.title, comparison.absence(model, task, probe)), []).append(probe)
+    return [f"Not shown: {title} by {', '.join(of)} ({why})." for (title, why), of in found.items()]
+
+
 def _about(comparison: Comparison, task: str) -> str:
-    r = next(r for r in comparison.results if r["task"] == task)
+    r = comparison.example(task).records[0]
     n_classes = len(r["classes"])
     of_classes = f" of {n_classes} classes" if n_classes else ""
     places = f" at {r['n_groups']:,} places" if r["n_groups"] < r["n_test"] else ""
@@ -213,7 +261,8 @@ def _bars(comparison: Comparison, task: str, probe: str, scores: Sequence[tuple[
     for entrant, score in scores:
         bounds = score.interval
         shown = None if bounds is None else (in_unit(metric, bounds.low), in_unit(metric, bounds.high))
-        bars.append(Bar(entrant.title, in_unit(metric, score.value), shown, _series(comparison, entrant)))
+        title = short(entrant.title) + ("" if comparison.is_compared(task, score) else " (other samples)")
+        bars.append(Bar(title, in_unit(metric, score.value), shown, _series(comparison, entrant)))
     return draw_bars(f"{probe}, {metric_text(metric)}", bars, name)
 
 
@@ -244,16 +293,13 @@ def _curve(comparison: Comparison, entrant: Entrant, task: str, probe: str, step
     known = [(in_unit(metric, b.low), in_unit(metric, b.high)) for b in bounds if b is not None]
     band = ([low for low, _ in known], [high for _, high in known]) if len(known) == len(x) else None
     style = {"model": "main", "random": "other", "control": "reference"}[entrant.kind]
-    return Line(x, y, style, entrant.title, series or 0, band if entrant.kind == "model" else None)
+    return Line(x, y, style, short(entrant.title), series or 0, band if entrant.kind == "model" else None)
 
 
 def _best_of(comparison: Comparison, task: str, model: Entrant) -> Score | None:
     """The score of a model by the probe that suits it best."""
     found = [s for p in comparison.probes if (s := comparison.score(model, task, p)) is not None]
-    if not found:
-        return None
-    best = reduce(partial(better, comparison.metrics[task]), [s.value for s in found])
-    return next(s for s in found if s.value == best)
+    return best_of(comparison.metrics[task], found, lambda s: s.value) if found else None
 
 
 def _confusion(score: Score) -> np.ndarray[Any, Any]:
@@ -282,7 +328,9 @@ def _training(runs: Sequence[Path]) -> list[str]:
         for number, (name, records) in enumerate(of_runs.items()):
             curve = [r for r in records if (r["task"], r["probe"], r["metric"]) == (task, probe, metric)]
             points = [(r["step"], in_unit(metric, score_of(r))) for r in curve]
-            lines.append(Line([x for x, _ in points], [y for _, y in points], "main", name, number % len(SERIES)))
+            lines.append(
+                Line([x for x, _ in points], [y for _, y in points], "main", short(name), number % len(SERIES))
+            )
         title = f"{task}: {probe}, {metric_text(metric)}"
         charts.append(draw(Chart(title, [line for line in lines if len(line.x)]), f"training{i}"))
     return charts
@@ -303,16 +351,19 @@ def _problem(record: Record) -> tuple[str, str, str]:
 
 def _setup(comparison: Comparison) -> list[tuple[str, str]]:
     """What results depend on beside what the tables say."""
+    if not comparison.results:
+        return []
     rows = []
     for model in comparison.models:
-        r = next(r for r in comparison.results if f"{r['model']} {r['weights']}" == model.identity)
+        r = next(r for r in comparison.results if identity_of(r) == model.identity)
         encoder = r["encoder"]
         parts = [f"ViT-{encoder.get('size')}/{encoder.get('patch_size')}", f"weights {r['weights']}"]
         parts += [f"step {r['step']:,}"] if r["step"] else []
         rows.append((model.title, ", ".join(parts)))
-    for key, what in (("version", "ssl_eo"), ("torch", "torch"), ("interpolation", "resized by"), ("pool", "pooling")):
-        found = dict.fromkeys(str(r[key]) for r in comparison.results if r[key] is not None)
-        rows.append((what, ", ".join(found)))
+    said = {"version": "ssl_eo", "code": "code", "torch": "torch", "interpolation": "resized by", "pool": "pooling"}
+    for key, what in said.items():
+        found = dict.fromkeys(str(r[key]) for r in comparison.results if r.get(key) is not None)
+        rows += [(what, ", ".join(found))] if found else []
     counts = sorted({int(r["n_resamples"]) for r in comparison.results})
     rows.append(("resamples", ", ".join(f"{n:,}" for n in counts)))
     rows.append(("seeds", ", ".join(str(s) for s in sorted({r["seed"] for r in comparison.results}))))

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # How many samples are looked at for each one wanted, in search of a balanced subset of a source that is not balanced.
 _N_READ_PER_SAMPLE = 4
-_MAX_BAD_RATIO = 0.01  # of the samples of a split that is read whole; more would be another split
+_MAX_BAD_RATIO = 0.01  # of the samples that are looked at, and at least one, may be bad: else it is another split
 _UNREADABLE = (ValueError, OSError, EOFError)
 
 
@@ -81,11 +81,16 @@ class _Part:
 
 
 class Split:
-    """Labelled samples of `source`, at most `n_max` of them, or all as they come where that is None."""
+    """Labelled samples of `source`, at most `n_max` of them, or all as they come where that is None.
 
-    def __init__(self, name: str, source: Source, shown: Shown, n_max: int | None) -> None:
+    Those that are chosen are a plain draw, in which classes are as frequent as in the source; `is_balanced` takes
+    classes in equal parts instead, as far as the source has them. What is scored must be a plain draw.
+    """
+
+    def __init__(self, name: str, source: Source, shown: Shown, n_max: int | None, is_balanced: bool = False) -> None:
         self.name = name
         self.is_held = n_max is not None
+        self._is_balanced = is_balanced and shown.kind == "classification"
         self._source, self._shown = source, shown
         self._n_max = len(source) if n_max is None else n_max
         self._renderer = Renderer([{shown.tile: shown.schema}])
@@ -116,7 +121,8 @@ class Split:
 
     def fingerprint(self) -> str:
         """Of the samples of the split, chosen or not."""
-        return f"{self._source.fingerprint()} {self._n_max if self.is_held else 'all'} {self._shown.seed}"
+        chosen = f"{self._n_max} {'balanced' if self._is_balanced else 'drawn'}" if self.is_held else "all"
+        return f"{self._source.fingerprint()} {chosen} {self._shown.seed}"
 
     def batches(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[LabelledBatch]:
         """The samples `rows` (positions in this split, in any order), as inputs `[B, c, h, w]` on `device`."""
@@ -130,7 +136,8 @@ class Split:
     def stream(self, batch_size: int, device: torch.device, n_workers: int = 0) -> Iterator[LabelledBatch]:
         """All samples, in order, each once.
 
-        Raises `ValueError` when more than one in a hundred cannot be read: the rest would be another split.
+        Raises `ValueError` when more than one sample, and more than one in a hundred, cannot be read: the rest would be
+        another split.
         """
         if self.is_held:
             yield from self.batches(torch.arange(len(self)), batch_size, device)
@@ -140,12 +147,7 @@ class Split:
         for part in DataLoader(parts, batch_size=None, num_workers=n_workers):
             for problem in part.problems:
                 n_bad += 1
-                logger.warning("task %s: a sample of %s is left out: %s", self._shown.task, self.name, problem)
-            if n_bad > math.ceil(_MAX_BAD_RATIO * len(self._source)):
-                raise ValueError(
-                    f"task {self._shown.task}: {n_bad} samples of {self.name} could not be read, the last one is"
-                    f" {part.problems[-1]}"
-                )
+                self._leave_out(problem, n_bad, len(self._source))
             n_read += len(part.keys)
             if part.tiles is not None:
                 yield self._labelled(part, device)
@@ -174,23 +176,14 @@ class Split:
         return _stacked(self._choose(), self._shown, [])
 
     def _choose(self) -> list[Sample]:
-        """Up to `n_max` samples, met in a fixed random order, classes in equal parts while the source has them."""
-        shown, name = self._shown, self._shown.task
-        order = numpy_generator(shown.seed, "task", name, self.name).permutation(len(self._source))
-        is_balanced = shown.kind == "classification"
-        quota = -(-self._n_max // shown.n_classes) if is_balanced else self._n_max
-        n_chosen = np.zeros(max(shown.n_classes, 1), dtype=np.int64)
+        """Up to `n_max` samples, met in a fixed random order; classes in equal parts where that is asked for."""
+        n_classes = self._shown.n_classes
+        quota = -(-self._n_max // n_classes) if self._is_balanced else self._n_max
+        n_chosen = np.zeros(max(n_classes, 1), dtype=np.int64)
         chosen: list[Sample] = []
         spare: list[Sample] = []
-        n_bad = 0
-        for index in order[: _N_READ_PER_SAMPLE * self._n_max].tolist():
-            try:
-                sample = _read(self._source, index, shown)
-            except _UNREADABLE as error:
-                n_bad += 1
-                logger.warning("task %s: sample %d of %s is left out: %s", name, index, self.name, error)
-                continue
-            of_class = int(sample.label) if is_balanced else 0
+        for sample in self._met():
+            of_class = int(sample.label) if self._is_balanced else 0
             if n_chosen[of_class] < quota:
                 n_chosen[of_class] += 1
                 chosen.append(sample)
@@ -201,10 +194,38 @@ class Split:
         chosen += spare[: self._n_max - len(chosen)]
         if len(chosen) < 2:
             raise ValueError(
-                f"task {name}: {self.name} has {len(chosen)} readable samples of {len(self._source)} ({n_bad} could"
-                " not be read), too few for a probe"
+                f"task {self._shown.task}: {self.name} has {len(chosen)} readable samples of {len(self._source)}, too"
+                " few for a probe"
             )
         return chosen
+
+    def _met(self) -> Iterator[Sample]:
+        """Samples in a fixed random order, without those that cannot be read.
+
+        Raises `ValueError` when these are more than one, and more than one in a hundred of those looked at.
+        """
+        shown = self._shown
+        order = numpy_generator(shown.seed, "task", shown.task, self.name).permutation(len(self._source))
+        order = order[: _N_READ_PER_SAMPLE * self._n_max]
+        n_bad = 0
+        for n_seen, index in enumerate(order.tolist(), start=1):
+            try:
+                sample = _read(self._source, index, shown)
+            except _UNREADABLE as error:
+                n_bad += 1
+                self._leave_out(f"sample {index}: {error}", n_bad, max(n_seen, min(len(order), self._n_max)))
+            else:
+                yield sample
+
+    def _leave_out(self, problem: str, n_bad: int, n_seen: int) -> None:
+        """Warn of the `n_bad`-th sample that cannot be read; raise `ValueError` where that is too many of `n_seen`."""
+        task = self._shown.task
+        logger.warning("task %s: a sample of %s is left out: %s", task, self.name, problem)
+        if n_bad > math.ceil(_MAX_BAD_RATIO * n_seen):
+            raise ValueError(
+                f"task {task}: {n_bad} samples of {self.name} could not be read, the last one is {problem}; at most one"
+                " in a hundred may be left out, since the rest would be another split"
+            )
 
 
 class _Parts(Dataset[_Part]):

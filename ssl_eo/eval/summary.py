@@ -6,12 +6,13 @@ encoder at the last step that was measured, the encoder before its first step, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ssl_eo.eval.features import ALL_TAPS
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER
 from ssl_eo.jsonl import read_jsonl
 
@@ -20,6 +21,7 @@ __all__ = [
     "Record",
     "Row",
     "Summary",
+    "best_of",
     "better",
     "is_ratio",
     "newest",
@@ -27,10 +29,12 @@ __all__ = [
     "score_of",
     "score_text",
     "summarise",
+    "tap_rank",
     "title_of",
 ]
 
 Record = Mapping[str, Any]
+T = TypeVar("T")
 
 _PLAIN = ("rmse", "mae", "r2")  # are shown as they are, the others are ratios
 _IDENTITY = ("step", "kind", "task", "features", "tap", "probe")
@@ -86,9 +90,8 @@ class Summary:
 
     @cached_property
     def final(self) -> Row | None:
-        """The row that stands for the trained encoder: all taps together, else the last layer, else the first tap."""
-        rows = [row for row in self.rows if row.is_final]
-        return max(rows, key=lambda row: (row.tap == "all", row.tap == "last"), default=None)
+        """The row that stands for the trained encoder."""
+        return max((row for row in self.rows if row.is_final), key=lambda row: tap_rank(row.tap), default=None)
 
     @cached_property
     def margins(self) -> list[Margin]:
@@ -98,19 +101,30 @@ class Summary:
         """
         if self.final is None:
             return []
-        best: dict[tuple[str, str], float] = {}
+        rivals: dict[tuple[str, str], list[float]] = {}
         for row in self.rows:
             for probe, score in row.scores.items():
                 if not row.is_final and probe in self.final.scores:
-                    best[row.title, probe] = better(self.metric, score, best.get((row.title, probe), score))
+                    rivals.setdefault((row.title, probe), []).append(score)
         return [
-            Margin(probe, self.metric, self.final.scores[probe], title, score) for (title, probe), score in best.items()
+            Margin(probe, self.metric, self.final.scores[probe], title, best_of(self.metric, scores, float))
+            for (title, probe), scores in rivals.items()
         ]
+
+
+def best_of(metric: str, items: Iterable[T], score: Callable[[T], float]) -> T:
+    """The one of `items` with the best `score`; of equal ones the first."""
+    return max(items, key=score) if HIGHER_IS_BETTER[metric] else min(items, key=score)
 
 
 def better(metric: str, a: float, b: float) -> float:
     """The better of two scores."""
-    return max(a, b) if HIGHER_IS_BETTER[metric] else min(a, b)
+    return best_of(metric, (a, b), float)
+
+
+def tap_rank(tap: str) -> tuple[bool, bool, str]:
+    """The greatest is where an encoder is read for comparisons: all taps together, else the last, else the deepest."""
+    return (tap == ALL_TAPS, tap == "last", tap)
 
 
 def is_ratio(metric: str) -> bool:

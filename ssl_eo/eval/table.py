@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-from ssl_eo.eval.summary import Record, score_text, summarise
+from ssl_eo.eval.summary import Record, Summary, score_text, summarise, title_of
 
 __all__ = ["print_summary", "rows_of_results"]
 
@@ -33,8 +33,8 @@ def print_summary(records: Sequence[Record], stream: TextIO) -> bool:
         for rival in dict.fromkeys(margin.rival for margin in summary.margins):
             gains = [f"{m.probe} {m.text}" for m in summary.margins if m.rival == rival]
             console.print(f"  margin over {rival}: {', '.join(gains)}")
-        for failure in summary.failures:
-            console.print(f"  {failure}")
+        for remark in [*_at_edges(summary, records), *summary.failures]:
+            console.print(f"  {remark}")
     return not any(summary.failures for summary in summaries)
 
 
@@ -58,5 +58,19 @@ def rows_of_results(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
         if r["kind"] == "error":
             rows.append({**head, "kind": "error", **said_of_probe, "error": r["error"]})
         else:
-            rows.append({**head, "kind": "probe", **said_of_probe, **r["scores"]})
+            rows.append({**head, "kind": "probe", **said_of_probe, **r["scores"], "chosen": r["chosen"]})
     return rows
+
+
+def _at_edges(summary: Summary, records: Iterable[Record]) -> list[str]:
+    """Probes that chose the first or the last of what they may choose from: beyond it may be a better score."""
+    found = {
+        (title_of(r), str(r["tap"]).replace("_", " "), r["probe"])
+        for r in records
+        if r["task"] == summary.task and r["kind"] == "probe" and r.get("chosen", {}).get("at_edge")
+    }
+    remarks = []
+    for probe in summary.probes:
+        places = [f"{row.title} at {row.tap}" for row in summary.rows if (row.title, row.tap, probe) in found]
+        remarks += [f"{probe} chose the end of its grid for {', '.join(places)}"] if places else []
+    return remarks

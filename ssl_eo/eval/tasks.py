@@ -16,7 +16,7 @@ from ssl_eo.data.opening import SourceConfig, open_source
 from ssl_eo.data.plans import whole
 from ssl_eo.data.types import Source, TileSchema, ViewPlan
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.metrics import HEADLINE, HIGHER_IS_BETTER
+from ssl_eo.eval.metrics import HEADLINE, METRICS
 from ssl_eo.eval.probes import check_probe
 from ssl_eo.eval.splits import Shown, Split
 
@@ -37,7 +37,7 @@ class TaskConfig:
     kind: Kind = "classification"  # of the labels: a class, several classes, a class a pixel, or a number a sample
     metric: str | None = None  # what the task is ranked by; None: what is usual for its kind
     max_train: int | None = 2000  # samples, of classes in equal parts as far as the source allows; None: all
-    max_val: int | None = 1000  # likewise
+    max_val: int | None = 1000  # samples, a plain draw, so that classes are as frequent as in the source; None: all
     max_test: int | None = 1000  # likewise
     size_px: int | None = None  # side of the square view in pixels; None: the tile's own
     tile: str | None = None  # which tile is shown, where the source has several
@@ -45,8 +45,8 @@ class TaskConfig:
     ignore: int | None = None  # segmentation: pixels of this value have no label
     no_data: list[int] = field(default_factory=list)  # segmentation: classes that stand for "no data"
     probes: list[str] = field(default_factory=lambda: ["knn", "ridge"])  # while training; of ssl_eo.eval.probes
-    # Known defects that a reader of the scores must know. What begins with "leak" or "shared keys" admits them: see
-    # ssl_eo.eval.leaks.
+    # Known defects that a reader of the scores must know. What begins with "leak", "shared keys" or "shared places"
+    # admits them: see ssl_eo.eval.leaks.
     flags: list[str] = field(default_factory=list)
     seed: int = 0  # of the choice of samples
 
@@ -56,9 +56,11 @@ class TaskConfig:
                 raise ValueError(f"{key} must be at least 2, or null for all, got {value}")
         if self.size_px is not None and self.size_px < 1:
             raise ValueError(f"size_px must be positive or absent, got {self.size_px}")
-        if self.metric is not None and self.metric not in HIGHER_IS_BETTER:
-            known = list(HIGHER_IS_BETTER)
-            raise ValueError(f"metric: there is no {self.metric!r}{suggest(self.metric, known)} ({', '.join(known)})")
+        if self.metric is not None and self.metric not in METRICS[self.kind]:
+            known = list(METRICS[self.kind])
+            raise ValueError(
+                f"metric: {self.kind} has no {self.metric!r}{suggest(self.metric, known)} ({', '.join(known)})"
+            )
         for probe in self.probes:
             check_probe(probe, self.kind)
         if self.kind != "segmentation" and (self.ignore is not None or self.no_data):
@@ -95,7 +97,7 @@ class Task:
             cfg.ignore,
             cfg.seed,
         )
-        self.train = Split("train", train, self.shown, cfg.max_train)
+        self.train = Split("train", train, self.shown, cfg.max_train, is_balanced=True)
         self.val = None if cfg.val is None else self._other("val", cfg.val, cfg.max_val)
         self.test = self._other("test", cfg.test, cfg.max_test)
 

@@ -42,6 +42,7 @@ from ssl_eo.eval.hook import EvalHook, undisturbed
 from ssl_eo.eval.report import write_report
 from ssl_eo.eval.summary import read_results
 from ssl_eo.eval.table import print_summary
+from ssl_eo.eval.watching import Training
 from ssl_eo.jsonl import JsonLines
 from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
@@ -151,11 +152,12 @@ class Trainer:
         self.meters, self.stopwatch = Meters(), Stopwatch()
         self.recent_keys: list[tuple[int, list[str]]] = []  # of the steps whose finite flags are still unread
         self.n_skipped, self.n_skipped_in_a_row = 0, 0
-        self.started, self.evaluated_s = time.monotonic(), 0.0
         if is_main():
             run_dir.describe(config, schemas, world, self.step)
         barrier()  # the log files are trimmed before any rank reads them or appends to them
-        self.evaluation = EvalHook(config.eval, config.run_dir, world.device)
+        names = [source.name for source in config.data.sources]
+        watched = Training(names, self.sources, views, self.objective.published_encoder().check, seed)
+        self.evaluation = EvalHook(config.eval, config.run_dir, world.device, watched)
         self._open_logs()
 
     def _open_logs(self) -> None:
@@ -176,7 +178,8 @@ class Trainer:
             return EXIT_DONE
         for line in (self._headline(), *self.begun_from):
             self._note(line)
-        self.started = started = time.monotonic()
+        started = time.monotonic()
+        self.evaluation.budget.start(self.step)
         if self.step == 0 and (probes := self._evaluate()):
             self._write({"step": 0, **probes})
         self.model.train()
@@ -310,19 +313,18 @@ class Trainer:
         self.recent_keys = []
 
     def _evaluate(self) -> dict[str, float]:
-        """What the probes found if they are due now; leaves no trace in the training."""
-        if not self.evaluation.due(self.step, self.config.train.total_steps):
-            return {}
+        """What probes and health found where they are due now; leaves no trace in the training."""
         start = time.perf_counter()
+        works = self.evaluation.due(self.step, self.config.train.total_steps)
+        if not works:
+            return {}
         self.watch.at(self.step, "probing")
         if self.progress is not None:
             self.progress.say(f"step {self.step}: probing")
-        found = self.evaluation.run(self._encode_taps, self.step, self.objective)
+        found = self.evaluation.run(self._encode_taps, self.step, self.objective, works)
         settle(self.model)
-        seconds = time.perf_counter() - start
-        self.stopwatch.exclude(seconds)
-        self.evaluated_s += seconds
-        return {**found, "eval_time_ratio": self.evaluated_s / (time.monotonic() - self.started)}
+        self.stopwatch.exclude(time.perf_counter() - start)
+        return {**found, "eval_time_ratio": self.evaluation.budget.ratio}
 
     def _encode_taps(self, inputs: EncoderInput) -> Sequence[Tokens]:
         depth = len(self.objective.published_encoder().blocks)

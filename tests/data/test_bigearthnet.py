@@ -98,6 +98,27 @@ def test_a_sample_holds_native_tiles_dates_and_place(version: str, request: pyte
     assert 12 < sample.meta["longitude"] < 16
 
 
+def test_patches_of_one_scene_or_one_cell_are_of_one_group(archive_v1: Path, archive_v2: Path, v1: Path) -> None:
+    for root in (archive_v1, archive_v2):
+        source = open_all(root)
+        for i in range(len(source)):
+            sample = source.read(i)
+            scene, row, column = sample.key.rsplit("_", 2)
+            assert sample.meta["group"] == scene
+            assert row.isdecimal()
+            assert column.isdecimal()
+    for path in v1.glob("*.csv"):
+        path.unlink()  # no official split
+    for split in ("train", "val", "test"):
+        try:
+            source = Source(Config(str(v1), split=split, split_by="geography", cell_deg=2.0))
+        except ValueError:  # no patch lies in cells of this split
+            continue
+        meta = source.read(0).meta
+        south, west = (2 * np.floor(meta[key] / 2) for key in ("latitude", "longitude"))
+        assert meta["group"] == f"{south:g} {west:g} +2"
+
+
 def test_radar_statistics_are_those_of_their_polarisation(archive_v1: Path, archive_v2: Path) -> None:
     for root, vv, vh in [(archive_v1, -12.62, -19.29), (archive_v2, -12.6439, -19.3526)]:
         schema = open_all(root).schema["sentinel1_grd"]
@@ -383,8 +404,14 @@ def test_fingerprint_follows_the_content_not_the_place(v1: Path, v2: Path, tmp_p
         moved = root.rename(tmp_path / f"moved_{root.name}")
         assert open_all(moved).fingerprint() == before
         assert open_all(moved, tiles=["sentinel1_grd"]).fingerprint() != before
-    assert open_all(tmp_path / "moved_v2", label="map").fingerprint() != before
+    of_maps = open_all(tmp_path / "moved_v2", label="map").fingerprint()
+    assert of_maps != before
     assert Source(Config(str(tmp_path / "moved_v2"))).fingerprint() != before
+    (path, *_) = sorted((tmp_path / "moved_v2").glob("Reference_Maps/*/*/*.tif"))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # of the last pixel
+    path.write_bytes(data)
+    assert open_all(tmp_path / "moved_v2", label="map").fingerprint() != of_maps
 
 
 def test_the_real_pairs_of_v1(real_samples: Callable[[str], Path]) -> None:

@@ -144,6 +144,23 @@ def test_wrong_values_are_refused() -> None:
         Config("x", cell_deg=0.0)
 
 
+def test_scenes_of_one_cell_are_of_one_group(root: Path) -> None:
+    cells: Counter[str] = Counter()
+    for split in ("train", "test"):
+        source = Source(Config(str(root), split=split, cell_deg=1.0))
+        for i in range(len(source)):
+            meta = source.read(i).meta
+            assert meta["group"] == f"{np.floor(meta['latitude']):g} 10 +1"
+            cells[meta["group"]] += 1
+    assert set(cells.values()) == {2}
+    assert "group" not in Source(Config(str(root), split="train", split_by="file")).read(0).meta
+    with (root / "metadata.csv").open(newline="") as file:
+        head, *rows = list(csv.reader(file))
+    with (root / "metadata.csv").open("w", newline="") as file:  # who knows better says so
+        csv.writer(file).writerows([[*head, "group"], *([*row, "here"] for row in rows)])
+    assert Source(Config(str(root), split="train")).read(0).meta["group"] == "here"
+
+
 def test_fingerprint_follows_the_content_not_the_place(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     source = Source(Config(str(root)))
     copy = tmp_path_factory.mktemp("moved") / "copy"
@@ -195,6 +212,18 @@ def test_geotiffs_that_lead_out_or_are_huge_are_bad_samples(tmp_path: Path) -> N
         source.read(1)
     with pytest.raises(ValueError, match=r"River_2\.tif has bands, .* \(13, 20000, 20000, .*; expected \(13, 64, 64"):
         source.read(2)
+
+
+def test_the_fingerprint_of_geotiffs_follows_their_pixels(tmp_path: Path) -> None:
+    """They have one size whatever they hold."""
+    paths = [tmp_path / "River" / f"River_{i}.tif" for i in range(3)]
+    for path in paths:
+        write_geotiff(path, 10.2)
+    before, size = Source(Config(str(tmp_path), split="all")).fingerprint(), paths[2].stat().st_size
+    place: dict[str, Any] = {"crs": "EPSG:4326", "corner": (10.2, 50.0), "pixel": 1e-4}
+    write_raster(paths[2], np.zeros((13, 64, 64), np.uint16), **place)
+    assert paths[2].stat().st_size == size
+    assert Source(Config(str(tmp_path), split="all")).fingerprint() != before
 
 
 def test_geotiffs_of_which_none_says_where_it_lies_have_no_geographic_split(tmp_path: Path) -> None:

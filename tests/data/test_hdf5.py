@@ -243,6 +243,58 @@ def test_fingerprint_follows_the_content_not_the_place(path: Path) -> None:
     assert Source(config(path)).fingerprint() != before
 
 
+@pytest.mark.parametrize("dataset", ["label", "maps/cover"])
+def test_other_labels_are_another_content(path: Path, dataset: str) -> None:
+    before = Source(config(path, label_dataset=dataset)).fingerprint()
+    assert before != Source(config(path)).fingerprint()
+    assert Source(config(path, label_dataset=dataset)).fingerprint() == before
+    size = path.stat().st_size
+    with h5py.File(path, "a") as file:
+        file[dataset][N - 1] = 1 - file[dataset][N - 1]
+    assert path.stat().st_size == size
+    assert Source(config(path, label_dataset=dataset)).fingerprint() != before
+
+
+def test_other_pixels_are_noticed_where_statistics_are_given(path: Path, tmp_path: Path) -> None:
+    given = tmp_path / "statistics.json"
+    given.write_text(json.dumps({"bands": list(L2A), "mean": [1.0] * C, "std": [1.0] * C}))
+    with h5py.File(path, "a") as file:
+        file["plain"] = file["sentinel2"][:]  # without compression: its size says nothing
+    options = {"dataset": "plain", "statistics": str(given)}
+    before, size = Source(config(path, **options)).fingerprint(), path.stat().st_size
+    with h5py.File(path, "a") as file:
+        file["plain"][3, 0, 0, 0] += 1
+    assert path.stat().st_size == size
+    assert Source(config(path, **options)).fingerprint() != before
+
+
+def test_reading_goes_on_after_a_fingerprint(path: Path) -> None:
+    source = Source(config(path, label_dataset="label"))
+    before = pixels_of(source, 4).copy()
+    source.fingerprint()
+    np.testing.assert_array_equal(pixels_of(source, 4), before)
+
+
+def test_a_column_names_the_places_that_samples_share(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file["place"] = np.array([f"scene_{n // 4}_{n % 4}".encode() for n in range(N)])
+    whole = Source(config(path, group_dataset="place", split="test"))
+    assert [whole.read(i).meta for i in range(2)] == [{"group": "scene_1_2"}, {"group": "scene_1_3"}]
+    scenes = Source(config(path, group_dataset="place", group_pattern=r"scene_(\d+)_\d+", split="test"))
+    assert [scenes.read(i).meta["group"] for i in range(4)] == ["1", "1", "2", "2"]
+    with pytest.raises(ValueError, match=r"group_pattern: 'scene_0_0' of place in .* does not fit 'tile_"):
+        Source(config(path, group_dataset="place", group_pattern=r"tile_(\d+)"))
+    with pytest.raises(ValueError, match=r"group_dataset: maps/cover in .* has shape \(10, 4, 4\), expected \[N\]"):
+        Source(config(path, group_dataset="maps/cover"))
+    with pytest.raises(ValueError, match=r"group_dataset: .* has no array 'places'; did you mean 'place'"):
+        Source(config(path, group_dataset="places"))
+    for pattern, problem in (("(", "is no regular expression"), ("scene", "has 0 groups, expected one")):
+        with pytest.raises(ValueError, match=f"group_pattern: .* {problem}"):
+            config(path, group_dataset="place", group_pattern=pattern)
+    with pytest.raises(ValueError, match="group_pattern needs group_dataset"):
+        config(path, group_pattern="(.*)")
+
+
 def test_wrong_values_are_refused() -> None:
     for gsd_m in (0.0, -10.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="gsd_m must be positive metres"):

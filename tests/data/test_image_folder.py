@@ -129,6 +129,33 @@ def test_rasters_are_split_by_place(tmp_path: Path) -> None:
         assert found[f"dry/{n}"] == found[f"wet/{n + 1}"]
 
 
+def test_rasters_of_one_cell_are_of_one_group(tmp_path: Path) -> None:
+    write_rasters(tmp_path, n=60)
+    groups: dict[str, set[str]] = {}
+    for split in ("train", "val", "test"):
+        source = open_folder(tmp_path, sensor="naip", split=split, split_by="geography")
+        for i in range(len(source)):
+            sample = source.read(i)
+            south = np.floor(2 * sample.meta["latitude"]) / 2
+            assert sample.meta["group"].startswith(f"{south:g} ")
+            groups.setdefault(sample.meta["group"], set()).add(split)
+    assert len(groups) == 30
+    assert all(len(splits) == 1 for splits in groups.values())
+    assert "group" not in open_folder(tmp_path, sensor="naip", split="train").read(0).meta
+
+
+def test_other_pixels_are_noticed_where_statistics_are_given(tmp_path: Path) -> None:
+    write_rasters(tmp_path / "naip")
+    (tmp_path / "naip.json").write_text('{"bands": ["R", "G", "B", "N"], "mean": [1, 1, 1, 1], "std": [1, 1, 1, 1]}')
+    options = {"sensor": "naip", "split": "all", "statistics": str(tmp_path / "naip.json")}
+    before = open_folder(tmp_path / "naip", **options).fingerprint()
+    path = tmp_path / "naip" / "dry" / "4.tif"
+    size = path.stat().st_size
+    write_raster(path, pixels_of(99, (4, 16, 16)), corner=(600_000.0, 4_000_000.0 + 111_200.0 * 2))
+    assert path.stat().st_size == size
+    assert open_folder(tmp_path / "naip", **options).fingerprint() != before
+
+
 def test_images_of_another_size_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_pictures(tmp_path)
     Image.fromarray(pixels_of(7, (16, 15, 3))).save(root / "lake" / "odd.png")

@@ -36,7 +36,8 @@ def test_the_recipe_trains_on_the_archive(
     write_mmearth(tmp_path / "data_1M_v001_64", size_px=64)
     monkeypatch.setenv("SSL_EO_DATA", str(tmp_path / "data_1M_v001_64"))
     assert main(["train", "--config", str(RECIPE), f"run.out_dir={tmp_path}", *SMALL, *extra]) == 0
-    steps = records(tmp_path / "multimae_vitb8_mmearth64" / "metrics.jsonl")
+    before, *steps = records(tmp_path / "multimae_vitb8_mmearth64" / "metrics.jsonl")
+    assert before["health/mmearth/last/effective_rank"] > 1
     assert len(steps) == 3
     losses = {"rgb", "norm_rgb", "ired", "ebands", "sired", "depth", "semseg"}
     losses |= {"biome", "era5", "longitude"} if extra else set()

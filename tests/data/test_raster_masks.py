@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,46 @@ def test_splits_by_place_and_by_name(tmp_path: Path) -> None:
         assert set().union(*found[split_by].values()) == {f"s{i}" for i in range(30)}
         assert sum(map(len, found[split_by].values())) == 30
     assert found["geography"] != found["name"]
+
+
+def test_windows_share_their_raster_and_rasters_their_cell(tmp_path: Path) -> None:
+    write_pairs(tmp_path, n=30)
+    windows = open_masks(tmp_path, window_px=16)
+    assert [windows.read(i).meta["group"] for i in range(8)] == ["s0"] * 4 + ["s1"] * 4
+    assert "group" not in open_masks(tmp_path).read(0).meta
+    groups: dict[str, set[str]] = {}
+    for split in ("train", "val", "test"):
+        source = open_masks(tmp_path, split=split, window_px=16, cell_deg=3.0)
+        for i in range(len(source)):
+            meta = source.read(i).meta
+            latitude, longitude, side = meta["group"].split()
+            assert float(latitude) <= meta["latitude"] < float(latitude) + 3
+            assert float(longitude) <= meta["longitude"] < float(longitude) + 3
+            assert side == "+3"
+            groups.setdefault(meta["group"], set()).add(split)
+    assert len(groups) >= 10
+    assert all(len(splits) == 1 for splits in groups.values())
+
+
+def test_another_mask_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    before = open_masks(write_pairs(tmp_path)).fingerprint()
+    path = tmp_path / "masks" / "s7.tif"
+    size = path.stat().st_size
+    mask = mask_of(7)
+    mask[5, 5] = (mask[5, 5] + 1) % 3
+    write_raster(path, mask[None], corner=(600_000.0, 4_000_000.0 + 111_200.0 * 7))
+    assert path.stat().st_size == size
+    assert open_masks(tmp_path).fingerprint() != before
+
+
+def test_other_pixels_are_noticed_where_statistics_are_given(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path / "rasters")
+    given = tmp_path / "statistics.json"
+    given.write_text(json.dumps({"bands": ["R", "G", "B", "N"], "mean": [1.0] * 4, "std": [1.0] * 4}))
+    before = open_masks(root, statistics=str(given)).fingerprint()
+    assert open_masks(root, statistics=str(given)).fingerprint() == before
+    write_raster(root / "images" / "s3.tif", image_of(99), corner=(600_000.0, 4_000_000.0 + 111_200.0 * 3))
+    assert open_masks(root, statistics=str(given)).fingerprint() != before
 
 
 def test_rasters_without_a_place_are_split_by_name(tmp_path: Path) -> None:

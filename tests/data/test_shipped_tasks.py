@@ -169,6 +169,14 @@ def test_tiles_of_enmap_keep_their_columns_apart(real_samples: Callable[[str], P
     assert sorted(names) == sorted(west)
 
 
+def test_test_tiles_of_enmap_are_one_place(real_samples: Callable[[str], Path]) -> None:
+    real_samples("enmap_potsdam")
+    task = Task(build(TaskConfig, "enmap_landcover", ""))
+    assert task.val is not None
+    groups = [{g for b in split.stream(4, CPU) for g in b.groups} for split in (task.train, task.val, task.test)]
+    assert groups == [{"64", "96", "128"}, {"160"}, {"192"}]
+
+
 def test_the_task_of_thirteen_bands_reads_the_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rasterio")
     monkeypatch.setenv("SSL_EO_SAMPLES", str(tmp_path))

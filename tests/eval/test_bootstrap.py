@@ -166,6 +166,21 @@ def test_interquartile_mean_by_hand() -> None:
             interquartile_mean(bad)
 
 
+@settings(max_examples=50, deadline=None)
+@given(scores=st.lists(st.lists(st.floats(-100, 100), min_size=1, max_size=4), min_size=1, max_size=6))
+def test_data_sets_weigh_the_same_whatever_their_numbers_of_seeds(scores: list[list[float]]) -> None:
+    # 12 values of each, and four copies of those, so that a quarter is a whole number of them.
+    copies = [value for values in scores for value in values * (12 // len(values)) * 4]
+    found, _ = aggregate({str(i): values for i, values in enumerate(scores)}, n_resamples=1)
+    assert found == pytest.approx(stats.trim_mean(copies, 0.25), abs=1e-9)
+
+
+def test_equal_numbers_of_seeds_are_pooled_as_published() -> None:
+    scores = numpy_generator(0, "equal").normal(size=(7, 3))
+    found, _ = aggregate({str(i): row.tolist() for i, row in enumerate(scores)}, n_resamples=1)
+    assert found == interquartile_mean(scores.flatten().tolist())
+
+
 def test_aggregate_resamples_within_each_data_set() -> None:
     # Pools are [a, b, 5, 5] with a and b drawn from {0, 1}; the middle half is (max(a, b) + 5) / 2: 3 in three of four.
     scores = {"m-eurosat": [0.0, 1.0], "m-so2sat": [5.0, 5.0]}
@@ -182,7 +197,8 @@ def test_aggregate_does_not_depend_on_the_order_of_data_sets() -> None:
     mean, interval = aggregate(scores, n_resamples=200)
     assert aggregate(dict(reversed(scores.items())), n_resamples=200) == (mean, interval)
     assert aggregate(scores, n_resamples=200, seed=1)[1] != interval
-    assert mean == interquartile_mean([v for values in scores.values() for v in values])
+    copies = [v for values in scores.values() for v in values * (15 // len(values))]
+    assert mean == pytest.approx(interquartile_mean(copies), abs=1e-12)
     assert interval.low < mean < interval.high
 
 

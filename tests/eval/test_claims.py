@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ssl_eo.eval.claims import Claim, claimed, work_through
+from ssl_eo.eval.claims import Claim, claimed, next_turn, work_through
 
 NAMES = [f"piece {i}" for i in range(12)]
 FORK = multiprocessing.get_context("fork")
@@ -113,6 +114,40 @@ def test_a_piece_that_was_given_up_is_tried_again_by_the_next_call(tmp_path: Pat
     assert seen == [0, 0]
 
 
+@pytest.mark.parametrize("ahead_ns", [-(10**15), 10**15])
+def test_clocks_of_machines_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead_ns: int) -> None:
+    """A piece that ended before a call is looked at again, and one that another ends during the call is not."""
+    seen: list[str] = []
+    here = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: here + ahead_ns)
+    work_through(tmp_path, ["a", "b"], lambda name, _: seen.append(name))
+    monkeypatch.setattr(time, "time_ns", lambda: here)
+
+    def work(name: str, _: Claim) -> None:
+        seen.append(name)
+        with claimed(tmp_path, "b") as claim:  # by somebody whose clock differs
+            assert claim is not None
+            monkeypatch.setattr(time, "time_ns", lambda: here + ahead_ns)
+            claim.finish()
+            monkeypatch.setattr(time, "time_ns", lambda: here)
+
+    work_through(tmp_path, ["a", "b"], work)
+    assert seen == ["a", "b", "a"]
+
+
+def _draw(all_begun: Any, folder: Path, n: int) -> None:
+    all_begun.wait(30)
+    turns = [next_turn(folder) for _ in range(n)]
+    assert turns == sorted(set(turns))
+    for turn in turns:
+        _note(folder, f"{turn:06d}")
+
+
+def test_turns_are_drawn_once_by_any_process(tmp_path: Path) -> None:
+    assert _start(3, _draw, tmp_path, 50) == [0, 0, 0]
+    assert [int(name) for name, _ in _log(tmp_path)] == list(range(1, 151))
+
+
 def test_an_error_is_no_death(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt, ValueError):
 
@@ -123,7 +158,7 @@ def test_an_error_is_no_death(tmp_path: Path) -> None:
             work_through(tmp_path, ["a"], fail)
     with claimed(tmp_path, "a") as claim:
         assert claim is not None
-        assert (claim.n_before, claim.ended_ns) == (0, None)
+        assert (claim.n_before, claim.ended) == (0, None)
 
 
 def test_a_claim_is_of_one_at_a_time(tmp_path: Path) -> None:

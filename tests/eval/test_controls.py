@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssl_eo.eval.controls import CONTROLS, band_statistics, control_taps, random_convolution, texture_statistics
+from ssl_eo.eval.controls import (
+    CONTROLS,
+    DRAWN_CONTROLS,
+    band_statistics,
+    control_of,
+    control_taps,
+    random_convolution,
+    texture_statistics,
+)
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import torch_generator
 from ssl_eo.sensors import load_sensor
@@ -71,3 +79,15 @@ def test_controls_stand_where_an_encoder_does(name: str) -> None:
     of_patches = control_taps(CONTROLS[name], of_patches=True)(inputs)["pixels"]
     assert of_patches.shape == (3, 2, 2, of_images[1].shape[1])  # cells of 8 x 10
     torch.testing.assert_close(of_patches[:, 0, 0], CONTROLS[name](inputs.pixels[:, :, :8, :10]))
+    of_cells = control_taps(CONTROLS[name], of_patches=True, cell_px=4)(inputs)["pixels"]
+    assert of_cells.shape[:3] == (3, 4, 5)
+    torch.testing.assert_close(of_cells[:, 3, 1], CONTROLS[name](inputs.pixels[:, :, 12:, 4:8]))
+
+
+def test_filters_are_drawn_by_the_seed_and_nothing_else_is() -> None:
+    pixels = _pixels(3)
+    for name, control in CONTROLS.items():
+        found = [control_of(name, seed)(pixels) for seed in (0, 1, 1)]
+        assert torch.equal(found[0], control(pixels))
+        assert torch.equal(found[1], found[2])
+        assert torch.equal(found[0], found[1]) == (name not in DRAWN_CONTROLS)

@@ -13,7 +13,7 @@ from toy import tasks
 
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.data.sources.geobench import Config
-from ssl_eo.eval.leaks import count_leaked
+from ssl_eo.eval.leaks import count_leaked, count_shared_groups
 from ssl_eo.eval.offline import Evaluation, Model, evaluate
 from ssl_eo.eval.tasks import TaskConfig
 
@@ -73,6 +73,27 @@ def test_equal_pixels_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> 
         assert f"task t: {said} have the pixels of a sample of an earlier split, the first is {first};" in caplog.text
     caplog.clear()
     assert count_leaked("t", splits, ["leak: three scenes twice"]) == 3
+    assert caplog.text == ""
+
+
+@dataclass
+class Places:
+    groups: list[str]
+
+
+def test_places_in_several_splits_are_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    splits = {"train": Places(["a", "a", "b"]), "val": Places(["c"]), "test": Places(["b", "d", "c", "b"])}
+    assert [count_shared_groups("t", splits) for _ in range(3)] == [2, 2, 2]
+    (record,) = caplog.records
+    assert "task t: 2 of 3 places of test, with 3 of its 4 samples, are in an earlier split too, the first is b;" in (
+        record.getMessage()
+    )
+    assert "'shared places'" in record.getMessage()
+    caplog.clear()
+    assert count_shared_groups("t", splits, ["shared places: dates of one field"]) == 2
+    assert count_shared_groups("t", splits, ["leak: chips overlap"]) == 2
+    assert count_shared_groups("t", {"train": splits["train"], "test": Places(["d", "d"])}) == 0
+    assert count_shared_groups("t", {"train": Places(["a", "b"]), "test": Places(["a"])}, ["shared keys: x"]) == 0
     assert caplog.text == ""
 
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from toy import tasks
+from toy import scenes, tasks
 
+from ssl_eo.data.types import Sample
+from ssl_eo.eval.bands import bands_of
+from ssl_eo.eval.bootstrap import resampled_scores
 from ssl_eo.eval.controls import CONTROLS
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.metrics import HEADLINE
-from ssl_eo.eval.offline import Evaluation, Model, evaluate
-from ssl_eo.eval.records import RESULTS, write_csv
-from ssl_eo.eval.summary import read_results
+from ssl_eo.eval.metrics import HEADLINE, Outcome
+from ssl_eo.eval.offline import Evaluation, Model, _fresh, evaluate
+from ssl_eo.eval.probes import knn
+from ssl_eo.eval.provenance import code_digest
+from ssl_eo.eval.records import RESULTS, read_results, unpacked, write_csv
 from ssl_eo.eval.table import print_summary, rows_of_results
 from ssl_eo.models.vit import Encoder, EncoderConfig
+from ssl_eo.seeding import derive_seed
 
 STEP = 1500
 FEATURES = ["encoder", "random_encoder", *CONTROLS]
@@ -79,6 +85,7 @@ def test_a_record_says_all_that_its_score_depends_on(tmp_path: Path, kind: Kind)
         assert low <= r["scores"][r["metric"]] <= high
         assert (r["n_train"], r["n_val"], r["n_test"], r["n_groups"]) == (60, 20, 30, 6)
         assert (r["n_leaked"], r["flags"], r["bands"]) == (0, ["labels are noisy"], ["R", "G", "B"])
+        assert r["n_shared_groups"] == 4  # of test, which val has too
         assert (r["tap"] == "pixels") == (r["features"] in CONTROLS) == (r["encoder"] is None)
         assert (r["weights"] is not None) == (r["features"] == "encoder")
         if kind == "regression":
@@ -189,7 +196,8 @@ def test_what_is_missing_alone_is_measured(tmp_path: Path) -> None:
     assert passes == []  # the last three are controls
     both = _evaluate(tmp_path, encoder, probes=["ridge", "knn"], controls=False)
     assert len(passes) == 3
-    assert len(both) == len(first) + 1
+    assert [r["probe"] for r in both] == ["ridge", "knn"]
+    assert len(read_results(tmp_path)) == len(first) + 1
 
 
 @pytest.mark.parametrize(
@@ -209,15 +217,176 @@ def test_what_is_missing_alone_is_measured(tmp_path: Path) -> None:
 def test_what_is_changed_is_measured_anew(tmp_path: Path, changes: dict[str, Any]) -> None:
     before = {r["key"] for r in _evaluate(tmp_path, controls=False)}
     after = {r["key"] for r in _evaluate(tmp_path, controls=False, **changes)}
-    assert len(before) == 2
-    assert before < after
-    assert len(after) == 4
+    assert len(before) == len(after) == 2
+    assert before.isdisjoint(after)
+    assert {r["key"] for r in read_results(tmp_path)} == before | after
 
 
 def test_other_taps_are_other_results(tmp_path: Path) -> None:
     _evaluate(tmp_path, controls=False, probes=["ridge"], taps=[0.5, 1.0])
     found = _evaluate(tmp_path, controls=False, probes=["ridge"], taps=[0.3, 1.0])
-    assert sorted(r["tap"] for r in found) == ["all", "all", "depth_0.30", "depth_0.50", "last"]
+    assert [r["tap"] for r in found] == ["depth_0.30", "last", "all"]
+    assert sorted(r["tap"] for r in read_results(tmp_path)) == ["all", "all", "depth_0.30", "depth_0.50", "last"]
+
+
+def test_results_of_other_models_and_plans_are_left_and_not_returned(tmp_path: Path) -> None:
+    first = _evaluate(tmp_path, tasks.encoder(seed=2), probes=["ridge"])
+    broken = tasks.task(train=tasks.source(n=60, broken=list(range(60))), name="broken")
+    failed = _evaluate(tmp_path, tasks.encoder(seed=2), tasks=[broken])
+    second = _evaluate(tmp_path, tasks.encoder(seed=3), probes=["ridge"])
+    assert {r["kind"] for r in failed} == {"error"}
+    assert [r["features"] for r in second] == FEATURES
+    shared = [r["features"] for r in second if r in first]  # what does not depend on the weights serves both
+    assert shared == FEATURES[1:]
+    assert _summary(rows_of_results(second))[1]
+    assert len(read_results(tmp_path)) == len(first) + len(failed) + 1
+
+
+def test_an_error_of_another_plan_is_not_returned(tmp_path: Path) -> None:
+    first = _evaluate(tmp_path, controls=False)
+    (line, *_) = _lines(tmp_path)
+    error = {**line, "key": f"job {line['job']}", "kind": "error", "error": "OSError: of other partitions"}
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write(json.dumps(error) + "\n")
+    assert _evaluate(tmp_path, controls=False) == first
+    more = _evaluate(tmp_path, controls=False, partitions=["0.50x"])
+    assert {r["kind"] for r in more} == {"result"}
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_seed_draws_is_measured_for_each(tmp_path: Path) -> None:
+    encoder = tasks.encoder()
+    passes = _count_passes(encoder)
+    asked: dict[str, Any] = {"tasks": [tasks.task("regression")], "batch_size": 64}
+    found = _evaluate(tmp_path, encoder, seeds=[0, 1, 2], **asked)
+    assert len(passes) == 3
+    assert [(r["features"], r["seed"]) for r in found] == [(f, s) for f in FEATURES for s in range(3)]
+    assert {r["kind"] for r in found} == {"result"}
+    assert len({r["key"] for r in found}) == len(found)
+    for features in FEATURES:
+        errors = {r["scores"]["rmse"] for r in found if r["features"] == features}
+        assert len(errors) == (3 if features in ("random_encoder", "random_convolution") else 1)
+    again = _evaluate(tmp_path / "alone", encoder, seeds=[2], **asked)
+    assert _timeless(again) == _timeless([r for r in found if r["seed"] == 2])
+
+
+def test_random_weights_are_those_of_the_seed() -> None:
+    first, second, again = (_fresh(tasks.encoder(), seed).state_dict() for seed in (0, 1, 0))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_random_bands_are_those_of_each_seed(tmp_path: Path) -> None:
+    """The encoder takes no single band, and the controls any."""
+    found = _evaluate(tmp_path, seeds=[0, 1, 2], subsets=["random"], probes=["ridge"])
+    bands = {r["seed"]: r["bands"] for r in found if r["features"] == "band_statistics"}
+    names = ("R", "G", "B")
+    assert bands == {seed: bands_of("random", names, names, "toy", seed) for seed in range(3)}
+    assert len({tuple(some) for some in bands.values()}) > 1
+    for features in CONTROLS:
+        assert [r["seed"] for r in found if r["features"] == features] == [0, 1, 2]
+
+
+# --- what a result depends on -----------------------------------------------------------------------------------------
+
+
+def test_other_code_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _evaluate(tmp_path, controls=False)
+    assert {r["code"] for r in before} == {code_digest()}
+    monkeypatch.setattr("ssl_eo.eval.offline.code_digest", lambda: "other")
+    after = _evaluate(tmp_path, controls=False)
+    assert {r["code"] for r in after} == {"other"}
+    assert {r["key"] for r in before}.isdisjoint(r["key"] for r in after)
+
+
+def test_other_options_of_a_probe_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _evaluate(tmp_path, controls=False, probes=["knn", "linear"])
+    assert before[0]["options"] == {"n_neighbors": 20, "temperature": 0.07, "chunk_size": 1024}
+    assert before[1]["options"]["n_epochs"] == 50
+    assert "seed" not in before[1]["options"]  # that is a column of its own, by which scores are averaged
+    fewer = make_dataclass("Config", [("n_neighbors", int, 5)], bases=(knn.Config,))
+    monkeypatch.setattr(knn, "Config", fewer)
+    after = _evaluate(tmp_path, controls=False, probes=["knn", "linear"])
+    assert after[0]["options"]["n_neighbors"] == after[0]["chosen"]["n_neighbors"] == 5
+    assert after[0]["key"] != before[0]["key"]
+    assert after[1] == before[1]
+
+
+def test_the_content_of_samples_is_recorded(tmp_path: Path) -> None:
+    first = _evaluate(tmp_path / "a")
+    assert len({json.dumps(r["content"]) for r in first}) == 1  # of all features
+    assert first[0]["content"].keys() == {"train", "test"}
+    assert first[0]["sources"]["train"] == {"name": "toy.scenes", "options": asdict(tasks.source().options)}
+    (second, *_) = _evaluate(tmp_path / "b", tasks=[tasks.task(test=tasks.source(seed=4, n=40))])
+    assert second["content"]["train"] == first[0]["content"]["train"]
+    assert second["content"]["test"] != first[0]["content"]["test"]
+
+
+def _encoder_of(patch_px: int) -> Encoder:
+    cfg = EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=patch_px, patch_embed="conv")
+    encoder = Encoder(cfg, n_channels=3)
+    encoder.init_weights()
+    return encoder
+
+
+def test_controls_of_images_do_not_depend_on_the_encoder(tmp_path: Path) -> None:
+    fine = _evaluate(tmp_path, _encoder_of(4), probes=["ridge"])
+    coarse = _evaluate(tmp_path, _encoder_of(3), probes=["ridge"])
+    sizes = {r["features"]: r["size_px"] for r in coarse}
+    assert sizes == {**dict.fromkeys(FEATURES[:2], 9), **dict.fromkeys(CONTROLS, 8)}
+    assert coarse[2:] == fine[2:]
+    assert {r["cell_px"] for r in coarse} == {None}
+    assert len(_lines(tmp_path)) == len(FEATURES) + 2
+
+
+@pytest.mark.parametrize(("patch_px", "n_times"), [(4, 1), (3, 2)], ids=["whole patches", "enlarged"])
+def test_samples_are_read_once_for_all_that_are_shown_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch_px: int, n_times: int
+) -> None:
+    read, keys = scenes.Source.read, []
+
+    def noted(source: scenes.Source, index: int) -> Sample:
+        keys.append(f"{source.cfg.seed} {index}")
+        return read(source, index)
+
+    monkeypatch.setattr(scenes.Source, "read", noted)
+    _evaluate(tmp_path, _encoder_of(patch_px), seeds=[0, 1])
+    assert len(keys) == n_times * len(set(keys)) == n_times * 100
+
+
+def test_controls_of_patches_see_the_patches_of_the_encoder(tmp_path: Path) -> None:
+    found = {side: _evaluate(tmp_path, _encoder_of(side), tasks=[tasks.task("segmentation")]) for side in (2, 4)}
+    for side, records in found.items():
+        assert {r["n_fitted"] for r in records} == {60 * (8 // side) ** 2}
+        assert {r["features"]: r["cell_px"] for r in records} == {
+            **dict.fromkeys(FEATURES[:2]),
+            **dict.fromkeys(CONTROLS, side),
+        }
+    assert {r["key"] for r in found[2]}.isdisjoint(r["key"] for r in found[4])
+
+
+def test_tasks_are_resampled_apart_and_their_features_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def noted(outcome: Outcome, groups: list[str], n: int, seed: int) -> Any:
+        seeds.append(seed)
+        return resampled_scores(outcome, groups, n, seed)
+
+    monkeypatch.setattr("ssl_eo.eval.offline.resampled_scores", noted)
+    both = [tasks.task(), tasks.task(name="other")]
+    _evaluate(tmp_path, tasks=both, probes=["ridge"], n_resamples=5)
+    assert seeds == [derive_seed(0, "bootstrap", name) for name in ("toy", "other") for _ in FEATURES]
+
+
+def test_resamples_that_say_nothing_are_counted(tmp_path: Path) -> None:
+    some = _evaluate(tmp_path / "a", controls=False, n_resamples=20)
+    one_place = tasks.task(test=tasks.source(seed=1, n=40, n_places=1))
+    none = _evaluate(tmp_path / "b", tasks=[one_place], controls=False, n_resamples=20)
+    assert [r["n_undefined"] for r in (*some, *none)] == [0, 0, 20, 20]
+    for r in (*some, *none):
+        assert sum(math.isnan(value) for value in unpacked(r["resampled"])) == r["n_undefined"]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
@@ -231,8 +400,7 @@ def test_a_task_that_fails_leaves_the_others(tmp_path: Path) -> None:
     failed, whole = text.split("whole: accuracy")
     assert "margin over random encoder" in whole
     assert "could not be measured" not in whole
-    said = "encoder, step 1,500 could not be measured: ValueError: task broken: train has 0 readable samples of 60"
-    assert said in failed
+    assert "encoder, step 1,500 could not be measured: ValueError: task broken: " in failed
     assert "margin" not in failed
 
 
@@ -246,15 +414,15 @@ def test_an_error_is_gone_once_it_is_mended(tmp_path: Path) -> None:
 
 def test_a_probe_that_fails_leaves_the_others(tmp_path: Path) -> None:
     """Of a single sample nothing can be held out to choose a learning rate on."""
-    asked = {"tasks": [tasks.task("multilabel")], "partitions": ["0.01x"], "controls": False}
-    found = _evaluate(tmp_path, probes=["linear", "ridge", "knn"], **asked)
-    assert {r["probe"]: r["kind"] for r in found} == {"linear": "error", "ridge": "result", "knn": "result"}
+    asked = {"tasks": [tasks.task("regression")], "partitions": ["0.01x"], "controls": False}
+    found = _evaluate(tmp_path, probes=["linear", "ridge"], **asked)
+    assert {r["probe"]: r["kind"] for r in found} == {"linear": "error", "ridge": "result"}
     text, complete = _summary(rows_of_results(found))
     assert not complete
     assert "encoder, step 1,500: linear at last could not be measured: ValueError: train has one sample" in text
-    again = _evaluate(tmp_path, probes=["linear", "ridge", "knn"], **asked)
+    again = _evaluate(tmp_path, probes=["linear", "ridge"], **asked)
     assert [r["key"] for r in again] == [r["key"] for r in found]
-    assert [r["kind"] for r in _lines(tmp_path)] == ["error", "result", "result", "error"]  # it alone is tried again
+    assert [r["kind"] for r in _lines(tmp_path)] == ["error", "result", "error"]  # it alone is tried again
 
 
 class _Deadly(Encoder):
@@ -347,57 +515,6 @@ def test_worse_than_its_rivals_has_negative_margins(constant: list[dict[str, Any
     assert margin < -30
     (line,) = [line for line in text.splitlines() if "margin over band statistics" in line]
     assert line.endswith(f"ridge {margin:+.1f} points")
-
-
-def _written(path: Path, *records: dict[str, Any]) -> list[Any]:
-    """What is read of the results of a training run."""
-    path.write_text("".join(json.dumps({"task": "t", "kind": "probe", "tap": "last", **r}) + "\n" for r in records))
-    return list(read_results(path))
-
-
-def _probe(features: str, step: int, accuracy: float, **more: Any) -> dict[str, Any]:
-    return {"features": features, "step": step, "probe": "ridge", "metric": "accuracy", "accuracy": accuracy, **more}
-
-
-def test_margin_is_of_the_last_step_and_the_best_tap(tmp_path: Path) -> None:
-    records = _written(
-        tmp_path / "eval.jsonl",
-        _probe("encoder", 0, 0.40),
-        _probe("band_statistics", 0, 0.55, tap="pixels"),
-        _probe("encoder", 10, 0.99),
-        _probe("encoder", 20, 0.60),
-        _probe("encoder", 20, 0.50, tap="depth_0.50"),
-    )
-    text, complete = _summary(records)
-    assert complete
-    assert "  margin over random encoder: ridge +20.0 points\n" in text
-    assert "  margin over band statistics: ridge +5.0 points\n" in text
-    assert "99.0 %" not in text
-    assert [cell in text for cell in ("60.0 %", "50.0 %", "40.0 %", "55.0 %")] == [True] * 4
-    assert text.index("60.0 %") < text.index("40.0 %")  # ours comes first
-
-
-def test_long_names_and_odd_characters_are_shown_whole(tmp_path: Path) -> None:
-    name = "a_benchmark_whose_name_is_longer_than_most_and_ends_in_[/brackets]_of_some_kind_or_another"
-    records = _written(tmp_path / "eval.jsonl", _probe("encoder", 5, 0.5, task=name, probe="a" * 70))
-    text, _ = _summary(records)
-    assert f"{name}: accuracy of frozen features" in text
-
-
-def test_control_that_fails_is_named(tmp_path: Path) -> None:
-    failed = {"features": "band_statistics", "step": 0, "kind": "error", "error": "RuntimeError: no memory for [/x]"}
-    records = _written(tmp_path / "eval.jsonl", _probe("encoder", 0, 0.4), failed, _probe("encoder", 9, 0.5))
-    text, complete = _summary(records)
-    assert not complete
-    assert "  band statistics could not be measured: RuntimeError: no memory for [/x]\n" in text
-
-
-def test_failure_that_a_later_step_made_good_does_not_count(tmp_path: Path) -> None:
-    failed = {"features": "encoder", "step": 10, "kind": "error", "error": "OSError: gone"}
-    records = _written(tmp_path / "eval.jsonl", _probe("encoder", 0, 0.4), failed, _probe("encoder", 20, 0.5))
-    text, complete = _summary(records)
-    assert complete
-    assert "gone" not in text
 
 
 def test_a_released_encoder_has_no_step(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from write_geobench import write_dataset
 TOY = tasks.source()
 
 
-def _rows(name: str, labels: list[int], kind: Kind = "classification", seed: int = 0) -> list[int]:
+def _rows(name: str, labels: list[Any], kind: Kind = "classification", seed: int = 0) -> list[int]:
     keys = [f"toy-{i}" for i in range(len(labels))]
     rows, origin = partition_rows(parse_partition(name), TOY, kind, keys, torch.tensor(labels), seed)
     assert origin == ("all" if name == "1.00x" else "nested")
@@ -60,8 +61,32 @@ def test_ours_depend_on_the_seed_alone() -> None:
     assert _rows("0.10x", labels) != _rows("0.10x", labels, seed=1)
 
 
-@pytest.mark.parametrize("kind", ["multilabel", "segmentation", "regression"])
-def test_without_one_class_a_sample_a_part_is_of_all(kind: Kind) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), min_size=1, max_size=120),
+    ratios=st.lists(st.integers(1, 100), min_size=2, max_size=2),
+)
+def test_of_several_classes_a_sample_each_keeps_its_share_of_the_rarest(
+    labels: list[list[int]], ratios: list[int]
+) -> None:
+    small, large = sorted(ratios)
+    some, more = (_rows(f"nested_{percent / 100:.2f}x", labels, "multilabel") for percent in (small, large))
+    assert set(some) <= set(more)
+    n_with = [sum(sample[k] for sample in labels) for k in range(4)]
+    rarest = [min((k for k in range(4) if s[k]), key=lambda k: (n_with[k], k), default=4) for s in labels]
+    for percent, rows in ((small, some), (large, more)):
+        for value in set(rarest):
+            n = sum(rarest[row] == value for row in rows)
+            assert n == math.ceil(percent * rarest.count(value) / 100) >= 1
+
+
+def test_the_only_samples_of_a_rare_class_are_not_all_left_out() -> None:
+    labels = [[1, 0]] * 98 + [[1, 1]] * 2
+    assert any(row >= 98 for row in _rows("0.05x", labels, "multilabel"))
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "regression"])
+def test_without_classes_of_samples_a_part_is_of_all(kind: Kind) -> None:
     assert len(_rows("0.25x", list(range(40)), kind)) == 10
 
 
@@ -99,7 +124,7 @@ def test_published_parts_are_those_of_the_dataset(published: tuple[SourceConfig,
 
 def test_what_was_not_published_is_ours(published: tuple[SourceConfig, Path]) -> None:
     cfg, _ = published
-    for name, n in (("0.30x", 12), ("nested_0.50x", 20)):
+    for name, n in (("0.30x", 12), ("nested_0.50x", 20), ("0.504x", 21), ("0.495x", 20), ("0.014x", 1)):
         keys, origin = _of_dataset(name, cfg)
         assert (len(keys), origin) == (n, "nested")
     assert len(_of_dataset("1.00x", cfg)[0]) == 40

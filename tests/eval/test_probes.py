@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -191,6 +192,42 @@ def test_the_held_out_tenth_is_stratified() -> None:
     assert [len(part) for part in hold_out(train.rows(torch.arange(2)), seed=0)] == [1, 1]
     with pytest.raises(ValueError, match="give val"):
         hold_out(train.rows(torch.arange(1)), seed=0)
+
+
+def test_whole_places_are_held_out() -> None:
+    place_of = torch.arange(400) // 4  # of four samples each
+    labels = (place_of < 30).long()
+    alone = Labelled(torch.arange(400.0)[:, None], labels, "classification", 2)
+    train = replace(alone, groups=place_of * 7 + 3)  # any numbers
+    rest, held = hold_out(train, seed=0)
+    assert rest.groups is not None
+    assert held.groups is not None
+    assert not set(rest.groups.tolist()) & set(held.groups.tolist())
+    assert len(held) == 40
+    assert torch.bincount(held.targets).tolist() == [28, 12]  # a tenth of the places of each class
+    assert set(held.groups.tolist()) == {7 * (int(x) // 4) + 3 for x in held.features.flatten()}
+    each_its_own = replace(alone, groups=torch.arange(400))
+    assert torch.equal(hold_out(each_its_own, 0)[1].features, hold_out(alone, 0)[1].features)
+    with pytest.raises(ValueError, match="the 4 samples of train share one place, of which nothing can be held out"):
+        hold_out(train.rows(torch.arange(4)), seed=0)
+    with pytest.raises(ValueError, match="groups must be one number for each of 400 rows"):
+        replace(alone, groups=torch.arange(3))
+
+
+@pytest.mark.parametrize(("probe", "grid"), [(ridge, "lambdas"), (logistic, "lambdas"), (linear, "lrs")], ids=_name)
+def test_a_choice_at_the_end_of_the_grid_is_told(probe: ModuleType, grid: str) -> None:
+    train, val, test = (_labelled(n, 6, "classification", seed=n) for n in (80, 40, 30))
+
+    def chosen(*values: float) -> dict[str, float]:
+        found: dict[str, float] = probe.predict(train, val, test.features, probe.Config(**{grid: list(values)})).chosen
+        return found
+
+    first, *_, last = getattr(probe.Config(), grid)
+    best = chosen(*getattr(probe.Config(), grid))["lr" if probe is linear else "lambda"]
+    assert first != best != last
+    assert chosen(best)["at_edge"] == 0  # there is no choice
+    assert chosen(first, best)["at_edge"] == chosen(best, last)["at_edge"] == 1
+    assert chosen(first, best, last)["at_edge"] == 0
 
 
 def test_selection_scores_are_those_of_scikit_learn() -> None:

@@ -14,7 +14,8 @@ from ssl_eo.eval.dense import control_of_cells
 from ssl_eo.eval.features import ALL_TAPS, FeatureSet, extract
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import HEADLINE, HIGHER_IS_BETTER, Segmented
-from ssl_eo.eval.probes import kinds_of
+from ssl_eo.eval.probes import Labelled, kinds_of, linear
+from ssl_eo.eval.probes.base import hold_out
 from ssl_eo.eval.probing import Probing
 from ssl_eo.eval.tasks import Task
 from ssl_eo.models.vit import EncoderInput
@@ -86,3 +87,24 @@ def test_a_part_of_the_training_set_is_fitted_alone() -> None:
     assert torch.equal(some.labels, train.labels[[5, 0, 7, 20, 33]])
     assert torch.equal(some.at("colours"), train.at("colours")[[5, 0, 7, 20, 33]])
     assert Probing(task.shown, some, None, test).run("ridge", "colours").n_train == 5
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+def test_a_tenth_of_the_places_is_held_out(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of patches, the images of whole places."""
+    held: list[Labelled] = []
+
+    def noted(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
+        held.append(hold_out(train, seed)[1])
+        return hold_out(train, seed)
+
+    monkeypatch.setattr(linear, "hold_out", noted)
+    task = Task(tasks.task(kind, train=tasks.source(n=120, kind=kind, n_places=30)))
+    train, test = (
+        extract(functools.partial(_colours, kind == "segmentation"), s, CPU) for s in (task.train, task.test)
+    )
+    Probing(task.shown, train, None, test).run("linear", "colours", {"n_epochs": 1})
+    assert held[0].groups is not None
+    n_rows = 4 if kind == "segmentation" else 1
+    assert torch.bincount(held[0].groups).unique().tolist() == [0, 4 * n_rows]  # four samples of each place
+    assert len(held[0]) == 3 * 4 * n_rows

@@ -48,16 +48,25 @@ def test_there_may_be_nothing_yet_and_half_a_line(tmp_path: Path) -> None:
 
 
 def test_an_error_counts_until_it_is_made_good(tmp_path: Path) -> None:
-    append(tmp_path, [_error(key_of_job("j")), _error(key_of_job("k"), "k"), _error("a")])
+    append(tmp_path, [_error(key_of_job("j")), _error(key_of_job("k"), "k"), {**_error("a"), "probe": "knn"}])
     assert len(read_results(tmp_path)) == 3
-    append(tmp_path, [_result("b")])  # the job works now, but not yet this probe
+    append(tmp_path, [_result("b", probe="ridge")])  # the job works now, but not yet this probe
     assert [(r["key"], r["kind"]) for r in read_results(tmp_path)] == [
         (key_of_job("k"), "error"),
         ("a", "error"),
         ("b", "result"),
     ]
-    append(tmp_path, [_result("a")])
+    append(tmp_path, [_result("a", probe="knn")])
     assert [r["kind"] for r in read_results(tmp_path)] == ["error", "result", "result"]
+
+
+def test_a_later_result_answers_an_error_of_other_data_or_code(tmp_path: Path) -> None:
+    asked = {"tap": "last", "probe": "ridge", "partition": "1.00x", "seed": 0}
+    append(tmp_path, [{**_error("of old data"), **asked}, {**_error("of old data too"), **asked, "seed": 1}])
+    append(tmp_path, [_result("of new data", **asked)])
+    assert [r["key"] for r in read_results(tmp_path)] == ["of old data too", "of new data"]
+    append(tmp_path, [_result("of another job", "k", **asked, taps=["last"]), {**_error("newer"), **asked}])
+    assert [r["key"] for r in read_results(tmp_path)] == ["of old data too", "of new data", "of another job", "newer"]
 
 
 def test_an_error_after_results_of_its_job_is_not_hidden(tmp_path: Path) -> None:

@@ -110,6 +110,49 @@ def test_the_page_tells_what_happened(run_dir: Path) -> None:
         assert section in text
 
 
+def _health(step: int, source: str, tap: str, **values: Any) -> dict[str, Any]:
+    head = {"step": step, "source": source, "features": "encoder", "kind": "health", "tap": tap}
+    return {**head, "effective_rank": 9.0, "mean_norm": 3.0 + step, "collapsed": [], "seconds": 0.1, **values}
+
+
+def test_the_page_shows_the_health_of_features(run_dir: Path) -> None:
+    evals = [_health(step, source, "last") for step in (0, 50, 100) for source in ("a/b", "synthetic")]
+    evals += [_health(step, "synthetic", "depth_0.50", cls_patch_cosine=0.5) for step in (0, 50)]
+    evals += [_health(step, "synthetic", "last", collapsed=["are nearly one point"]) for step in (100, 150)]
+    bad = {
+        "step": 200,
+        "source": "synthetic",
+        "features": "encoder",
+        "kind": "health",
+        "tap": "last",
+        "n_not_finite": 3,
+    }
+    evals.append({**bad, "collapsed": ["are not finite"]})
+    evals.append({"step": 50, "source": "a/b", "features": "encoder", "kind": "error", "error": "OSError: <gone>"})
+    evals.append({"step": 150, "kind": "skipped", "what": "probes", "reason": "no time"})
+    with (run_dir / "eval.jsonl").open("a") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in evals))
+    html = write_report(run_dir).read_text()
+    page = _Page(html)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    text = " ".join(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", html, flags=re.DOTALL).split())
+    assert "Step 50: could not be measured: OSError: &lt;gone&gt;" in text
+    assert "2 times from step 100 to 150: features at last are nearly one point" in text
+    assert "Step 200: features at last are not finite" in text
+    assert "Step 150: probes put off: no time" in text
+    titles = re.findall(r'aria-label="([^"]*)"', html)
+    # Two sources; the chart of probes has its own name.
+    assert {
+        name: titles.count(name) for name in ("Effective rank", "Mean norm", "Cosine of CLS token and patches")
+    } == {
+        "Effective rank": 2,
+        "Mean norm": 2,
+        "Cosine of CLS token and patches": 1,
+    }
+    assert "72.5 % accuracy on scenes" in text
+
+
 def test_the_same_run_gives_the_same_page(run_dir: Path) -> None:
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first

@@ -17,7 +17,8 @@ from toy import tasks
 from toy.results import outcome, problem, record, written
 
 from ssl_eo.cli import main
-from ssl_eo.eval.comparison import Comparison, Entrant
+from ssl_eo.eval.comparison import Comparison
+from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.offline import Evaluation, Model, evaluate
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
 from ssl_eo.eval.results_page import write_results_page
@@ -66,7 +67,7 @@ def test_points_and_levels_are_named() -> None:
 class _Page(HTMLParser):
     """What a browser would load, the text, and whether elements close in order."""
 
-    VOID = frozenset({"meta", "img", "br", "path", "use", "rect", "line"})
+    VOID = frozenset({"meta", "img", "br", "wbr", "path", "use", "rect", "line"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -165,7 +166,8 @@ def test_the_page_shows_what_was_measured(results: list[Path], tmp_path: Path) -
         assert score is not None
         assert score.interval is not None
         low, high = 100 * score.interval.low, 100 * score.interval.high
-        assert row[:2] == [entrant.title, f"{100 * score.value:.1f} [{low:.1f}, {high:.1f}]"]
+        spread = "" if score.spread is None else f" ± {100 * score.spread:.1f}"
+        assert row[:2] == [entrant.title, f"{100 * score.value:.1f} [{low:.1f}, {high:.1f}]{spread}"]
 
 
 def test_scores_are_written_in_three_more_forms(results: list[Path], tmp_path: Path) -> None:
@@ -205,6 +207,102 @@ def test_failures_flags_and_odd_names_are_shown(tmp_path: Path) -> None:
     assert "(skipped)" in text
     assert name in text
     assert r"<b>\$x\$ \& y" in (tmp_path / "t.tex").read_text()
+
+
+def test_failures_alone_make_a_page(tmp_path: Path) -> None:
+    files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
+    records = [problem("error", "OSError: gone"), problem("skipped", "no such bands", task="fields")]
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
+    text = _text(page)
+    assert page.open == []
+    assert "Evaluation of a Frozen features on scenes, fields" in text
+    assert "(failed): OSError: gone" in text
+    assert "All tasks together" not in text
+    assert "How it was measured" not in text
+    assert "OSError: gone" in files["markdown"].read_text()
+    assert "OSError: gone" in files["latex"].read_text()
+
+
+def test_who_is_not_compared_is_named_with_the_reason(tmp_path: Path) -> None:
+    records = [
+        record("encoder", outcome(n), m, task=t) for t in ("scenes", "fields") for m, n in (("a", 40), ("b", 30))
+    ]
+    records += [record("random_encoder", outcome(10)), record("band_statistics", outcome(20))]
+    records.append(record("encoder", outcome(50), "late", size="224"))
+    records.append(record("encoder", outcome(60), task="leaky", flags=["leak: chips overlap"]))
+    records.append(record("encoder", outcome(55), "moved", content={"train": "x", "test": "z"}))
+    records = [{"content": {"train": "x", "test": "y"}, **r} for r in records]
+    out, markdown = tmp_path / "r.html", tmp_path / "t.md"
+    page = _Page(write_results_page([written(tmp_path, records)], out, markdown=markdown).read_text())
+    text = _text(page)
+    assert "In no mean and no rank: leaky (leak: chips overlap)." in text
+    assert "Not shown: late by ridge (only with size 224)." in text
+    assert "scored on other test samples than the rest, and not compared with it: moved" in text
+    (start,) = [i for i, row in enumerate(page.rows) if row[:2] == ["features", "scenes, accuracy %"]]
+    rows = {row[0]: row[1] for row in page.rows[start + 1 : start + 7]}
+    assert rows["late"].strip() == "only with size 224"
+    assert rows["moved"].startswith("91.7 ")
+    assert rows["moved"].endswith("other test samples")
+    (start, *_) = [i for i, row in enumerate(page.rows) if row == ["features", "ridge, 2 tasks"]]
+    means = [row[1].split("[")[0].strip() for row in page.rows[start + 1 : start + 7]]
+    assert means == ["66.7", "50.0", "0 of 2 tasks", "0 of 2 tasks", "1 of 2 tasks", "1 of 2 tasks"]
+    table = markdown.read_text()
+    assert "| late |" in table
+    assert r"In no mean and no rank: leaky (leak: chips overlap)." in table
+
+
+def test_means_are_named_for_what_they_are(tmp_path: Path) -> None:
+    right = {"p": (6, 12), "q": (12, 6), "r": (36, 48), "s": (54, 60)}
+    records = [
+        record("encoder", outcome(n), m, task=t) for t, of in right.items() for m, n in zip("ab", of, strict=True)
+    ]
+    ranges, markdown = tmp_path / "normalizer.json", tmp_path / "t.md"
+    ranges.write_text(json.dumps({task: [0.0, 0.5] for task in right}))
+    folder = written(tmp_path / "a", records)
+    for normalizer, scale, mean_name in (((), 1, "plain"), ((ranges,), 2, "normalised")):
+        write_results_page([folder], tmp_path / "r.html", normalizer=normalizer, markdown=markdown)
+        tables = {t.splitlines()[0]: t.splitlines()[4:6] for t in markdown.read_text().split("## ")[1:]}
+        a, b = (scale * 100 * sum(sorted(of)[1:3]) / 2 / 60 for of in zip(*right.values(), strict=True))
+        first, second = tables["Interquartile mean over tasks"]
+        assert first.startswith(f"| a | {a:.1f} [")
+        assert second.startswith(f"| b | **{b:.1f}** [")
+        a, b = (scale * 100 * sum(of) / 4 / 60 for of in zip(*right.values(), strict=True))
+        assert tables[f"Mean of {mean_name} scores over tasks"] == [f"| a | {a:.1f} |", f"| b | **{b:.1f}** |"]
+        assert tables["Mean rank over tasks, 1 is best"] == ["| a | 1.75 of 2 |", "| b | **1.25** of 2 |"]
+
+
+def test_one_task_has_no_mean_over_tasks(tmp_path: Path) -> None:
+    files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
+    records = [record("encoder", outcome(40)), record("encoder", outcome(30), "b")]
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
+    assert "There are no two tasks of which something can be said together." in _text(page)
+    assert [line for line in files["markdown"].read_text().splitlines() if line.startswith("## ")] == ["## ridge"]
+    assert files["latex"].read_text().count(r"\begin{table}") == 1
+
+
+def test_several_versions_of_the_code_are_named(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40), code="c0de"), record("encoder", outcome(30), "b", version="0.2.0")]
+    text = _text(_Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text()))
+    assert "Results are of 2 versions of the code (0.1.0 c0de, 0.2.0)." in text
+
+
+def test_long_names_leave_room_for_what_is_drawn(tmp_path: Path) -> None:
+    name = "an_encoder_with_a_very_long_name_of_which_only_the_end_differs_1"
+    out = write_results_page([written(tmp_path, [record("encoder", outcome(40), name)])], tmp_path / "r.html")
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", out.read_text())
+    assert "an_encoder_w…end_differs_1" in " ".join(drawn)
+    assert name not in drawn
+
+
+def test_rows_say_how_a_model_is_read_where_models_differ(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40)), record("encoder", outcome(30), "b", tap="depth_0.50", pool="cls")]
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    titles = {row[0] for row in page.rows}
+    assert {"a read at last, mean", "b read at depth 0.50, cls"} <= titles
+    assert "Where features are read" not in _text(page)  # nobody was read in several places
+    records.append(record("encoder", outcome(20), tap="depth_0.50"))
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    assert "Where features are read" in _text(page)
 
 
 def test_ranges_bring_every_task_onto_one_scale(results: list[Path], tmp_path: Path) -> None:
@@ -286,7 +384,7 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no results\.jsonl"):
         write_results_page([tmp_path], tmp_path / "r.html")
     with pytest.raises(ValueError, match="nothing was measured"):
-        write_results_page([written(tmp_path, [problem("error", "x")])], tmp_path / "r.html")
+        write_results_page([written(tmp_path, [])], tmp_path / "r.html")
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -350,6 +448,23 @@ def test_a_browser_draws_every_chart_and_complains_of_nothing(
     assert found["loaded"] == []
     assert found["unresolved"] == []
     assert found["overflow"] <= 0  # tables scroll by themselves, the page does not
+
+
+@pytest.mark.browser
+def test_long_names_stay_on_a_narrow_page(chromium: str, tmp_path: Path) -> None:
+    names = [f"an_encoder_with_a_really_very_long_name_of_weights_of_step_{n}" for n in (100, 200)]
+    changes = {"classes": ["a class with a name that is long", "another", "third"], "flags": ["x" * 90]}
+    for number, name in enumerate(names):
+        changes["task"] = f"my/own/folder/with_a_very_long_name_of_a_task_{number}"
+        written(
+            tmp_path / name, [record("encoder", outcome(40), name, partition=p, **changes) for p in ("0.10x", "1.00x")]
+        )
+    out = write_results_page([tmp_path / name for name in names], tmp_path / "report.html")
+    asking = tmp_path / "asking.html"
+    asking.write_text(out.read_text().replace("</body>", _ASK))
+    done = _browse(chromium, asking, tmp_path / "profile", "--window-size=500,1000", "--dump-dom")
+    found = json.loads(unescape(done.stdout.split('<pre id="found">')[1].split("</pre>")[0]))
+    assert found["overflow"] <= 0
 
 
 @pytest.mark.browser

@@ -131,7 +131,9 @@ def test_a_wrong_label_is_named_and_its_sample_left_out(
 def test_unlabelled_pixels_need_a_value_that_says_so(caplog: pytest.LogCaptureFixture) -> None:
     source = Given([np.full((8, 8), 255)] * 4)
     assert Split("test", source, _shown("segmentation", source, 255), 4).labels.unique().tolist() == [255]
-    with pytest.raises(ValueError, match=r"test has 0 readable samples of 4 \(4 could not be read\)"):
+    with pytest.raises(
+        ValueError, match=r"2 samples of test could not be read, the last one is sample [0-3]: toy-0-00"
+    ):
         len(Split("test", source, _shown("segmentation", source), 4))
     assert "labels from 0 to 2, got 255" in caplog.text
 
@@ -141,6 +143,24 @@ def test_maps_of_several_sizes_are_refused() -> None:
     split = Split("test", source, _shown("segmentation", source), None)
     with pytest.raises(ValueError, match=r"task toy: labels differ in size: \(4, 4\), \(8, 8\)"):
         list(split.stream(2, CPU))
+
+
+@pytest.mark.parametrize(
+    ("n_max", "n", "n_tolerated"), [(200, 200, 2), (1000, 200, 2), (20, 20, 1), (5, 600, 1), (150, 600, 2)]
+)
+def test_a_held_split_is_another_one_too_where_many_are_bad(
+    n_max: int, n: int, n_tolerated: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    met = _split(n=n, n_max=n_max).keys  # in the order in which they are met
+    indices = [int(key.removeprefix("toy-0-")) for key in met]
+    held = _split(n=n, n_max=n_max, broken=indices[:n_tolerated])
+    assert len(held) == min(n_max, n - n_tolerated)
+    assert caplog.text.count("a sample of train is left out") == n_tolerated
+    assert set(held.keys).isdisjoint(met[:n_tolerated])
+    last = indices[n_tolerated]
+    message = rf"task toy: {n_tolerated + 1} samples of train could not be read, the last one is sample {last}: sample"
+    with pytest.raises(ValueError, match=message):
+        len(_split(n=n, n_max=n_max, broken=indices[: n_tolerated + 1]))
 
 
 @pytest.mark.parametrize("n_workers", [0, 2])
@@ -175,3 +195,6 @@ def test_a_split_is_told_by_its_source_and_by_what_of_it_is_taken() -> None:
     found = {_split(**options).fingerprint() for options in ({}, {"n_max": 30}, {"n_max": 20}, {"seed": 1})}
     assert len(found) == 4
     assert _split(n_max=20).fingerprint() in found
+    source = scenes.Source(scenes.Config(n=30))
+    balanced = Split("train", source, _shown("classification", source), 20, is_balanced=True)
+    assert balanced.fingerprint() not in found

@@ -57,6 +57,9 @@ def test_rows_and_margins(tmp_path: Path) -> None:
     together = _summary(tmp_path, *RESULTS, _probe("encoder", 20, 0.58, tap="all"))
     assert together.final is not None
     assert together.final.tap == "all"
+    inside = _summary(tmp_path, *(_probe("encoder", 20, 0.5, tap=f"depth_{t}") for t in ("0.25", "0.75", "0.50")))
+    assert inside.final is not None
+    assert inside.final.tap == "depth 0.75"
 
 
 def test_table_and_page_say_the_same(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import (
     HEADLINE,
     HIGHER_IS_BETTER,
+    METRICS,
     Classified,
     MultiLabelled,
     Regressed,
@@ -309,9 +310,10 @@ def test_nothing_that_counts_leaves_every_score_undefined(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
-def test_the_headline_is_a_score_and_every_score_has_a_direction(kind: Kind) -> None:
+def test_a_task_may_be_ranked_by_the_scores_of_its_kind_which_have_a_direction(kind: Kind) -> None:
     scores = MAKERS[kind](0, 12).scores()
     assert HEADLINE[kind] in scores
+    assert scores.keys() == set(METRICS[kind])
     assert scores.keys() <= HIGHER_IS_BETTER.keys()
     assert {m for m in HIGHER_IS_BETTER if not HIGHER_IS_BETTER[m]} == {"rmse", "mae", "ece"}
 

@@ -1,4 +1,4 @@
-"""Tasks: fixed balanced subsets, rendered whole, with bad samples left out and wrong configs refused."""
+"""Tasks: fixed subsets, of train in equal parts, rendered whole, bad samples left out and wrong configs refused."""
 
 from __future__ import annotations
 
@@ -23,13 +23,28 @@ def _config(**changes: Any) -> TaskConfig:
     return replace(TaskConfig("toy", train, test, max_train=30, max_test=12), **changes)
 
 
-def test_subsets_are_balanced_fixed_and_chosen_by_the_seed() -> None:
+def test_training_subsets_are_balanced_and_all_are_fixed_and_chosen_by_the_seed() -> None:
     task = Task(_config())
     assert torch.bincount(task.train.labels).tolist() == [10, 10, 10]
-    assert torch.bincount(task.test.labels).tolist() == [4, 4, 4]
     assert len(set(task.train.keys)) == len(task.train) == 30
+    assert len(set(task.test.keys)) == len(task.test) == 12
     assert Task(_config()).train.keys == task.train.keys
     assert Task(_config(seed=1)).train.keys != task.train.keys
+    assert Task(_config(seed=1)).test.keys != task.test.keys == Task(_config()).test.keys
+
+
+def test_what_is_scored_has_classes_as_frequent_as_they_are() -> None:
+    """Equal parts would score another question: how well classes are told apart that are all as frequent."""
+    share = [0.7, 0.18, 0.12]
+    train, val, test = (SourceConfig("toy.scenes", scenes.Config(n=600, seed=s, share=share)) for s in range(3))
+    task = Task(_config(train=train, val=val, test=test, max_train=60, max_val=120, max_test=120))
+    assert torch.bincount(task.train.labels).tolist() == [20, 20, 20]
+    assert task.val is not None
+    for split in (task.val, task.test):
+        of_all = [int(scenes.Source(split._source.cfg).read(i).label) for i in range(600)]  # type: ignore[attr-defined]
+        for k, n in enumerate(torch.bincount(split.labels, minlength=3).tolist()):
+            expected = 120 * of_all.count(k) / 600
+            assert abs(n - expected) <= 3 * (expected * (1 - expected / 120)) ** 0.5  # three standard deviations
 
 
 def test_rare_classes_are_kept_and_the_rest_is_filled_up() -> None:
@@ -74,17 +89,19 @@ def test_size_and_bands_of_the_view() -> None:
 
 
 def test_unreadable_samples_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    broken = scenes.Config(n=20, broken=[3, 7])
-    task = Task(_config(train=SourceConfig("toy.scenes", broken)))
-    assert len(task.train) == 18
-    assert {"toy-0-003", "toy-0-007"}.isdisjoint(task.train.keys)
+    task = Task(_config(train=SourceConfig("toy.scenes", scenes.Config(n=20, broken=[3]))))
+    assert len(task.train) == 19
+    assert "toy-0-003" not in task.train.keys
     assert "sample 3 is broken" in caplog.text
 
 
 def test_a_split_without_readable_samples_is_an_error() -> None:
-    nothing = scenes.Config(n=4, broken=[0, 1, 2, 3])
-    with pytest.raises(ValueError, match="train has 0 readable samples of 4"):
-        len(Task(_config(train=SourceConfig("toy.scenes", nothing))).train)
+    for nothing, message in (
+        (scenes.Config(n=1, broken=[0]), "train has 0 readable samples of 1, too few"),
+        (scenes.Config(n=4, broken=[0, 1, 2, 3]), "2 samples of train could not be read, the last one is sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            len(Task(_config(train=SourceConfig("toy.scenes", nothing))).train)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +125,9 @@ def test_a_task_that_cannot_be_is_refused_at_once(changes: dict[str, Any], messa
         ({"size_px": 0}, "size_px"),
         ({"probes": ["ridg"]}, "did you mean 'ridge'"),
         ({"kind": "segmentation"}, "knn does not take segmentation; it takes classification, multilabel"),
-        ({"metric": "miou"}, "metric: there is no 'miou'"),
+        ({"metric": "miou"}, "metric: classification has no 'miou'"),
+        ({"metric": "miou_present"}, r"metric: classification has no 'miou_present' \(accuracy, macro_accuracy, "),
+        ({"kind": "regression", "probes": ["ridge"], "metric": "rmsee"}, r"no 'rmsee'; did you mean 'rmse'\?"),
         ({"kind": "segmentation", "probes": ["ridge"], "ignore": 65535}, "ignore must fit 16 bits"),
         ({"ignore": 255}, "ignore and no_data are of segmentation, got kind classification"),
     ],

@@ -76,3 +76,35 @@ def test_a_run_that_goes_on_measures_the_same(measured: Path, tmp_path: Path) ->
         train(str(DEBUG / "mae.yaml"), tmp_path, *SHORT, *HEALTH, f"train.time_limit_s={limit}")
     _assert_same_training(measured, tmp_path)
     assert _health(tmp_path) == _health(measured)
+
+
+def test_two_ranks_put_off_what_takes_too_long(tmp_path: Path) -> None:
+    output = _run(tmp_path, *SHORT, *HEALTH, "eval.max_time_ratio=0.001", n_ranks=2)
+    found = _health(tmp_path)
+    assert [(r["step"], r["kind"]) for r in found] == [(0, "health")] * 2 + [(3, "skipped")] + [(8, "health")] * 2
+    assert found[2]["what"] == "health"
+    assert output.count("step 3: health put off") == 1
+
+
+SIXTY = ("train.total_steps=60", "data.n_workers=0", "eval.health_every_n_steps=20", "eval.health_samples=64")
+# Nothing is left that keeps BYOL from giving all images one answer.
+UNHELD = (
+    *("objective.momentum=0.0", "objective.end_momentum=0.0", "objective.head_norm=none"),
+    'optim.lr_multipliers={"^predictor": 0.0}',
+)
+
+
+@pytest.mark.parametrize("recipe", ["byol", "dinov2", "simclr"])
+def test_a_healthy_run_is_not_warned_of(tmp_path: Path, recipe: str) -> None:
+    output = _run(tmp_path, *SIXTY, recipe=recipe)
+    found = _health(tmp_path, f"debug_{recipe}")
+    assert [r["step"] for r in found] == [0, 20, 40, 60]
+    assert [r["collapsed"] for r in found] == [[]] * 4
+    assert "nearly" not in output
+
+
+def test_a_run_that_collapses_is_warned_of_once(tmp_path: Path) -> None:
+    output = _run(tmp_path, *SIXTY, *UNHELD, recipe="byol")
+    found = _health(tmp_path, "debug_byol")
+    assert [r["collapsed"] for r in found] == [[], [], *[["are nearly one point"]] * 2]
+    assert output.count("features of synthetic at last are nearly one point (spread_ratio 0.0") == 1

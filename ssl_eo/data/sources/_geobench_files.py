@@ -85,6 +85,10 @@ class SampleFile:
             raise ValueError(f"its bands are of different dates: {', '.join(sorted(map(str, dates)))}")
         return pixels, dates.pop()
 
+    def band(self, key: str, shape: tuple[int, int]) -> NDArray[Any]:
+        """The array `key`, `[H, W]`, as it is stored."""
+        return self._read(self._find(key)[0], [shape, (*shape, 1)]).reshape(shape)
+
     def label_map(self, card: DatasetCard, shape: tuple[int, int]) -> NDArray[Any]:
         """Class of each pixel, `[H, W]` integers. Nothing but this array is looked at."""
         name, _ = self._find("label")

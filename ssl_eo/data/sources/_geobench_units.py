@@ -22,7 +22,16 @@ from ssl_eo.data.sources._geobench_card import Slip, TileCard
 from ssl_eo.data.sources._side_files import read_json_object
 from ssl_eo.sensors import Sensor
 
-__all__ = ["BandStatistics", "Unit", "check_pixels", "has_slipped", "read_band_statistics", "sensor_in", "unit_of"]
+__all__ = [
+    "BandStatistics",
+    "Unit",
+    "has_slipped",
+    "pixel_problem",
+    "read_band_statistics",
+    "sensor_in",
+    "shows_slip",
+    "unit_of",
+]
 
 _MAX_BYTES = 4 << 20
 _STATISTICS = ("mean", "std", "max", "percentile_99")  # those that are used
@@ -86,6 +95,11 @@ def has_slipped(slip: Slip, statistics: Mapping[str, BandStatistics]) -> bool:
     return bool(getattr(statistics[slip.key], slip.statistic) <= slip.at_most)
 
 
+def shows_slip(slip: Slip, values: NDArray[Any]) -> bool:
+    """The same of one sample: whether its array `slip.key`, `values [H, W]`, looks as if it held another band."""
+    return bool(getattr(values, slip.statistic)() <= slip.at_most)
+
+
 def unit_of(name: str, tile: TileCard, statistics: Sequence[BandStatistics], check: bool) -> Unit:
     """The unit of the tile `name`: the first of those that it may have that `statistics` of its arrays agree with.
 
@@ -108,16 +122,16 @@ def unit_of(name: str, tile: TileCard, statistics: Sequence[BandStatistics], che
     )
 
 
-def check_pixels(pixels: NDArray[Any], unit: Unit) -> None:
-    """Raise `ValueError` where `pixels [C, H, W]` of a sample are not in `unit`. Nothing is said of a blank one."""
+def pixel_problem(pixels: NDArray[Any], unit: Unit) -> str | None:
+    """What shows that `pixels [C, H, W]` of a sample are not in `unit`; None where nothing does, or all are blank."""
     brightest = float(np.max(pixels, initial=0.0, where=np.isfinite(pixels)))
     above, up_to = _BRIGHTEST.get(unit, (-math.inf, math.inf))
-    if brightest and not above < brightest <= up_to:
-        raise ValueError(
-            f"its brightest pixel is {brightest:.6g}, of {unit} expected above {above:g} and up to {up_to:g}, as"
-            " band_stats.json says: get the published files, or set check_units: false if the numbers are known to be"
-            " right"
-        )
+    if not brightest or above < brightest <= up_to:
+        return None
+    return (
+        f"its brightest pixel is {brightest:.6g}, of {unit} expected above {above:g} and up to {up_to:g}, as"
+        " band_stats.json says"
+    )
 
 
 def sensor_in(sensor: Sensor, unit: Unit, dtype: str) -> Sensor:

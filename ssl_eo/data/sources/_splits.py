@@ -11,7 +11,7 @@ import math
 
 from ssl_eo.seeding import derive_seed
 
-__all__ = ["cell_split", "check_cell", "name_split"]
+__all__ = ["cell_name", "cell_split", "check_cell", "name_split"]
 
 _SPLIT_ENDS = {"train": 0.7, "val": 0.8, "test": 1.0}
 
@@ -29,13 +29,26 @@ def cell_split(latitude: float, longitude: float, cell_deg: float, seed: int) ->
     """
     if not (math.isfinite(latitude) and math.isfinite(longitude)):
         raise ValueError(f"a geographic split needs finite latitude and longitude, got {latitude}, {longitude}")
-    cell = math.floor(latitude / cell_deg), math.floor(longitude / cell_deg)
+    cell = _cell(latitude, longitude, cell_deg)
     return _split_of(derive_seed(seed, "eurosat cell", *cell))  # the name of the first user stays: it decides
+
+
+def cell_name(latitude: float, longitude: float, cell_deg: float) -> str:
+    """What samples of one grid cell have for their group, `meta["group"]`: its corner in the south-west, and its side.
+
+    The cell is the unit that a geographic split draws, so intervals of scores must draw it as a whole too.
+    """
+    row, column = _cell(latitude, longitude, cell_deg)
+    return f"{row * cell_deg:.6g} {column * cell_deg:.6g} +{cell_deg:g}"
 
 
 def name_split(name: str, seed: int) -> str:
     """The split of a sample that says nothing of its place: "train", "val" or "test", by a hash of its name."""
     return _split_of(derive_seed(seed, "name", name))
+
+
+def _cell(latitude: float, longitude: float, cell_deg: float) -> tuple[int, int]:
+    return math.floor(latitude / cell_deg), math.floor(longitude / cell_deg)
 
 
 def _split_of(seed: int) -> str:

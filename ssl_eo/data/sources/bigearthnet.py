@@ -4,7 +4,9 @@
 - v2: `BigEarthNet-S2/SCENE/PATCH/PATCH_B01.tif ...`, `BigEarthNet-S1/SCENE/PATCH/...` and, for class maps,
   `Reference_Maps/SCENE/PATCH/...`; labels, pairs and splits in `metadata.parquet`
 
-Bands stay at the resolution they were measured at: one tile each of 10, 20 and 60 m, and one of radar.
+Bands stay at the resolution they were measured at: one tile each of 10, 20 and 60 m, and one of radar. `meta["group"]`
+of a patch is its cell where the split is one of cells, else the scene that it was cut from, as its name says: the day
+and, in v2, the tile.
 
 C bands, K classes, H W pixels.
 """
@@ -25,9 +27,10 @@ from ssl_eo.components import FREE, suggest
 from ssl_eo.data.sources._band_files import BandFiles, place_of
 from ssl_eo.data.sources._bigearthnet import LABELS_JSON, SPLITS, Nomenclature, columns_v1, columns_v2, labels_of
 from ssl_eo.data.sources._columns import rows_in_cells
+from ssl_eo.data.sources._content import content_of_some
 from ssl_eo.data.sources._rasters import check_utf8, open_raster, read_box
 from ssl_eo.data.sources._side_files import dataset_card
-from ssl_eo.data.sources._splits import check_cell
+from ssl_eo.data.sources._splits import cell_name, check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
 
@@ -126,7 +129,15 @@ class Source:
         digest = blake2b(facts.encode(), digest_size=16)
         for name in ("patch", "radar", "labels"):
             digest.update(np.ascontiguousarray(self._columns.rows[name][self._rows]).tobytes())
+        digest.update(content_of_some(len(self), self._file_of))
         return digest.hexdigest()
+
+    def _file_of(self, index: int) -> Path:
+        """One of the files of a sample: its class map where that is the label, else a band."""
+        patch = self._columns.rows["patch"][self._rows[index]].decode()
+        if self._cfg.label == "map":
+            return self._folder(patch, _MAPS) / f"{patch}_reference_map.tif"
+        return self._folder(patch) / f"{patch}_B02.tif"
 
     def _check_version(self) -> None:
         cfg = self._cfg
@@ -158,15 +169,16 @@ class Source:
     def _choose_rows(self) -> NDArray[np.int64]:
         cfg, rows = self._cfg, self._columns.rows
         is_official = bool((rows["split"] >= 0).any())
+        self._is_of_cells = cfg.split != "all" and (cfg.split_by == "geography" or not is_official)
         if cfg.split_by == "official" and not is_official:
             files = ", ".join(f"{split}.csv" for split in SPLITS)
             raise ValueError(f"split_by: {self._root} has no official lists ({files}: a patch name first in each line)")
-        if cfg.split == "all":
-            chosen = np.arange(len(rows))
-        elif is_official and cfg.split_by != "geography":
-            chosen = np.flatnonzero(rows["split"] == SPLITS.index(cfg.split))
-        else:
+        if self._is_of_cells:
             chosen = rows_in_cells(rows["latitude"], rows["longitude"], cfg.split, cfg.cell_deg, cfg.split_seed)
+        elif cfg.split == "all":
+            chosen = np.arange(len(rows))
+        else:
+            chosen = np.flatnonzero(rows["split"] == SPLITS.index(cfg.split))
         if not cfg.snow_and_clouds:
             chosen = chosen[~rows["snow_or_cloud"][chosen]]
         if not len(chosen):
@@ -215,7 +227,9 @@ class Source:
             latitude, longitude = place_of(self._folder(patch) / f"{patch}_B02.tif")
         else:
             latitude, longitude = float(row["latitude"]), float(row["longitude"])
-        meta = {"latitude": latitude, "longitude": longitude, "month": int(_date(patch)[5:7])}
+        scene = patch.rsplit("_", 2)[0]  # the rest is the patch's row and column in it
+        group = cell_name(latitude, longitude, self._cfg.cell_deg) if self._is_of_cells else scene
+        meta = {"latitude": latitude, "longitude": longitude, "month": int(_date(patch)[5:7]), "group": group}
         return {**meta, "country": row["country"].decode()} if self._is_v2 else meta
 
     def _label(self, row: Any, patch: str) -> NDArray[np.uint8]:

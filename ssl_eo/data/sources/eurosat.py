@@ -7,7 +7,8 @@ Beside either, `metadata.csv` may give columns by `key`: `latitude` and `longitu
 each sample's meta.
 
 Neighbouring scenes look alike, so a random split flatters every method. `split_by: geography` puts whole cells of a
-grid of latitude and longitude into train, validation or test, 70 : 10 : 20 on average.
+grid of latitude and longitude into train, validation or test, 70 : 10 : 20 on average. Then the `meta["group"]` of a
+sample is its cell, unless the table has a column `group`.
 
 C bands, H W pixels.
 """
@@ -18,7 +19,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -31,9 +32,10 @@ from ssl_eo.components import FREE, one_line
 from ssl_eo.data.shard_reader import LocalShard, ShardReader
 from ssl_eo.data.shards import ShardIndex, index_path
 from ssl_eo.data.sources._columns import rows_in_cells
+from ssl_eo.data.sources._content import content_of_some
 from ssl_eo.data.sources._rasters import Rasters, ground_of
 from ssl_eo.data.sources._side_files import dataset_card, read_json_list, read_lines
-from ssl_eo.data.sources._splits import cell_split, check_cell
+from ssl_eo.data.sources._splits import cell_name, cell_split, check_cell
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import load_sensor
 
@@ -75,13 +77,16 @@ class Source:
             self._schema = _tile_schema(info["arrays"]["multispectral"])
             self._files = _GeoTiffs(root, info["labels"], self._schema)
         metadata = _read_metadata(root / "metadata.csv", set(self._files.keys))
-        self._rows = _rows_of_split(cfg, self._files, metadata)
+        places = _places(cfg, self._files, metadata)
+        self._rows = _rows_of_split(cfg, self._files, metadata, places)
         if not self._rows:
             raise ValueError(f"split: no sample of {root} is in {cfg.split!r} (split_by: {cfg.split_by})")
-        self._meta = [
-            {k: _number_or_text(v) for k, v in metadata.get(self._files.keys[row], {}).items() if k not in _NOT_META}
-            for row in self._rows
-        ]
+        self._meta = [_meta(metadata.get(self._files.keys[row], {})) for row in self._rows]
+        if places is not None:
+            self._meta = [
+                {"group": cell_name(*places[row], cfg.cell_deg), **meta}
+                for row, meta in zip(self._rows, self._meta, strict=True)
+            ]
 
     @property
     def schema(self) -> Mapping[str, TileSchema]:
@@ -113,6 +118,7 @@ class Source:
         digest = blake2b(repr(self._schema).encode(), digest_size=16)
         for row in self._rows:
             digest.update(self._files.checksum(row))
+        digest.update(self._files.content(self._rows))
         return digest.hexdigest()
 
 
@@ -126,6 +132,7 @@ class _Files(Protocol):
     def place(self, row: int) -> tuple[float, float] | None: ...  # as its file says; None: files of this layout do not
     def file_name(self, row: int) -> str: ...
     def checksum(self, row: int) -> bytes: ...
+    def content(self, rows: Sequence[int]) -> bytes: ...  # a digest of what is not in their checksums
 
 
 class _Shards:
@@ -163,10 +170,13 @@ class _Shards:
         reader, i = self._members[row]
         return self.keys[row].encode() + bytes(reader.index.crc32[i].tobytes())
 
+    def content(self, rows: Sequence[int]) -> bytes:
+        return b""  # checksums are of pixels and labels
+
 
 class _GeoTiffs:
     def __init__(self, root: Path, labels: list[str], schema: TileSchema) -> None:
-        self._rasters, self._schema = Rasters(root, n_handles=1), schema
+        self._root, self._rasters, self._schema = root, Rasters(root, n_handles=1), schema
         paths = sorted(root.glob("*/*.tif"))
         if not paths:
             raise ValueError(f"root: no 'CLASS/KEY.tif' in {root}")
@@ -200,6 +210,9 @@ class _GeoTiffs:
 
     def checksum(self, row: int) -> bytes:
         return os.fsencode(f"{self._names[row]} {self._rasters.size_bytes(self._names[row])}")
+
+    def content(self, rows: Sequence[int]) -> bytes:
+        return content_of_some(len(rows), lambda i: self._root / self._names[rows[i]])
 
 
 def decode_jpeg(where: str, data: bytes) -> NDArray[np.uint8]:
@@ -252,18 +265,30 @@ def _content(root: Path) -> list[str] | str:
     return sorted(p.name for p in root.glob("*"))[:10] if root.is_dir() else "no such folder"
 
 
-def _rows_of_split(cfg: Config, files: _Files, metadata: Mapping[str, Mapping[str, str]]) -> list[int]:
-    rows = range(len(files.keys))
-    if cfg.split == "all" or (cfg.split_by == "file" and isinstance(files, _Shards)):
-        return list(rows)
-    if cfg.split_by == "file":
-        return [r for r in rows if _column(metadata, files.keys[r], "split") == cfg.split]
-    places = np.array([_place(files, r, metadata) for r in rows])  # [N, 2]
+def _places(cfg: Config, files: _Files, metadata: Mapping[str, Mapping[str, str]]) -> list[tuple[float, float]] | None:
+    """Latitude and longitude of all rows, where the split asks for them."""
+    if cfg.split == "all" or cfg.split_by != "geography":
+        return None
+    places = [_place(files, row, metadata) for row in range(len(files.keys))]
     if np.isnan(places).all():
         raise ValueError(f"split_by: no file in {cfg.root} says where it lies; take split: all")
-    latitude, longitude = places.T
-    chosen: list[int] = rows_in_cells(latitude, longitude, cfg.split, cfg.cell_deg, cfg.split_seed).tolist()
-    return chosen
+    return places
+
+
+def _rows_of_split(
+    cfg: Config,
+    files: _Files,
+    metadata: Mapping[str, Mapping[str, str]],
+    places: Sequence[tuple[float, float]] | None,
+) -> list[int]:
+    rows = range(len(files.keys))
+    if places is not None:
+        latitude, longitude = np.array(places).T
+        chosen: list[int] = rows_in_cells(latitude, longitude, cfg.split, cfg.cell_deg, cfg.split_seed).tolist()
+        return chosen
+    if cfg.split == "all" or isinstance(files, _Shards):  # whose names say the split
+        return list(rows)
+    return [r for r in rows if _column(metadata, files.keys[r], "split") == cfg.split]
 
 
 def _place(files: _Files, row: int, metadata: Mapping[str, Mapping[str, str]]) -> tuple[float, float]:
@@ -314,6 +339,10 @@ def _column(metadata: Mapping[str, Mapping[str, str]], key: str, column: str) ->
             f"split_by: metadata.csv of the folder `root` gives no {column} for sample {key!r}: complete it, choose the"
             " other split_by, or take split: all"
         ) from None
+
+
+def _meta(columns: Mapping[str, str]) -> dict[str, Any]:
+    return {name: _number_or_text(text) for name, text in columns.items() if name not in _NOT_META}
 
 
 def _number_or_text(text: str) -> float | str:

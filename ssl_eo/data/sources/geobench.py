@@ -4,8 +4,8 @@ One HDF5 file a sample, one array a band; of each sensor and resolution a tile o
 needed, and no pickle is loaded: labels come from the lists beside the samples, else from a description that is read
 without running it (`_geobench_pickle`). What the datasets hold is told by `datasets_meta/datasets/geobench.yaml`.
 
-In two datasets bands are stored under names of other bands; `bands: corrected` gives the true ones. In which unit the
-values are is checked against the dataset's own statistics.
+In two datasets bands are stored under names of other bands; `bands: corrected` gives the true ones. Whether they are,
+and in which unit the values are, is told by the dataset's own statistics, and checked on some samples.
 
 C bands, H W pixels, K classes.
 """
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssl_eo.components import FREE, one_line, suggest
+from ssl_eo.data.sources._content import content_of_some
 from ssl_eo.data.sources._geobench_card import Bands, DatasetCard, TileCard, card_of
 from ssl_eo.data.sources._geobench_files import SampleFile, open_sample
 from ssl_eo.data.sources._geobench_folder import (
@@ -35,10 +37,11 @@ from ssl_eo.data.sources._geobench_folder import (
 from ssl_eo.data.sources._geobench_units import (
     BandStatistics,
     Unit,
-    check_pixels,
     has_slipped,
+    pixel_problem,
     read_band_statistics,
     sensor_in,
+    shows_slip,
     unit_of,
 )
 from ssl_eo.data.sources._side_files import evenly_spaced
@@ -48,7 +51,7 @@ __all__ = ["Config", "Source"]
 
 logger = logging.getLogger(__name__)
 
-_N_LOOKED_AT = 8  # samples, until one can be read: it says what the dtype is
+_N_LOOKED_AT = 8  # samples of a split, evenly spaced: the first that can be read says what the dtype is
 
 Partition = Literal["default", "0.01x", "0.02x", "0.05x", "0.10x", "0.20x", "0.50x", "1.00x"]
 
@@ -68,6 +71,16 @@ class Config:
     def __post_init__(self) -> None:
         if self.tiles is not None and not self.tiles:
             raise ValueError("tiles is an empty list; name at least one tile, or leave it out for all")
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a sample holds, by tile, and in the array that tells whether bands have slipped, `[H, W]`."""
+
+    path: Path
+    dtypes: dict[str, np.dtype[Any]]
+    pixels: dict[str, NDArray[Any]]
+    telling: NDArray[Any] | None
 
 
 class Source:
@@ -129,10 +142,12 @@ class Source:
         return key, f"{key}{SUFFIX}"
 
     def fingerprint(self) -> str:
+        # Arrays are not compressed, so a file has the same size whatever its pixels and its label are.
         digest = blake2b(f"{self.card.name} {self._schema!r}".encode(), digest_size=16)
         for key in self._keys:
             label = None if self._labels is None else np.asarray(self._labels[key]).tobytes()
             digest.update(os.fsencode(f"{key} {self._path(key).stat().st_size} {label!r}"))
+        digest.update(content_of_some(len(self), lambda i: self._path(self._keys[i])))
         return digest.hexdigest()
 
     def _path(self, key: str) -> Path:
@@ -178,24 +193,60 @@ class Source:
             )
 
     def _look_at_samples(self) -> dict[str, np.dtype[Any]]:
-        """Dtypes of the tiles, by the first sample that can be read; its pixels must be in the unit of the tile."""
+        """Dtypes of the tiles, by the first sample that can be read. All that are looked at must fit the statistics."""
         problem = ""
+        looks: list[_Look] = []
         for i in evenly_spaced(len(self._keys), _N_LOOKED_AT):
-            path = self._path(self._keys[i])
             try:
-                with open_sample(path) as file:
-                    dtypes = {name: file.dtype(tile) for name, tile in self._tiles.items()}
-                    pixels = {name: file.pixels(tile, dtypes[name])[0] for name, tile in self._tiles.items()}
+                looks.append(self._look(self._path(self._keys[i]), looks[0].dtypes if looks else None))
             except ValueError as error:  # it is reported again when its turn comes
                 problem = problem or one_line(error)
-                continue
-            for name, values in pixels.items() if self._cfg.check_units else ():
-                try:
-                    check_pixels(values, self.units[name])
-                except ValueError as error:
-                    raise ValueError(f"{path}, {name}: {error}") from None
-            return dtypes
-        raise ValueError(f"root: none of the samples looked at can be used: {problem}")
+        if not looks:
+            raise ValueError(f"root: none of the samples looked at can be used: {problem}")
+        self._check_slip_of_samples(looks)  # first: a band that is another may be in another unit, too
+        if self._cfg.check_units:
+            self._check_units(looks)
+        return looks[0].dtypes
+
+    def _look(self, path: Path, dtypes: dict[str, np.dtype[Any]] | None) -> _Look:
+        slip, tiles = self.card.slip, self._tiles
+        with open_sample(path) as file:
+            dtypes = dtypes or {name: file.dtype(tile) for name, tile in tiles.items()}
+            pixels = {name: file.pixels(tile, dtypes[name])[0] for name, tile in tiles.items()}
+            if slip is None:
+                return _Look(path, dtypes, pixels, None)
+            shape = next(t.shape for t in self.card.tiles["corrected"].values() if slip.key in t.keys)
+            return _Look(path, dtypes, pixels, file.band(slip.key, shape))
+
+    def _check_units(self, looks: Sequence[_Look]) -> None:
+        """Raise `ValueError` where the pixels of a sample are not in the unit of their tile."""
+        for name, unit in self.units.items():
+            problems = [(look.path, why) for look in looks if (why := pixel_problem(look.pixels[name], unit))]
+            if problems:
+                path, why = problems[0]
+                raise ValueError(
+                    f"{path}, {name}: {why}; so it is in {len(problems)} of {len(looks)} samples looked at: get the"
+                    " published files, or set check_units: false if the numbers are known to be right"
+                )
+
+    def _check_slip_of_samples(self, looks: Sequence[_Look]) -> None:
+        """Raise `ValueError` where most samples hold other bands than the statistics say; warn where some seem to."""
+        slip = self.card.slip
+        if slip is None:
+            return
+        has = has_slipped(slip, self._statistics)
+        others = [look.path for look in looks if look.telling is not None and shows_slip(slip, look.telling) != has]
+        if not others:
+            return
+        fact = (
+            f"{self.card.name}: {STATISTICS_NAME} says that {slip.key!r} is {'' if has else 'not '}{slip.holds},"
+            f" {len(others)} of {len(looks)} samples looked at say otherwise, the first is {others[0]}"
+        )
+        if 2 * len(others) > len(looks):
+            raise ValueError(
+                f"bands: {fact}; statistics and samples are of different downloads: unpack one of them whole"
+            )
+        logger.warning("%s; single ones may, in haze or over water", fact)
 
     def _tile_schema(self, name: str, tile: TileCard) -> TileSchema:
         dtype = str(self._dtypes[name])

@@ -2,7 +2,8 @@
 
 Each entry of `tiles` says which rasters are of one sensor, by a pattern with a `{key}`: rasters of one key show one
 place. The first tile leads: windows are cut on its pixels, and other tiles are read where these lie on the ground, in
-pixels of their own.
+pixels of their own. `meta["group"]` is what samples have in common: their cell where the split is one of cells, else
+the raster of windows.
 
 N places, T tiles, C bands, H W pixels of a raster.
 """
@@ -23,11 +24,12 @@ from numpy.typing import NDArray
 
 from ssl_eo.components import FREE, suggest
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
+from ssl_eo.data.sources._content import content_of_some
 from ssl_eo.data.sources._patterns import FileMatch, list_files, match_files
 from ssl_eo.data.sources._raster_tiles import RasterTile, TileConfig
 from ssl_eo.data.sources._rasters import Box, Rasters, ground_of, matching_box
 from ssl_eo.data.sources._side_files import printable, read_lines
-from ssl_eo.data.sources._splits import check_cell, name_split
+from ssl_eo.data.sources._splits import cell_name, check_cell, name_split
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.seeding import numpy_generator
 
@@ -125,6 +127,8 @@ class Source:
                 meta = {"latitude": ground.latitude, "longitude": ground.longitude}
         if (taken := tiles[self._tiles[0].name].date) is not None:
             meta["date"] = taken
+        if (group := self._group(place)) is not None:
+            meta["group"] = group
         return Sample(self.locate(index)[0], tiles, meta, self._label(place, box))
 
     def locate(self, index: int) -> tuple[str, str]:
@@ -134,16 +138,23 @@ class Source:
         return (key if self._cfg.window_px is None else f"{key}_{top}_{left}"), printable(self._names[0][place])
 
     def fingerprint(self) -> str:
-        # The schema holds the statistics, and so depends on the pixels.
+        # The schema holds the statistics, and so depends on the pixels, unless statistics were given.
         windows = self._cfg.window_px, self._cfg.stride_px
         digest = blake2b(f"{self.schema!r} {windows} {self._label_names}".encode(), digest_size=16)
         for array in (self._places, self._ends, self._keys, self._labels, self._maps, *self._names, *self._dates):
             digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-        for names in self._names:
-            for name in names[self._places]:
+        columns = [names[self._places] for names in (*self._names, self._maps) if len(names)]
+        for names in columns:
+            for name in names:
                 with suppress(OSError):  # it may be gone: its sample is bad then
                     digest.update(f"{self._rasters.size_bytes(os.fsdecode(name)) if name else 0} ".encode())
+        is_measured = [tile.statistics is None for tile in self._cfg.tiles]  # class maps, which are last, never are
+        for names in (names for t, names in enumerate(columns) if t == len(is_measured) or not is_measured[t]):
+            digest.update(self._content(names))
         return digest.hexdigest()
+
+    def _content(self, names: NDArray[np.bytes_]) -> bytes:
+        return content_of_some(len(names), lambda i: self._folder / os.fsdecode(names[i]))
 
     def _list_places(self) -> None:
         """Keys, and by tile the names and dates of files, as arrays of bytes `[N]`: workers share their memory."""
@@ -232,11 +243,13 @@ class Source:
         """Which places belong to the split, and how many samples there are up to the end of each of them."""
         cfg, n = self._cfg, len(self._keys)
         self._places, sizes = np.arange(n), np.zeros((n, 2), np.int64)
+        self._centres = np.empty((0, 2))  # degrees, of each place; empty where the split is not one of cells
         if cfg.window_px is not None or cfg.split != "all":
             rows = self._headers().rows
             sizes = rows["size"].astype(np.int64)  # [N, 2]
             if cfg.split != "all" and cfg.split_by == "geography":
-                latitude, longitude = rows["place"].T
+                self._centres = np.array(rows["place"])
+                latitude, longitude = self._centres.T
                 self._places = rows_in_cells(latitude, longitude, cfg.split, cfg.cell_deg, cfg.split_seed)
         if cfg.split != "all" and cfg.split_by == "name":
             of_key = [name_split(printable(key), cfg.split_seed) for key in self._keys]
@@ -325,6 +338,12 @@ class Source:
         """The window at (top, left), as far as the raster goes."""
         size = self._cfg.window_px or max(reference.shape)
         return top, left, min(size, reference.height - top), min(size, reference.width - left)
+
+    def _group(self, place: int) -> str | None:
+        if len(self._centres):
+            latitude, longitude = self._centres[place]
+            return cell_name(float(latitude), float(longitude), self._cfg.cell_deg)
+        return None if self._cfg.window_px is None else printable(self._keys[place])
 
     def _name(self, t: int, place: int) -> str:
         return os.fsdecode(self._names[t][place])

@@ -8,8 +8,9 @@ N samples in the file, C bands, H W pixels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import FREE, one_line
+from ssl_eo.data.sources._content import N_READ
 from ssl_eo.data.sources._hdf5_arrays import ArrayConfig, HDF5Array, check_gsd_m, dataset_of, plain
 from ssl_eo.data.sources._hdf5_rows import HDF5Rows
+from ssl_eo.data.sources._side_files import evenly_spaced
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import Sensor, load_sensor
 
@@ -47,6 +50,8 @@ class Config:
     label_dataset: str | None = None  # classes [N], class maps [N, H, W] or multi-hot [N, K]
     label_names: list[str] | None = None  # of the classes; None: those of label_dataset's attribute `classes`
     meta_datasets: list[str] = field(default_factory=list)  # columns [N, ...] that go into each sample's meta
+    group_dataset: str | None = None  # names of the places that samples share [N], for the sample's meta["group"]
+    group_pattern: str | None = None  # fits all these names; its one (...) finds the place; None: the whole name
     gsd_m: float | None = None  # ground size of a pixel in metres; None: that of the sensor's finest band
     statistics: str | None = None  # JSON file with lists `bands`, `mean`, `std`; None: measured when opening
     n_statistics_samples: int = 256  # evenly spaced samples to measure on
@@ -60,6 +65,8 @@ class Config:
             raise ValueError("split is an empty list; name at least one, or leave it out for all")
         if self.label_names is not None and self.label_dataset is None:
             raise ValueError("label_names needs label_dataset, the labels that they are of")
+        if self.group_pattern is not None:
+            _check_pattern(self.group_pattern, self.group_dataset)
 
     @property
     def arrays(self) -> dict[str, ArrayConfig]:
@@ -121,6 +128,8 @@ class Source:
             meta = {name: plain(file[name][row]) for name in cfg.meta_datasets}
         except (KeyError, RuntimeError, UnicodeDecodeError) as error:
             raise OSError(f"{self._path}: row {row} of a column cannot be read: {one_line(error)}") from None
+        if len(self._groups):
+            meta["group"] = str(self._groups[index])
         tiles = {a.name: Tile(a.read(row), a.schema.bands, a.schema.gsd_m) for a in self._arrays.values()}
         return Sample(self.locate(index)[0], tiles, meta, label)
 
@@ -129,12 +138,32 @@ class Source:
         return f"{self._path.stem}_{self._rows[index]}", self._path.name
 
     def fingerprint(self) -> str:
-        # Schemas hold the statistics, and so depend on the pixels; class maps have checksums instead.
+        # Schemas hold the statistics, and so depend on the pixels; class maps have checksums instead. Neither covers
+        # labels, nor pixels whose statistics were given.
         first, *others = self._arrays.values()
         content = f"{first.schema!r} {self._path.stat().st_size} {self._rows.tolist()}"
         content += "".join(f" {array.name} {array.dataset} {array.schema!r}" for array in others)
         content += "".join(f" {array.checksum}" for array in (first, *others) if array.checksum is not None)
+        if self._cfg.label_dataset is not None:
+            content += f" {self._digest(self._cfg.label_dataset)} {self._label_names}"
+        given = [entry for entry in self._cfg.arrays.values() if entry.statistics is not None]
+        content += "".join(f" {self._digest(entry.dataset)}" for entry in given)
         return blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def _digest(self, name: str) -> str:
+        """Of the dataset `name`: of all rows of the split where a row is a number or a vector, else of some."""
+        digest = blake2b(digest_size=16)
+        try:
+            column = self._file.open()[name]
+            if column.ndim <= 2:
+                digest.update(np.ascontiguousarray(column[:][self._rows]).tobytes())
+            else:
+                for i in evenly_spaced(len(self), N_READ):
+                    with suppress(OSError):  # its sample is bad
+                        digest.update(column[int(self._rows[i])].tobytes())
+        finally:
+            self._file.close()  # workers inherit no open handle
+        return digest.hexdigest()
 
     def _describe(self, sensors: Mapping[str, Sensor]) -> None:
         """Everything that is known before the first sample is asked for."""
@@ -148,6 +177,7 @@ class Source:
         self._chunk_size = _run_length(max(array.rows_per_chunk for array in self._arrays.values()))
         for name in cfg.meta_datasets:
             self._column("meta_datasets", name, n_rows)
+        self._groups = self._groups_of_rows(n_rows)
         self._label_names = tuple(cfg.label_names or ())
         if cfg.label_dataset is not None:
             labels = self._column("label_dataset", cfg.label_dataset, n_rows)
@@ -196,8 +226,38 @@ class Source:
             raise ValueError(f"dataset: {self._where(cfg.dataset)} is empty")
         return rows
 
+    def _groups_of_rows(self, n_rows: int) -> NDArray[np.str_]:
+        """The place of each sample; empty where no column says it."""
+        cfg = self._cfg
+        if cfg.group_dataset is None:
+            return np.empty(0, np.str_)
+        column = self._column("group_dataset", cfg.group_dataset, n_rows)
+        if column.ndim != 1:
+            raise ValueError(f"group_dataset: {self._where(cfg.group_dataset)} has shape {column.shape}, expected [N]")
+        names = [str(plain(name)) for name in column[:][self._rows]]
+        if cfg.group_pattern is None:
+            return np.array(names)
+        found = [re.fullmatch(cfg.group_pattern, name) for name in names]
+        if None in found:
+            raise ValueError(
+                f"group_pattern: {names[found.index(None)]!r} of {self._where(cfg.group_dataset)} does not fit"
+                f" {cfg.group_pattern!r}; write it so that it fits every name"
+            )
+        return np.array([match[1] for match in found if match is not None])
+
     def _where(self, dataset: str) -> str:
         return f"{dataset} in {self._path}"
+
+
+def _check_pattern(pattern: str, dataset: str | None) -> None:
+    if dataset is None:
+        raise ValueError("group_pattern needs group_dataset, the names that it is a pattern of")
+    try:
+        n_groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"group_pattern: {pattern!r} is no regular expression: {error}") from None
+    if n_groups != 1:
+        raise ValueError(f"group_pattern: {pattern!r} has {n_groups} groups, expected one (...), around the place")
 
 
 def _run_length(chunk_rows: int) -> int:

@@ -3,7 +3,7 @@
     <root>/<class>/<name>.jpg                     split_by: name, geography
     <root>/<train | val | test>/<class>/<name>.jpg    split_by: folder
 
-Classes are numbered in the order of their names.
+Classes are numbered in the order of their names. With `split_by: geography` a sample's `meta["group"]` is its cell.
 
 N images, C bands, H W pixels.
 """
@@ -27,11 +27,12 @@ from numpy.typing import NDArray
 from ssl_eo.components import FREE
 from ssl_eo.data.sources._class_folders import ImageFile, class_names, list_images
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
+from ssl_eo.data.sources._content import content_of_some
 from ssl_eo.data.sources._pictures import picture_size, read_picture
 from ssl_eo.data.sources._raster_tiles import RasterTile, TileConfig
 from ssl_eo.data.sources._rasters import Rasters, ground_of
 from ssl_eo.data.sources._side_files import evenly_spaced, printable, read_statistics
-from ssl_eo.data.sources._splits import check_cell, name_split
+from ssl_eo.data.sources._splits import cell_name, check_cell, name_split
 from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.seeding import numpy_generator
@@ -118,6 +119,9 @@ class Source:
                 f"{self._root / self._name(row)} has {height} x {width} pixels, expected {schema.shape[0]} x"
                 f" {schema.shape[1]}"
             )
+        if len(self._centres):
+            latitude, longitude = self._centres[row]
+            meta["group"] = cell_name(float(latitude), float(longitude), self._cfg.cell_deg)
         return Sample(self.locate(index)[0], {schema.sensor.name: tile}, meta, int(self._labels[row]))
 
     def locate(self, index: int) -> tuple[str, str]:
@@ -126,12 +130,14 @@ class Source:
         return name.rpartition(".")[0], name
 
     def fingerprint(self) -> str:
-        # The schema holds the statistics, and so depends on the pixels.
+        # The schema holds the statistics, and so depends on the pixels, unless statistics were given.
         digest = blake2b(f"{self._images.schema!r} {self._label_names!r}".encode(), digest_size=16)
         for row in self._rows:
             digest.update(self._names[row] + b" %d " % self._labels[row])
             with suppress(OSError):  # it may be gone: its sample is bad then
                 digest.update(b"%d " % (self._root / self._name(row)).stat().st_size)
+        if self._cfg.statistics is not None:
+            digest.update(content_of_some(len(self), lambda i: self._root / self._name(int(self._rows[i]))))
         return digest.hexdigest()
 
     def _name(self, row: int) -> str:
@@ -141,10 +147,12 @@ class Source:
         """Positions in all files of those that are offered, in the order of their names."""
         cfg = self._cfg
         rows = np.arange(len(files))
+        self._centres = np.empty((0, 2))  # degrees, of each image; empty where the split is not one of cells
         headers = self._headers().rows if cfg.same_size or cfg.split_by == "geography" else None
         if cfg.split != "all" and cfg.split_by == "geography":
             assert headers is not None
-            latitude, longitude = headers["place"].T
+            self._centres = np.array(headers["place"])
+            latitude, longitude = self._centres.T
             if not np.isfinite(latitude).any():
                 raise ValueError(f"split_by: no file in {self._root} says where it lies; take split_by: name")
             rows = rows_in_cells(latitude, longitude, cfg.split, cfg.cell_deg, cfg.split_seed)

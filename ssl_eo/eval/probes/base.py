@@ -31,6 +31,7 @@ __all__ = [
     "check_inputs",
     "hold_out",
     "indicators",
+    "is_at_edge",
     "mean_response",
     "selection_score",
 ]
@@ -50,11 +51,14 @@ class Labelled:
     targets: Tensor  # see ssl_eo.eval.kinds; [N] or [N, K]
     kind: Kind
     n_classes: int  # K; 1 for regression
+    groups: Tensor | None = None  # [N] int64, the place of each sample; None: each has its own
 
     def __post_init__(self) -> None:
         check_features("features", self.features)
         if len(self.targets) != len(self.features) or len(self.features) == 0:
             raise ValueError(f"features and targets have {len(self.features)} and {len(self.targets)} rows: give pairs")
+        if self.groups is not None and self.groups.shape != (len(self.features),):
+            raise ValueError(f"groups must be one number for each of {len(self.features)} rows: give pairs")
         per_class = self.kind in ("multilabel", "segmentation")
         expected = [len(self.features), self.n_classes] if per_class else [len(self.features)]
         if list(self.targets.shape) != expected:
@@ -68,12 +72,14 @@ class Labelled:
 
     def rows(self, index: Tensor) -> Labelled:
         """The samples at `index`, positions or a mask."""
-        return replace(self, features=self.features[index], targets=self.targets[index])
+        groups = None if self.groups is None else self.groups[index]
+        return replace(self, features=self.features[index], targets=self.targets[index], groups=groups)
 
     def joined(self, other: Labelled) -> Labelled:
-        """These samples, then those of `other`."""
+        """These samples, then those of `other`, for a last fit: places are dropped."""
+        features = torch.cat([self.features, other.features.to(self.features)])
         targets = torch.cat([self.targets, other.targets.to(self.targets)])
-        return replace(self, features=torch.cat([self.features, other.features.to(self.features)]), targets=targets)
+        return replace(self, features=features, targets=targets, groups=None)
 
     def with_labels(self) -> Labelled:
         """The rows that say anything: of segmentation, those where something is labelled."""
@@ -166,16 +172,33 @@ def mean_response(kind: Kind, scores: Tensor) -> Tensor:
 
 
 def hold_out(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
-    """(nine tenths, the tenth that is held out), a random one of the address `seed`; of each class its share."""
-    if len(train) < 2:
+    """(nine tenths, the tenth that is held out), a random one of the address `seed`; of each class its share.
+
+    A tenth of the places, where samples share them: what chooses is not to know the neighbour. The class of a place is
+    then that of one of its samples.
+    """
+    n = len(train)
+    if n < 2:
         raise ValueError("train has one sample, of which nothing can be held out: give val")
-    order = torch.randperm(len(train), generator=torch_generator(seed, "held out"))
+    places: dict[int, int] = {}
+    groups = range(n) if train.groups is None else train.groups.tolist()
+    place_of = torch.tensor([places.setdefault(group, len(places)) for group in groups])  # [N]
+    n_places = len(places)
+    if n_places < 2:
+        raise ValueError(f"the {n} samples of train share one place, of which nothing can be held out: give val")
+    order = torch.randperm(n, generator=torch_generator(seed, "held out"))
+    turns = torch.full((n_places,), n).scatter_reduce(0, place_of[order], torch.arange(n), "amin")
+    first = order[turns.sort().values]  # the sample of each place that comes first
     if train.kind == "classification":
-        order = order[train.targets.cpu()[order].argsort(stable=True)]
-    held = torch.zeros(len(train), dtype=torch.bool)
-    held[order[min(_HELD_OUT_EVERY, len(train)) // 2 :: _HELD_OUT_EVERY]] = True
-    held = held.to(train.features.device)
+        first = first[train.targets.cpu()[first].argsort(stable=True)]
+    chosen = first[min(_HELD_OUT_EVERY, n_places) // 2 :: _HELD_OUT_EVERY]
+    held = torch.isin(place_of, place_of[chosen]).to(train.features.device)
     return train.rows(~held), train.rows(held)
+
+
+def is_at_edge(value: float, grid: Sequence[float]) -> float:
+    """1 where `value` is the least or the greatest of several in `grid`: a wider one may hold a better. Else 0."""
+    return float(len(grid) > 1 and value in (min(grid), max(grid)))
 
 
 def selection_score(scores: Tensor, val: Labelled) -> float:

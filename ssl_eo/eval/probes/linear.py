@@ -23,6 +23,7 @@ from ssl_eo.eval.probes.base import (
     check_inputs,
     hold_out,
     indicators,
+    is_at_edge,
     mean_response,
     selection_score,
 )
@@ -85,6 +86,7 @@ def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | N
         raise ValueError(f"linear: scores at the learning rate {lrs[best]:g} are not finite; take smaller lrs")
     probabilities = None if train.kind == "regression" else mean_response(train.kind, scores)
     chosen = {"lr": lrs[best], "n_epochs": cfg.n_epochs, "n_fitted": len(fitted_on)}
+    chosen["at_edge"] = is_at_edge(lrs[best], lrs)
     return Prediction(scores, probabilities, threshold=0.0, chosen=chosen)
 
 

@@ -26,6 +26,7 @@ from ssl_eo.eval.probes.base import (
     check_inputs,
     hold_out,
     indicators,
+    is_at_edge,
     mean_response,
     selection_score,
 )
@@ -86,6 +87,7 @@ def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | N
         fit.solve(value)
     scores = fit.scores(test)
     chosen = {"lambda": value, "penalty": value * len(fitted_on), "n_fitted": len(fitted_on)}
+    chosen["at_edge"] = is_at_edge(value, cfg.lambdas)
     return Prediction(scores, mean_response(train.kind, scores), threshold=0.0, chosen=chosen)
 
 

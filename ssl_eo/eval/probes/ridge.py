@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.probes.base import Labelled, Prediction, Standardiser, check_inputs, indicators
+from ssl_eo.eval.probes.base import Labelled, Prediction, Standardiser, check_inputs, indicators, is_at_edge
 
 __all__ = ["KINDS", "Config", "RidgePath", "predict"]
 
@@ -34,7 +34,8 @@ def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | N
     """Ridge regression on standardised features; lambda by generalised cross-validation on the training set.
 
     Targets are -1 and 1 for each class (one or several labels), fractions of a patch (segmentation; rows without labels
-    are left out) or the values themselves. `val` is not used: what cross-validation chooses needs no other samples.
+    are left out) or the values themselves. `val` is not used: what cross-validation chooses needs no other samples. It
+    leaves out one sample at a time, in closed form, and so cannot leave out whole places.
     """
     cfg = cfg or Config()
     check_inputs("ridge", KINDS, train, val, test)
@@ -44,9 +45,11 @@ def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | N
         targets = targets * 2.0 - 1.0
     path = RidgePath(train.features, targets)
     penalties = torch.tensor(cfg.lambdas, dtype=torch.float64, device=targets.device) * len(train)
-    penalty = float(penalties[path.gcv(penalties).argmin()])
+    best = int(path.gcv(penalties).argmin())
+    penalty = float(penalties[best])
     scores = path.predict(test, penalty)
     chosen = {"lambda": penalty / len(train), "penalty": penalty, "n_fitted": len(train)}
+    chosen["at_edge"] = is_at_edge(cfg.lambdas[best], cfg.lambdas)
     return Prediction(scores, None, threshold=0.0, chosen=chosen)
 
 

@@ -35,7 +35,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
         "features": features,
         "model": model if of_encoder else None,
         "step": 30 if features == "encoder" else None,
-        "weights": WEIGHTS[model] if features == "encoder" else None,
+        "weights": WEIGHTS.get(model, model) if features == "encoder" else None,
         "encoder": {"size": "tiny", "patch_size": 8} if of_encoder else None,
         "kind_of_task": "classification" if metric == "accuracy" else "regression",
         "metric": metric,
@@ -72,8 +72,8 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
     }
     if isinstance(found_by, Classified):
         found["confusion"] = found_by.confusion.tolist()
-    place = ("task", "features", "model", "weights", "partition", "subset", "size", "tap", "probe", "seed", "date")
-    key = json.dumps([found[name] for name in place])
+    place = ("task", "features", "model", "weights", "partition", "subset", "size", "tap", "pool", "probe", "seed")
+    key = json.dumps([*(found[name] for name in (*place, "date", "version")), sorted(changes)])
     return {"key": key, "job": json.dumps([found["task"], features, model]), **found}
 
 

@@ -1,0 +1,154 @@
+"""What an evaluation asks for, cut into jobs, each of which is one forward pass over the samples of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from ssl_eo.components import check_names
+from ssl_eo.eval.bands import BAND_SUBSETS, BandSubset, bands_of
+from ssl_eo.eval.controls import CONTROLS, DRAWN_CONTROLS
+from ssl_eo.eval.features import ALL_TAPS, Pool, check_taps, tap_name
+from ssl_eo.eval.partitions import WHOLE, parse_partition
+from ssl_eo.eval.probes import build_config, kinds_of
+from ssl_eo.eval.tasks import Task, TaskConfig
+
+__all__ = ["ENCODER", "RANDOM", "Evaluation", "Job", "OpenedTask"]
+
+ENCODER, RANDOM = "encoder", "random_encoder"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One forward pass. `seed` is that of what is drawn before it; None where nothing is."""
+
+    task: TaskConfig
+    subset: BandSubset
+    size: str
+    features: str
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        drawn = "" if self.seed is None else f"-{self.seed}"
+        return f"{self.task.name.replace('/', '_')}-{self.subset}-{self.size}-{self.features}{drawn}"
+
+    @property
+    def is_of_encoder(self) -> bool:
+        """Whether an encoder is asked, trained or not."""
+        return self.features in (ENCODER, RANDOM)
+
+    @property
+    def is_of_patches(self) -> bool:
+        return self.task.kind == "segmentation"
+
+    @property
+    def shown(self) -> tuple[Any, ...]:
+        """What jobs have in common that show the same samples in the same bands."""
+        return self.task.name, self.subset, self.size, self.seed if self.subset == "random" else None
+
+    def open(self, patch_px: int) -> Task | None:
+        """The task with this job's bands and size; None where its tile has no such bands."""
+        sizes = {"task": self.task.size_px, "native": None}
+        task = Task(replace(self.task, size_px=int(self.size) if self.size.isdecimal() else sizes[self.size]), patch_px)
+        if self.subset == "all":
+            return task
+        bands = bands_of(self.subset, task.bands, task.schema.sensor.true_color, task.name, self.seed or 0)
+        return None if bands is None else Task(replace(task.cfg, bands=bands), patch_px)
+
+
+class OpenedTask:
+    """The task of the job that is worked on. Jobs that follow each other share what it holds in memory.
+
+    Tiles at their own size are enlarged to whole patches of `patch_px` where patches are asked for. Controls of whole
+    images are of the pixels as they are: they are the same beside every encoder.
+    """
+
+    def __init__(self, patch_px: int) -> None:
+        self._patch_px = patch_px
+        self._shown: tuple[Any, ...] = ()
+        self._task: Task | None = None
+        self._enlarged_to = 1
+
+    def of(self, job: Job) -> Task | None:
+        """See `Job.open`."""
+        if self._shown != job.shown:
+            self._hold(job, 1)
+        patch_px = self._patch_px if job.is_of_encoder or job.is_of_patches else 1
+        if self._task is not None and not self._fits(self._task, patch_px):
+            self._hold(job, patch_px)
+        return self._task
+
+    def _hold(self, job: Job, patch_px: int) -> None:
+        self._shown, self._task = (), None  # of two tasks only one is in memory
+        self._task = job.open(patch_px)
+        self._shown, self._enlarged_to = job.shown, patch_px
+
+    def _fits(self, task: Task, patch_px: int) -> bool:
+        is_whole = task.cfg.size_px is not None or task.shown.plan.size[0] % patch_px == 0
+        return self._enlarged_to == patch_px or (self._enlarged_to == 1 and is_whole)
+
+
+@dataclass
+class Evaluation:
+    """What is done with an encoder. Every combination of tasks, subsets, sizes, partitions, probes and seeds."""
+
+    tasks: list[TaskConfig]
+    probes: list[str] = field(default_factory=list)  # none: those of each task
+    partitions: list[str] = field(default_factory=lambda: [WHOLE])
+    subsets: list[BandSubset] = field(default_factory=lambda: ["all"])
+    sizes: list[str] = field(default_factory=lambda: ["task"])  # "task": as the task says; "native"; or pixels
+    seeds: list[int] = field(default_factory=lambda: [0])
+    pool: Pool = "mean"
+    taps: list[float] = field(default_factory=lambda: [1.0])
+    controls: bool = True
+    batch_size: int = 128
+    n_workers: int = 0
+    n_resamples: int = 1000  # of the bootstrap
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_taps(self.taps)
+        for key, least in (("batch_size", 1), ("n_workers", 0), ("n_resamples", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        check_names("tasks", [task.name for task in self.tasks])
+        for key in ("partitions", "subsets", "sizes", "seeds"):
+            check_names(key, getattr(self, key))
+        for size in self.sizes:
+            if size not in ("task", "native") and not (size.isdecimal() and 0 < int(size) <= 4096):
+                raise ValueError(f"--size: {size!r} must be native, or a number of pixels up to 4096")
+        for subset in self.subsets:
+            if subset not in BAND_SUBSETS:
+                raise ValueError(f"--bands: there is no {subset!r} ({', '.join(BAND_SUBSETS)})")
+        for name in self.partitions:
+            parse_partition(name)
+        for task in self.tasks:
+            if self.probes and not any(task.kind in kinds_of(probe) for probe in self.probes):
+                names = ", ".join(self.probes)
+                raise ValueError(f"--protocol: none of {names} takes {task.kind}, which {task.name} is")
+
+    def jobs(self) -> list[Job]:
+        """What depends on a draw has a job for each seed, all else one for all seeds; those of one task together."""
+        features = [ENCODER, RANDOM, *CONTROLS] if self.controls else [ENCODER]
+        drawn = {RANDOM, *DRAWN_CONTROLS}
+        jobs = []
+        for task, subset, size in product(self.tasks, self.subsets, self.sizes):
+            for of_bands in self.seeds if subset == "random" else [None]:
+                for name in features:
+                    seeds = self.seeds if of_bands is None and name in drawn else [of_bands]
+                    jobs += [Job(task, subset, size, name, seed) for seed in seeds]
+        return jobs
+
+    def asked(self, job: Job) -> Iterator[dict[str, Any]]:
+        """What is run on the features of `job`: where they are read, and the probe with its options but the seed."""
+        taps = [tap_name(ratio) for ratio in self.taps] if job.is_of_encoder else ["pixels"]
+        places: list[dict[str, Any]] = [{"tap": tap} for tap in taps]
+        places += [{"tap": ALL_TAPS, "taps": taps}] if len(taps) > 1 else []
+        probes = [probe for probe in self.probes or job.task.probes if job.task.kind in kinds_of(probe)]
+        seeds = self.seeds if job.seed is None else [job.seed]
+        for place, probe, part, seed in product(places, probes, self.partitions, seeds):
+            options = {key: value for key, value in asdict(build_config(probe, {})).items() if key != "seed"}
+            yield {**place, "probe": probe, "options": options, "partition": part, "seed": seed}
