@@ -110,6 +110,7 @@ def _measured(**changes: Any) -> dict[str, Any]:
         "n_train": 100,
         "n_val": 0,
         "n_test": 50,
+        "n_groups": 50,
         "seed": 3,
         "normalization": "task",
         "size_px": 64,
