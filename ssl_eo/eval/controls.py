@@ -47,7 +47,7 @@ def texture_statistics(pixels: Tensor) -> Tensor:
 
     `[B, 9C + P(P+1)/2]`, where P counts the statistics that are multiplied: as many of the nine, in this order, as make
     at most 32 (all nine of three bands, mean and spread of twelve, none of a hyperspectral sensor). The products let a
-    linear probe see how colours and textures go together, which makes this the strongest control.
+    linear probe see how colours and textures go together, which on EuroSAT makes this the strongest control.
     """
     x = pixels.float()
     flat = x.flatten(2)  # [B, C, H*W]

@@ -5,8 +5,9 @@ label. One line a result goes to `eval.jsonl`. Those of tasks have `step`, `task
 `features` (`encoder`, or the name of a control, which is measured once a run), `seconds` (of all that was done with
 these features at this step) and a `kind`:
 
-- `probe`: `tap`, `probe`, every metric of the kind of task by its name, `metric` (the one that ranks), `chosen`, and
-  `n_leaked` (scored samples whose pixels are among those that probes were fitted on);
+- `probe`: `tap`, `probe`, every metric of the kind of task by its name, `metric` (the one that ranks), `chosen`,
+  `n_leaked` (scored samples whose pixels are among those that probes were fitted on) and `n_shared_groups` (likewise
+  places);
 - `health`: `tap`, `n_features`, and the measures of `ssl_eo.eval.health` of the scored features;
 - `error`: `error`, and nothing was measured.
 
@@ -34,6 +35,7 @@ from ssl_eo.distributed import broadcast_object, gather_objects, is_main, on_all
 from ssl_eo.eval.budget import TimeBudget
 from ssl_eo.eval.collapse import CollapseWatch
 from ssl_eo.eval.controls import CONTROLS, control_taps
+from ssl_eo.eval.failures import failure
 from ssl_eo.eval.features import (
     Encode,
     FeatureSet,
@@ -46,7 +48,7 @@ from ssl_eo.eval.features import (
     tap_name,
 )
 from ssl_eo.eval.health import health
-from ssl_eo.eval.leaks import count_leaked
+from ssl_eo.eval.leaks import count_leaked, count_shared_groups
 from ssl_eo.eval.probing import Probing
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.eval.watching import Training, WatchedSource, watched_sources
@@ -99,8 +101,19 @@ class EvalHook:
     Every rank calls `due` and `run` at the same steps. What fails becomes a record and never stops training.
     """
 
-    def __init__(self, cfg: EvalConfig, run_dir: Path, device: torch.device, training: Training | None = None) -> None:
-        """Open the sources of all tasks, so that a path that is wrong on any rank is an error now, not hours later."""
+    def __init__(
+        self,
+        cfg: EvalConfig,
+        run_dir: Path,
+        device: torch.device,
+        training: Training | None = None,
+        begins_random: bool = True,
+    ) -> None:
+        """Open the sources of all tasks, so that a path that is wrong on any rank is an error now, not hours later.
+
+        Of a run that begins from given weights, the encoder before the first step is no random one.
+        """
+        self._begins_random = begins_random
         self.cfg = cfg
         self.path = run_dir / "eval.jsonl"
         self.device = device
@@ -114,7 +127,7 @@ class EvalHook:
         done = {(r["task"], r["features"]) for r in known if r.get("kind") == "probe" and r["features"] != "encoder"}
         self._controls_done: set[tuple[str, str]] = broadcast_object(done)
         self._collapse = CollapseWatch(known)  # of use on the rank that writes
-        self._n_leaked: dict[str, int] = {}
+        self._shared: dict[str, dict[str, int]] = {}  # by task
         self._put_off: dict[str, int] = {}  # what was due and did not fit -> the step at which it is asked again
 
     def due(self, step: int, total_steps: int) -> list[str]:
@@ -166,10 +179,8 @@ class EvalHook:
                 measured = source.measure(encode, names, self.cfg.pool)
                 records = [{**head, "kind": "health", "tap": tap, **values} for tap, values in measured.items()]
             except Exception as error:  # raised on all ranks or on none
-                logger.warning(
-                    "step %d: the health of features of %s could not be measured: %s", step, source.name, error
-                )
-                records = [{**head, "kind": "error", "error": f"{type(error).__name__}: {error}"}]
+                what = "step %d: the health of features of %s could not be measured"
+                records = [{**head, **failure(logger, error, what, step, source.name)}]
             seconds = round(time.perf_counter() - start, 3)
             if is_main():
                 looked = [{**r, "collapsed": self._collapse.look(r)} if r["kind"] == "health" else r for r in records]
@@ -186,8 +197,9 @@ class EvalHook:
             found |= _scalars(task.name, self._measure(task, "encoder", patches if of_patches else encoder, step))
             for name, control in CONTROLS.items() if self.cfg.controls else ():
                 if (task.name, name) not in self._controls_done:
-                    self._measure(task, name, control_taps(control, of_patches), step)
-                    self._controls_done.add((task.name, name))
+                    records = self._measure(task, name, control_taps(control, of_patches), step)
+                    if any(r["kind"] == "probe" for r in records):
+                        self._controls_done.add((task.name, name))
         return found
 
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -204,23 +216,28 @@ class EvalHook:
                 extract_over_ranks(featurise, split, self.device, self.cfg.batch_size)
                 for split in (task.train, task.watched)
             )
-            n_leaked = self._count_leaked(task, train, scored)
+            shared = self._count_shared(task, train, scored)
             records = _probed(task, Probing(task.shown, train, None, scored, tuple(task.cfg.no_data)), scored)
-            records = [{**r, "n_leaked": n_leaked} if r["kind"] == "probe" else r for r in records]
+            records = [{**r, **shared} if r["kind"] == "probe" else r for r in records]
         except Exception as error:  # raised on all ranks or on none
-            logger.warning("step %d: %s of task %s could not be evaluated: %s", step, features, task.name, error)
-            records = [{"kind": "error", "error": f"{type(error).__name__}: {error}"}]
+            what = "step %d: %s of task %s could not be evaluated"
+            records = [failure(logger, error, what, step, features, task.name)]
         head = {"step": step, "task": task.name, "split": task.watched.name, "features": features}
+        if features == "encoder":
+            head["is_trained"] = step > 0 or not self._begins_random
         seconds = round(time.perf_counter() - start, 3)
         self._write([{**head, **record, "seconds": seconds} for record in records])
         return records
 
-    def _count_leaked(self, task: Task, train: FeatureSet, scored: FeatureSet) -> int:
-        """See `count_leaked`; the samples of a task are the same every time, so that it warns once."""
-        if task.name not in self._n_leaked:
-            splits = {task.train.name: train, task.watched.name: scored}
-            self._n_leaked[task.name] = count_leaked(task.name, splits, task.cfg.flags)
-        return self._n_leaked[task.name]
+    def _count_shared(self, task: Task, train: FeatureSet, scored: FeatureSet) -> dict[str, int]:
+        """Samples and places of both splits; these are the same every time, so that each is warned of once."""
+        if task.name not in self._shared:
+            splits, flags = {task.train.name: train, task.watched.name: scored}, task.cfg.flags
+            self._shared[task.name] = {
+                "n_leaked": count_leaked(task.name, splits, flags),
+                "n_shared_groups": count_shared_groups(task.name, splits, flags),
+            }
+        return self._shared[task.name]
 
 
 @contextlib.contextmanager
@@ -246,13 +263,22 @@ def _probed(task: Task, probing: Probing, scored: FeatureSet) -> list[dict[str, 
     """Records of all probes and taps, on every rank; each is worked out by one rank, in turn."""
     work: list[Callable[[], dict[str, Any]]] = []
     for tap in probing.taps:
-        work += [partial(_record, task, probing, tap, name) for name in task.cfg.probes]
+        work += [partial(_survived, task, probing, tap, name) for name in task.cfg.probes]
         work.append(partial(_health_of, scored, tap))
     own = on_all_ranks(lambda: {i: work[i]() for i in range(rank(), len(work), world_size())})
     done: dict[int, dict[str, Any]] = {}
     for of_rank in gather_objects(own):
         done |= of_rank
     return [done[i] for i in range(len(work))]
+
+
+def _survived(task: Task, probing: Probing, tap: str, name: str) -> dict[str, Any]:
+    """A probe that fails takes no other with it."""
+    try:
+        return _record(task, probing, tap, name)
+    except Exception as error:
+        failed = failure(logger, error, "%s of task %s at %s could not be measured", name, task.name, tap)
+        return {**failed, "tap": tap, "probe": name}
 
 
 def _record(task: Task, probing: Probing, tap: str, name: str) -> dict[str, Any]:

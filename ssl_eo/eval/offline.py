@@ -23,6 +23,7 @@ from ssl_eo.eval.bootstrap import interval_of, resampled_scores
 from ssl_eo.eval.claims import Claim, work_through
 from ssl_eo.eval.controls import control_of, control_taps
 from ssl_eo.eval.cost import forward_gflop
+from ssl_eo.eval.failures import failure
 from ssl_eo.eval.features import FeatureSet, Featurise, extract, patch_taps, pooled_taps, tap_layers, tap_name
 from ssl_eo.eval.jobs import ENCODER, RANDOM, Evaluation, Job, OpenedTask
 from ssl_eo.eval.leaks import count_leaked, count_shared_groups
@@ -93,9 +94,8 @@ class _Runner:
         try:
             self._measure(job)
         except Exception as error:
-            logger.warning("%s could not be evaluated: %s", job.name, error)
             self._wanted.setdefault(job.name, {})
-            self._fail(job, f"{type(error).__name__}: {error}")
+            self._fail(job, failure(logger, error, "%s could not be evaluated", job.name)["error"])
 
     def results(self) -> list[dict[str, Any]]:
         """What there is of all that the plan asks for."""
@@ -117,7 +117,7 @@ class _Runner:
             try:
                 task = self._opened.of(job)
             except Exception as error:
-                logger.warning("%s: the task cannot be opened: %s", job.name, error)
+                failure(logger, error, "%s: the task cannot be opened", job.name)
             else:
                 self._ask(job, task)
         return self._wanted[job.name]
@@ -196,8 +196,7 @@ class _Runner:
                 found = {"kind": "result", **of_partition, **self._result(task, probed, sets)}
             except Exception as error:
                 what = f"{asked['probe']} of {head['features']}"
-                logger.warning("%s: %s could not be measured: %s", task.name, what, error)
-                found = {"kind": "error", "error": f"{type(error).__name__}: {error}"}
+                found = failure(logger, error, "%s: %s could not be measured", task.name, what)
             append(self.out, [{"key": key, **head, **asked, **found}])
 
     def _facts(self, job: Job, task: Task) -> dict[str, Any]:
@@ -285,8 +284,9 @@ def _probing(task: Task, sets: dict[str, FeatureSet], partition: str, seed: int)
 def _fresh(encoder: Encoder, seed: int) -> Encoder:
     """One of the same shape with random weights, the same in every evaluation."""
     fresh = Encoder(encoder.cfg, encoder.n_channels)
-    torch.manual_seed(derive_seed(seed, "init"))
-    fresh.init_weights()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "init"))
+        fresh.init_weights()
     return fresh
 
 

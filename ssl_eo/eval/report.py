@@ -45,7 +45,9 @@ _HEALTH = {  # measures that are drawn, as they are called in the charts
     "alpha_req": "Decay of the spectrum (alpha-ReQ)",
     "uniformity": "Uniformity",
     "mean_cosine": "Mean cosine",
+    "first_ratio": "Share of the first direction",
     "mean_norm": "Mean norm",
+    "norm_spread_ratio": "Spread of norms",
     "cls_patch_cosine": "Cosine of CLS token and patches",
     "dead_ratio": "Share of dead features",
 }

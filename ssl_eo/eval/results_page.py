@@ -143,8 +143,8 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
         )
     notes.append(
         "[Intervals] hold 95 % of a bootstrap over test samples, of whole places where samples share one, task by task;"
-        " of margins over the same resamples for both sides. After ±, and with the word seeds, stands what the seed of"
-        " the draw changes. Bold is the best of a column."
+        " of margins over the same resamples for both sides. After ± stands one standard deviation over seeds of the"
+        " draw; intervals with the word seeds resample these. Bold is the best of a column."
     )
     codes = {" ".join(str(r[k]) for k in ("version", "code") if r.get(k)) for r in comparison.results}
     if len(codes) > 1:

@@ -157,7 +157,7 @@ class Trainer:
         barrier()  # the log files are trimmed before any rank reads them or appends to them
         names = [source.name for source in config.data.sources]
         watched = Training(names, self.sources, views, self.objective.published_encoder().check, seed)
-        self.evaluation = EvalHook(config.eval, config.run_dir, world.device, watched)
+        self.evaluation = EvalHook(config.eval, config.run_dir, world.device, watched, begins_random=not config.init)
         self._open_logs()
 
     def _open_logs(self) -> None:

@@ -291,3 +291,36 @@ def test_records_after_a_half_written_line_can_be_read(tmp_path: Path) -> None:
 def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvalConfig(**changes)
+
+
+def test_a_probe_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr("ssl_eo.eval.probes.ridge.predict", fails)
+    encoder, encode = _encoder()
+    found = _hook(tmp_path, controls=False).run(encode, 10, encoder)
+    assert {key.rpartition("/")[2] for key in found} == {"knn", "effective_rank"}
+    failed = [(r["probe"], r["error"]) for r in read_jsonl(tmp_path / "eval.jsonl") if r["kind"] == "error"]
+    assert failed == [("ridge", "RuntimeError: no luck")] * 3  # of two taps, and both together
+
+
+def test_controls_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, encode = _encoder()
+    hook = _hook(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("ssl_eo.eval.hook.control_taps", lambda *_: lambda *_: 1 / 0)
+        hook.run(encode, 10, encoder)
+    hook.run(encode, 20, encoder)
+    records = [r for r in read_jsonl(tmp_path / "eval.jsonl") if r["features"] == "band_statistics"]
+    assert {(r["step"], r["kind"]) for r in records} == {(10, "error"), (20, "probe"), (20, "health")}
+
+
+def test_given_weights_are_no_random_encoder(tmp_path: Path) -> None:
+    encoder, encode = _encoder()
+    cfg = EvalConfig(every_n_steps=4, tasks=[tasks.task()], controls=False)
+    for name, begins_random in (("drawn", True), ("given", False)):
+        (tmp_path / name).mkdir()
+        EvalHook(cfg, tmp_path / name, CPU, begins_random=begins_random).run(encode, 0, encoder)
+        records = read_jsonl(tmp_path / name / "eval.jsonl")
+        assert {r["is_trained"] for r in records} == {not begins_random}

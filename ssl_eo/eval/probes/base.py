@@ -216,7 +216,9 @@ def selection_score(scores: Tensor, val: Labelled) -> float:
         all_scores, all_targets = scores.flatten()[None].cpu(), targets.flatten()[None].cpu()  # [1, V*K]
         ranking = Rankings.of(all_scores, all_targets, torch.zeros_like(all_targets, dtype=torch.long))
         found = float(ranking.average_precision(torch.ones(1, dtype=torch.float64)))
-        return -math.inf if math.isnan(found) else found
+        if math.isnan(found):
+            raise ValueError("none of the samples that options are chosen on has a label: give a larger val, or train")
+        return found
     if val.kind == "segmentation":
         hit = targets.double().gather(1, scores.argmax(1, keepdim=True)).sum()
         return float(hit / targets.double().sum())

@@ -38,7 +38,7 @@ class Config:
 
 
 def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction:
-    """Weighted nearest neighbours by cosine similarity s, each voting exp(s / temperature) (Wu et al. 2018, eq. 14).
+    """Weighted nearest neighbours by cosine similarity s, each voting exp(s / temperature) (Wu et al. 2018).
 
     Scores and probabilities are the share of the votes that a class gets; of several labels, those above one half are
     predicted. Of neighbours that are equally near, the first in `train` are taken. `val` is not used.
