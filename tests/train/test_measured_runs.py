@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, assert_same_bits, read_checkpoint, records, train
+from launching import ROOT, assert_same_bits, command, read_checkpoint, records, train
+
+from ssl_eo.cli import main
+from ssl_eo.cluster import EXIT_DONE, EXIT_RESUMABLE
+
+OnRanks = Callable[..., list[Any]]
 
 DEBUG = ROOT / "configs" / "debug"
 SHORT = (
@@ -22,16 +28,14 @@ def _health(out_dir: Path, name: str = "debug_mae") -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
 
 
-def _run(out_dir: Path, *overrides: str, n_ranks: int = 1, recipe: str = "mae") -> str:
-    status, output = train(str(DEBUG / f"{recipe}.yaml"), out_dir, *overrides, n_ranks=n_ranks)
-    assert status == 0, output
-    return output
+def _train(out_dir: Path, *overrides: str, recipe: str = "mae") -> int:
+    return main(command(str(DEBUG / f"{recipe}.yaml"), out_dir, *overrides)[2:])
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out_dir = tmp_path_factory.mktemp("measured")
-    _run(out_dir, *SHORT, *HEALTH)
+    assert _train(out_dir, *SHORT, *HEALTH) == EXIT_DONE
     return out_dir
 
 
@@ -43,7 +47,7 @@ def _assert_same_training(a: Path, b: Path) -> None:
 
 
 def test_health_is_measured_and_changes_no_bit(measured: Path, tmp_path: Path) -> None:
-    _run(tmp_path, *SHORT)
+    assert _train(tmp_path, *SHORT) == EXIT_DONE
     _assert_same_training(measured, tmp_path)
     found = _health(measured)
     assert [(r["step"], r["tap"]) for r in found] == [(s, t) for s in (0, 3, 6, 8) for t in ("depth_0.50", "last")]
@@ -55,11 +59,11 @@ def test_health_is_measured_and_changes_no_bit(measured: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks(measured: Path, tmp_path: Path, strategy: str) -> None:
+def test_two_ranks(measured: Path, tmp_path: Path, on_ranks: OnRanks, strategy: str) -> None:
     """21 samples: one rank has one fewer, and makes as many forward passes."""
     on_two = (*SHORT, f"parallel.strategy={strategy}")
-    _run(tmp_path / "with", *on_two, *HEALTH, n_ranks=2)
-    _run(tmp_path / "without", *on_two, n_ranks=2)
+    assert on_ranks(2, _train, tmp_path / "with", *on_two, *HEALTH) == [EXIT_DONE] * 2
+    assert on_ranks(2, _train, tmp_path / "without", *on_two) == [EXIT_DONE] * 2
     _assert_same_training(tmp_path / "with", tmp_path / "without")
     found, expected = _health(tmp_path / "with"), _health(measured)
     assert len(found) == len(expected)
@@ -72,14 +76,16 @@ def test_two_ranks(measured: Path, tmp_path: Path, strategy: str) -> None:
 
 
 def test_a_run_that_goes_on_measures_the_same(measured: Path, tmp_path: Path) -> None:
-    for limit in ("0.0", "null"):
-        train(str(DEBUG / "mae.yaml"), tmp_path, *SHORT, *HEALTH, f"train.time_limit_s={limit}")
+    for limit, status in (("0.0", EXIT_RESUMABLE), ("null", EXIT_DONE)):
+        assert _train(tmp_path, *SHORT, *HEALTH, f"train.time_limit_s={limit}") == status
     _assert_same_training(measured, tmp_path)
     assert _health(tmp_path) == _health(measured)
 
 
 def test_two_ranks_put_off_what_takes_too_long(tmp_path: Path) -> None:
-    output = _run(tmp_path, *SHORT, *HEALTH, "eval.max_time_ratio=0.001", n_ranks=2)
+    overrides = (*SHORT, *HEALTH, "eval.max_time_ratio=0.001")
+    status, output = train(str(DEBUG / "mae.yaml"), tmp_path, *overrides, n_ranks=2)
+    assert status == EXIT_DONE, output
     found = _health(tmp_path)
     assert [(r["step"], r["kind"]) for r in found] == [(0, "health")] * 2 + [(3, "skipped")] + [(8, "health")] * 2
     assert found[2]["what"] == "health"
@@ -95,16 +101,16 @@ UNHELD = (
 
 
 @pytest.mark.parametrize("recipe", ["byol", "dinov2", "simclr"])
-def test_a_healthy_run_is_not_warned_of(tmp_path: Path, recipe: str) -> None:
-    output = _run(tmp_path, *SIXTY, recipe=recipe)
+def test_a_healthy_run_is_not_warned_of(tmp_path: Path, recipe: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert _train(tmp_path, *SIXTY, recipe=recipe) == EXIT_DONE
     found = _health(tmp_path, f"debug_{recipe}")
     assert [r["step"] for r in found] == [0, 20, 40, 60]
     assert [r["collapsed"] for r in found] == [[]] * 4
-    assert "nearly" not in output
+    assert "nearly" not in caplog.text
 
 
-def test_a_run_that_collapses_is_warned_of_once(tmp_path: Path) -> None:
-    output = _run(tmp_path, *SIXTY, *UNHELD, recipe="byol")
+def test_a_run_that_collapses_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert _train(tmp_path, *SIXTY, *UNHELD, recipe="byol") == EXIT_DONE
     found = _health(tmp_path, "debug_byol")
     assert [r["collapsed"] for r in found] == [[], [], *[["are nearly one point"]] * 2]
-    assert output.count("features of synthetic at last are nearly one point (spread_ratio 0.0") == 1
+    assert caplog.text.count("features of synthetic at last are nearly one point (spread_ratio 0.0") == 1
