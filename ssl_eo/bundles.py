@@ -207,8 +207,12 @@ class BundlePair(nn.Module):
     @property
     def encoder(self) -> Encoder:
         """The one that is published: the optical one unless the bundle says otherwise."""
-        published = self.radar if self.facts.get("published") == "radar" else self.optical
-        return published.encoder
+        return self.published.encoder
+
+    @property
+    def published(self) -> BundleEncoder:
+        """The optical one, with the sensors it knows, unless the bundle says the radar one."""
+        return self.radar if self.facts.get("published") == "radar" else self.optical
 
     @property
     def parts(self) -> dict[str, nn.Module]:

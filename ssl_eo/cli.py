@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_eo import __version__, cli_data, cli_eval
+from ssl_eo import __version__, cli_adapt, cli_data, cli_doctor, cli_embed, cli_eval
 from ssl_eo.cluster import (
     EXIT_FAILURE,
     EXIT_RESUMABLE,
@@ -37,7 +37,7 @@ _OTHER_TELLS_WITHIN_S = 2.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; user errors become one line on stderr and status 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         status: int = arguments.run(arguments)
@@ -101,6 +101,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"ssl-eo: {message} (see {self.prog} --help)\n")
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What `argv` says; `key=value` may stand behind options, too, where argparse does not look for it."""
+    parser = _parser()
+    arguments, left = parser.parse_known_args(argv)
+    strange = [text for text in left if text.startswith("-") or "=" not in text]
+    if strange or (left and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or left)}")
+    if left:
+        arguments.overrides = [*arguments.overrides, *left]
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="ssl-eo", description="Self-supervised pretraining for Earth observation.")
     parser.add_argument("--version", action="version", version=f"ssl_eo {__version__}")
@@ -146,6 +158,18 @@ def _parser() -> argparse.ArgumentParser:
     ranges = "JSON of {dataset: [low, high]} that brings scores to one scale, as GEO-Bench has it"
     report.add_argument("--normalizer", metavar="FILE", nargs="+", default=None, help=ranges)
     report.set_defaults(run=_report)
+
+    study = commands.add_parser("study", help="train decoders and encoders on labels, and compare them")
+    cli_adapt.add_study(study)
+
+    predict = commands.add_parser("predict", help="classes of all pixels of a scene, by a model of a study")
+    cli_adapt.add_predict(predict)
+
+    embed = commands.add_parser("embed", help="features of all patches of a scene, by any encoder")
+    cli_embed.add_embed(embed)
+
+    doctor = commands.add_parser("doctor", help="look at this machine and installation, with advice")
+    cli_doctor.add_doctor(doctor)
 
     data = commands.add_parser("data", help="pack, index, measure and check data")
     cli_data.add_commands(data)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 from ssl_eo.cluster import EXIT_FAILURE
+from ssl_eo.progress import progress
 
 __all__ = ["add_commands"]
-
-PROGRESS_EVERY_S = 30.0  # where there is no terminal
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +61,7 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     cfg = _source_config(arguments)
     source = open_source(cfg)
-    with _progress("packing") as progress:
+    with progress("packing") as tell:
         report = pack(
             source,
             arguments.out,
@@ -77,7 +72,7 @@ def _pack(arguments: argparse.Namespace) -> int:
             source_options=dict(bound_values(cfg.options)),
             max_bad_ratio=arguments.max_bad_ratio,
             n_workers=arguments.workers,
-            progress=progress,
+            progress=tell,
         )
     print(
         f"{report.folder}: {report.n_samples} samples in {report.n_shards} shards, {report.n_bytes / 1e6:.1f} MB"
@@ -94,8 +89,8 @@ def _stats(arguments: argparse.Namespace) -> int:
     from ssl_eo.data.pack import stats
 
     source = open_source(_source_config(arguments))
-    with _progress("measuring") as progress:
-        report = stats(source, n_workers=arguments.workers, progress=progress)
+    with progress("measuring") as tell:
+        report = stats(source, n_workers=arguments.workers, progress=tell)
     table = Table(title=f"{report.n_samples} samples ({report.n_bad} bad left out), stored units")
     for column in ("tile", "band", "valid pixels", "mean", "std", "min", "max"):
         table.add_column(column, justify="left" if column in ("tile", "band") else "right", overflow="fold")
@@ -108,8 +103,8 @@ def _stats(arguments: argparse.Namespace) -> int:
 def _index(arguments: argparse.Namespace) -> int:
     from ssl_eo.data.pack import index
 
-    with _progress("indexing") as progress:
-        report = index(arguments.root, n_workers=arguments.workers, progress=progress)
+    with progress("indexing") as tell:
+        report = index(arguments.root, n_workers=arguments.workers, progress=tell)
     print(f"{arguments.root}: indexed {report.n_samples} samples in {report.n_shards} shards")
     return 0
 
@@ -117,8 +112,8 @@ def _index(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from ssl_eo.data.pack_check import check
 
-    with _progress("checking") as progress:
-        report = check(arguments.root, n_workers=arguments.workers, progress=progress)
+    with progress("checking") as tell:
+        report = check(arguments.root, n_workers=arguments.workers, progress=tell)
     for p in report.problems:
         where = f"{p.shard}: {p.member or 'the shard'}, byte {p.offset}"
         print(f"{where}: {p.reason}", file=sys.stderr)
@@ -148,32 +143,3 @@ def _codec(chosen: list[str] | None) -> str | dict[str, str]:
             f"--codec is one codec for all tiles, or TILE=CODEC for some, once each, got {' '.join(chosen or ())}"
         )
     return named or (plain[0] if plain else "raw")
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """How far it is and the time left: a bar on a terminal, elsewhere a line now and then."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _progress_lines(title)
-        return
-    with Progress(console=console) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _progress_lines(title: str) -> Callable[[int, int], None]:
-    start = last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= PROGRESS_EVERY_S:
-            last = now
-            left = timedelta(seconds=round((now - start) / done * (total - done)))
-            print(f"{title}: {done:,} of {total:,}, {left} left", file=sys.stderr, flush=True)
-
-    return show

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in lists.items():
         parser.add_argument(f"--{name}", nargs="+", required=name == "tasks", default=None, help=text)
     parser.add_argument("--pool", default=None, help="cls, mean, cls_mean or mean_std; default: as in training")
+    parser.add_argument("--precision", default=None, help="of the encoder: float32 or bfloat16; default float32")
     parser.add_argument("--out", required=True, help="folder for results.jsonl; several processes may share it")
     parser.add_argument("--no-controls", action="store_true", help="leave out random weights and pixel statistics")
     parser.add_argument("--batch-size", type=int, default=128, help="samples of a forward pass")
@@ -105,6 +106,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         "seeds": [_number("--seeds", text, int) for text in _listed(arguments.seeds)],
         "taps": [_number("--taps", text, float) for text in _listed(arguments.taps)],
         "pool": arguments.pool,
+        "precision": arguments.precision,
         "controls": not arguments.no_controls,
         "batch_size": arguments.batch_size,
         "n_workers": arguments.workers,

@@ -34,6 +34,7 @@ __all__ = [
     "bound_values",
     "build",
     "difference",
+    "find_config",
     "load",
     "read_overrides",
     "read_yaml",
@@ -119,7 +120,7 @@ class Config:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The `Config` of a YAML file (a path, or a name below `configs/`) with `key=value` overrides applied."""
-    return build(Config, read_yaml(_find_config(str(path)), overrides), "")
+    return build(Config, read_yaml(find_config(str(path)), overrides), "")
 
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -217,7 +218,8 @@ def difference(saved: Config, current: Config) -> list[str]:
     return [f"{key}: {old} -> {new}" for key, (old, new) in pairs.items() if old != new]
 
 
-def _find_config(name: str) -> Path:
+def find_config(name: str) -> Path:
+    """The file `name`, or the shipped one of that name below `configs/`; `ValueError` with the names there are."""
     path = Path(name)
     if path.is_file():
         return path
@@ -270,7 +272,7 @@ def _merge_includes(path: Path, parents: tuple[Path, ...]) -> Any:
     for name in _names(path, includes):
         beside = path.parent / name
         merged = OmegaConf.merge(
-            merged, _merge_includes(beside if beside.is_file() else _find_config(name), (*parents, path))
+            merged, _merge_includes(beside if beside.is_file() else find_config(name), (*parents, path))
         )
     return OmegaConf.merge(merged, own)
 

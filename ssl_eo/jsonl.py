@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 __all__ = ["JsonLines", "read_jsonl"]
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLines:
@@ -41,15 +44,27 @@ class JsonLines:
         self._file.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of the file `path`, without lines that a killed run left unfinished; none without a file."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
+def read_jsonl(path: Path, fits: Callable[[dict[str, Any]], bool] | None = None) -> list[dict[str, Any]]:
+    """The objects of the file `path`, without lines that a killed run left unfinished; none without a file.
+
+    Whole lines that are no object are left out with one warning, and so are objects of which `fits` says that they are
+    no records of such a file: others may have written into it.
+    """
+    if not path.is_file():
+        return []
+    records, odd = [], []
+    for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        except (ValueError, RecursionError):  # a number of thousands of digits; nested without end
+            record = None
+        if isinstance(record, dict) and (fits is None or fits(record)):
+            records.append(record)
+        else:
+            odd.append(n)
+    if odd:
+        more = f" and {len(odd) - 1} more" if odd[1:] else ""
+        logger.warning("%s, line %d%s: no record of this file; left out", path, odd[0], more)
     return records

@@ -73,7 +73,9 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path}: its SHA-256 is not that of encoder.json, one of the two was changed; export again")
+        raise ValueError(
+            f"{path}: its SHA-256 is not that of the JSON file beside it, one of the two was changed; write both again"
+        )
     if len(data) < 8:
         raise ValueError(f"{path}: {len(data)} bytes are too few for a safetensors file")
     (n_header,) = struct.unpack("<Q", data[:8])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -16,6 +18,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background, or nohup, has processes ignore these, and theirs inherit it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,8 +41,15 @@ def _enter(rank: int, n_ranks: int, folder: str, call: Callable[..., Any], args:
             dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def imported() -> None:
+    """What runs on ranks, imported before the fork, once and not by each of them."""
+    for name in ("ssl_eo.train.trainer", "ssl_eo.config", "torch._dynamo", "torch.distributed.fsdp"):
+        importlib.import_module(name)
+
+
 @pytest.fixture
-def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+def on_ranks(imported: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """`on_ranks(n, call, *args)` runs `call(*args)` in n forked gloo processes and returns what each returned."""
 
     def run(n_ranks: int, call: Callable[..., Any], *args: Any) -> list[Any]:

@@ -4,7 +4,8 @@ A table stands between `<!-- <what> -->` and `<!-- end -->`, where <what> is one
 
 - `keys of <section>`: a section of the config (`train`, `model`, ...), with the sections inside it
 - `keys of <section>.<key>`: an entry of a list (`data.sources`, `eval.tasks`) or of a mapping
-- `keys of objective <name>`, `keys of source <name>`, likewise with `.<key>`
+- `keys of objective <name>`, `keys of source <name>`, `keys of decoder <name>`, likewise with `.<key>`
+- `keys of study`, likewise
 - `keys that may change`: those that do not bind a run
 - `sensors`: the shipped sensors
 """
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ssl_eo.adapt.study import StudyConfig
 from ssl_eo.components import available, resolve
 from ssl_eo.config import Config
 from ssl_eo.resources import resource_dir
@@ -32,7 +34,16 @@ from ssl_eo.sensors import load_sensor
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-_COMPONENTS = {"objective": ("ssl_eo.objectives", "objective"), "source": ("ssl_eo.data.sources", "data.sources[]")}
+_COMPONENTS = {
+    "objective": ("ssl_eo.objectives", "objective"),
+    "source": ("ssl_eo.data.sources", "data.sources[]"),
+    "decoder": ("ssl_eo.eval.decoders", "decoders.*"),
+}
+# Keys that stand in another table, or that a page describes in words.
+_ELSEWHERE = (
+    *("eval.tasks.val", "study.tasks", "study.tasks.val"),
+    *("objective dinov2.ibot_head", "objective dofa.teacher"),
+)
 _TABLE = re.compile(r"(<!-- ((?:keys|sensors)[^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -73,10 +84,11 @@ def sections() -> list[str]:
     """What the docs must have a table of: `keys_of` knows it."""
     found = [f.name for f in dataclasses.fields(Config) if f.name != "objective"]
     found += [f"{kind} {name}" for kind, (package, _) in _COMPONENTS.items() for name in available(package)]
+    found += ["study"]
     for section in found:  # which grows: entries of lists and mappings have tables of their own
         hints = typing.get_type_hints(_config_of(section)[0])
         found += [f"{section}.{field}" for field, hint in hints.items() if _entry(hint) is not None]
-    return found
+    return [section for section in found if section not in _ELSEWHERE]
 
 
 def _config_of(section: str) -> tuple[type, str]:
@@ -86,20 +98,26 @@ def _config_of(section: str) -> tuple[type, str]:
     if kind:
         package, prefix = _COMPONENTS[kind]
         cls = resolve(package, name).Config
+    elif name == "study":
+        cls, prefix = StudyConfig, ""
     else:
         cls, prefix = typing.get_type_hints(Config)[name], name
         if (entry := _entry(cls)) is not None:
             cls, prefix = entry, f"{name}[]"
     for field in inner:
         hint = typing.get_type_hints(cls)[field]
-        cls, prefix = _entry(hint), f"{prefix}.{field}{'[]' if typing.get_origin(hint) is list else '.*'}"
+        inside = {list: "[]", dict: ".*"}.get(typing.get_origin(hint), "")
+        cls, prefix = _entry(hint), f"{prefix}.{field}{inside}".lstrip(".")
     return cls, prefix
 
 
 def _entry(hint: Any) -> type | None:
-    """The config class of the entries of a list or of a mapping, None for any other type."""
-    cls = typing.get_args(hint)[-1] if typing.get_origin(hint) in (list, dict) else None
-    return cls if dataclasses.is_dataclass(cls) else None
+    """The config class of the entries of a list or of a mapping, or of what may be absent; None for other types."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        found = [cls for cls in typing.get_args(hint) if dataclasses.is_dataclass(cls)]
+    else:
+        found = [cls for cls in typing.get_args(hint)[-1:] if typing.get_origin(hint) in (list, dict)]
+    return found[0] if found and dataclasses.is_dataclass(found[0]) else None
 
 
 def free_keys() -> list[str]:
@@ -127,7 +145,7 @@ def _keys(cls: type, prefix: str, defaults: Any = None) -> Iterator[Key]:
     for f in dataclasses.fields(cls):
         if "package" in f.metadata:
             continue  # the options of a component have a table of their own
-        hint, name = hints[f.name], f"{prefix}.{f.name}"
+        hint, name = hints[f.name], f"{prefix}.{f.name}".lstrip(".")
         default = getattr(defaults, f.name) if defaults is not None else _default(f)
         if dataclasses.is_dataclass(hint) and isinstance(hint, type) and default is not dataclasses.MISSING:
             yield from _keys(hint, name, default)
@@ -143,6 +161,10 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def _yaml(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if dataclasses.is_dataclass(value):
+        return "{}"  # its own defaults
+    if isinstance(value, dict) and value:
+        return f"{{{', '.join(f'{key}: {_yaml(inner)}' for key, inner in value.items())}}}"
     items = [_yaml(v) for v in value] if isinstance(value, (list, tuple)) else None
     return json.dumps(value) if items is None else f"[{', '.join(items)}]"
 

@@ -210,7 +210,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
     pack = ["data", "pack", *SOURCE, "--workers", "0", "--shard-size-mb", "0.05", "--out"]
     assert main([*pack, str(tmp_path / "quick")]) == 0
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("ssl_eo.cli_data.PROGRESS_EVERY_S", 0.0)
+    monkeypatch.setattr("ssl_eo.progress.PROGRESS_EVERY_S", 0.0)
     assert main([*pack, str(tmp_path / "slow")]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) > 1

@@ -5,7 +5,7 @@ The word after the fence says what a block is, and a third word names the file i
 - `python` is executed, all blocks of a page in one namespace, in a folder that holds a run (`runs/demo`), its exported
   encoder (`encoder`), packed shards (`packed`) and a checkout (`path/to/ssl_eo`); with a file name it is only written
 - `bash`: each command is one that is known here; those of `ssl-eo` go through its parser, and their configs are built
-- `yaml config` (whole, or some sections of one), `yaml sensor`, `yaml task` are built
+- `yaml config` (whole, or some sections of one), `yaml sensor`, `yaml task`, `yaml study` are built
 - `text` is anything else
 """
 
@@ -24,9 +24,10 @@ import pytest
 import yaml
 from doc_tables import PAGES, ROOT, keys_of, sections, write_tables
 
-from ssl_eo.cli import _parser, main
+from ssl_eo.adapt.study import StudyConfig
+from ssl_eo.cli import _parsed, main
 from ssl_eo.cli_eval import _known_tasks, _listed
-from ssl_eo.config import Config, build, load, read_overrides
+from ssl_eo.config import Config, build, find_config, load, read_overrides, read_yaml
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.tasks import TaskConfig
 from ssl_eo.resources import find_resource
@@ -108,7 +109,7 @@ def _in_workspace(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    kinds = {"python", "bash", "yaml config", "yaml sensor", "yaml task", "text"}
+    kinds = {"python", "bash", "yaml config", "yaml sensor", "yaml task", "yaml study", "text"}
     for block in BLOCKS:
         assert block.kind in kinds, f"{block}: the fence says {block.kind!r}, must be one of {sorted(kinds)}"
 
@@ -161,9 +162,11 @@ def test_commands_parse(block: Block) -> None:
 
 
 def _check_command(words: list[str]) -> None:
-    arguments: argparse.Namespace = _parser().parse_args(words)
+    arguments: argparse.Namespace = _parsed(words)
     if words[0] in ("train", "config"):
         load(arguments.config, arguments.overrides)
+    if words[0] == "study":
+        build(StudyConfig, read_yaml(find_config(arguments.config), arguments.overrides), "")
     if words[0] == "eval":
         for task in _known_tasks(_listed(arguments.tasks)):
             find_resource("datasets_meta/benchmarks", task)
@@ -174,7 +177,7 @@ def _check_command(words: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("_in_workspace")
-@_of("yaml config", "yaml sensor", "yaml task")
+@_of("yaml config", "yaml sensor", "yaml task", "yaml study")
 def test_yaml_builds(block: Block) -> None:
     if block.kind == "yaml config" and block.name is not None:
         load(block.name)
@@ -184,6 +187,8 @@ def test_yaml_builds(block: Block) -> None:
         Sensor.from_dict({"name": "documented", **raw})
     elif block.kind == "yaml task":
         build(TaskConfig, {"name": "documented", **raw}, "")
+    elif block.kind == "yaml study":
+        build(StudyConfig, raw, "")
     else:
         whole = {**raw, **{section: {**least, **raw.get(section, {})} for section, least in MINIMAL.items()}}
         build(Config, whole, "")
@@ -288,3 +293,17 @@ def test_the_tree_of_the_architecture_is_that_of_the_package() -> None:
     files = {p.name for folder in folders for p in folder.glob("*.py")}
     assert not named - files
     assert not {name for name in files - named if not name.startswith("_")}
+
+
+FIGURES = re.compile(r"<!-- figures of python (benchmarks/\w+\.py) -->\n```text\n(.*?)\n```", re.DOTALL)
+
+
+@pytest.mark.parametrize(("script", "figures"), FIGURES.findall((ROOT / "docs" / "benchmarks.md").read_text()))
+def test_figures_are_of_their_script(script: str, figures: str) -> None:
+    """What its rows begin with is a section that this script prints."""
+    source = (ROOT / script).read_text()
+    source += "".join(
+        (ROOT / f"benchmarks/{name}.py").read_text() for name in re.findall(r"^from (_[a-z]\w*) import", source, re.M)
+    )
+    found = {row.split()[0] for row in figures.splitlines()[1:]}
+    assert {section for section in found if f'"{section}"' not in source} == set()

@@ -397,8 +397,14 @@ WRONG_PAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "inner config is a list": (_put([1], "encoder", "conv"), "encoder.json: "),
     "band twice": (_put(["B02", "B02", "B04"], *S2, "bands"), "bands of sentinel2_l2a are named twice: B02, B02, B04"),
     "no checksum": (lambda page: page.pop("sha256"), "encoder.json: key 'sha256' is missing"),
-    "other checksum": (_put("0" * 64, "sha256"), "encoder.safetensors: its SHA-256 is not that of encoder.json"),
-    "checksum is null": (_put(None, "sha256"), "encoder.safetensors: its SHA-256 is not that of encoder.json"),
+    "other checksum": (
+        _put("0" * 64, "sha256"),
+        "its SHA-256 is not that of the JSON file beside it",
+    ),
+    "checksum is null": (
+        _put(None, "sha256"),
+        "its SHA-256 is not that of the JSON file beside it",
+    ),
     "means": (_put([1.0], *S2, "mean"), "1 means and 3 standard deviations for 3 bands"),
     "words for means": (_put(["a", "b", "c"], *S2, "mean"), "encoder.json: "),
     "zero std": (_put([1.0, 0.0, 1.0], *S2, "std"), "std and gsd_m positive"),

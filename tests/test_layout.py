@@ -21,6 +21,7 @@ LAYER_0 = (
     "distributed",
     "files",
     "jsonl",
+    "progress",
     "resources",
     "schedules",
     "seeding",
@@ -52,6 +53,19 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "hub": ("hub", "bundles", "tensor_files", "models", "sensors", "components", "files"),
     "weights": ("weights", "hub", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
+    "adapt": (
+        "adapt",
+        "eval",
+        "models",
+        "data",
+        "hub",
+        "bundles",
+        "weights",
+        "train.optim",
+        "train.export",
+        "train.tracing",
+        *LAYER_0,
+    ),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("metrics", "optim", "sharding")},
     "train.checkpoint": ("train.metadata_reader", "train.sealing", *LAYER_0),
@@ -69,7 +83,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "train.sealing", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
-ANYTHING = ("cli", "cli_data", "cli_eval", "__main__")
+ANYTHING = ("cli", "cli_adapt", "cli_data", "cli_doctor", "cli_embed", "cli_eval", "__main__")
 
 
 def _name(path: Path) -> str:

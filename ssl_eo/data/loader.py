@@ -38,7 +38,7 @@ from ssl_eo.data.stacking import check_sample, cut_to_views, shown_plans
 from ssl_eo.data.types import Batch, Locates, Prefetches, Sample, Source, Views, map_tensors
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["BadSample", "Loader", "StepDataset"]
+__all__ = ["BadSample", "Loader", "StepDataset", "set_up_worker", "worker_context"]
 
 logger = logging.getLogger(__name__)
 
@@ -310,15 +310,17 @@ def _data_loader(cfg: DataConfig, dataset: StepDataset, parts: range, on_cuda: b
         sampler=parts,
         num_workers=cfg.n_workers,
         prefetch_factor=cfg.prefetch_batches if cfg.n_workers else None,
-        multiprocessing_context=_context(cfg.start_method, on_cuda) if cfg.n_workers else None,
-        worker_init_fn=_set_up_worker,
+        multiprocessing_context=worker_context(cfg.start_method, on_cuda) if cfg.n_workers else None,
+        worker_init_fn=set_up_worker,
         pin_memory=cfg.pin_memory and on_cuda,
         generator=torch.Generator(),  # DataLoader draws a seed that nothing here uses: not from the global stream
     )
 
 
-def _context(start_method: str, on_cuda: bool) -> multiprocessing.context.BaseContext:
-    """How to start workers. A fork inherits the state of the CUDA driver and of its threads, which is unsafe."""
+def worker_context(start_method: str, on_cuda: bool) -> multiprocessing.context.BaseContext:
+    """How to start workers: by a method of multiprocessing, or `auto`. A fork inherits the state of the CUDA driver and
+    of its threads, which is unsafe.
+    """
     if start_method == "auto":
         start_method = "fork" if sys.platform == "linux" and not on_cuda else "forkserver"
     context = multiprocessing.get_context(start_method)
@@ -327,7 +329,8 @@ def _context(start_method: str, on_cuda: bool) -> multiprocessing.context.BaseCo
     return context
 
 
-def _set_up_worker(worker: int) -> None:
+def set_up_worker(worker: int) -> None:
+    """Let a worker leave signals to the process that it reads for, and end when that ends."""
     # A scheduler signals every process of a job. A worker that obeyed would take the training process down with it
     # before that could write its checkpoint.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -9,6 +9,7 @@ C bands, H W pixels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 
 from ssl_eo.data.types import Sample, TileSchema
 
-__all__ = ["BandStatistics", "Statistics", "merge_statistics", "tile_statistics"]
+__all__ = ["LARGEST_VALUE", "BandStatistics", "Statistics", "merge_statistics", "tile_statistics"]
+
+LARGEST_VALUE = 1e15  # in any unit: nothing that is measured of the ground reaches it, and marks for no data do
 
 Doubles = NDArray[np.float64]
 
@@ -76,6 +79,20 @@ class BandStatistics:
     def std(self) -> Doubles:
         """Population standard deviation `[C]`, 0 where there is no valid pixel."""
         return np.sqrt(self.m2 / np.maximum(self.count, 1))
+
+    def check_values(self, bands: Sequence[str], where: str) -> None:
+        """Raise `ValueError`, with `where` it is, for a value of one of the C `bands` that nothing can measure.
+
+        One pixel of -3.4e38, which GDAL writes for no data, makes the mean and the deviation those of that mark, and
+        all other pixels the same.
+        """
+        for band, low, high in zip(bands, self.minimum.tolist(), self.maximum.tolist(), strict=True):
+            for value in (low, high):
+                if LARGEST_VALUE < abs(value) < math.inf:  # infinite where there is no pixel
+                    raise ValueError(
+                        f"sensor: band {band} of {where} holds {value!r}, more than can be measured; where it stands"
+                        " for missing data, declare it in no_data of the sensor (or of the source, if that has the key)"
+                    )
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Plain JSON types with bits preserved; a band without a valid pixel has null mean, std, min and max."""

@@ -1,32 +1,42 @@
 """What entrants come to over all tasks: interquartile mean, mean, mean rank.
 
-Only tasks that nobody could have looked up count, and only scores of the same test samples.
+Only tasks that nobody could have looked up count, and only scores of the same test samples. Tasks of one dataset, which
+show it in other tiles or bands or ask for other labels of it, count as one: their scores are averaged first.
 
-S seeds, R resamples of the test samples, T tasks.
+S seeds, R resamples of the test samples, D datasets.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ssl_eo.eval.bootstrap import Interval, aggregate, equal_shares, interquartile_means, interval_of, normalised
+from ssl_eo.eval.bootstrap import (
+    Interval,
+    equal_shares,
+    interquartile_mean,
+    interquartile_means,
+    interval_of,
+    interval_over_seeds,
+    normalised,
+)
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.experiments import Score, known
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
-from ssl_eo.eval.summary import is_ratio
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, is_ratio
 
 __all__ = [
     "Aggregate",
     "Ranges",
     "Ranking",
     "aggregates",
+    "by_dataset",
     "mean_ranks",
     "read_ranges",
     "tasks_of_mean",
@@ -46,13 +56,13 @@ class Aggregate:
     n_tasks: int  # with such a score
     interquartile_mean: float | None
     mean: float | None
-    over_seeds: Interval | None  # of the first mean: stratified bootstrap; None where no seed changes anything
+    over_seeds: Interval | None  # of the first mean; None where seeds are too few, not the same, or change nothing
     over_samples: Interval | None  # likewise; None where one of the tasks has no interval
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The mean rank of an entrant over tasks, 1 is best, among the `n_ranked` that have scores of all of them."""
+    """The mean rank of an entrant over datasets, 1 is best, among the `n_ranked` that have scores of all tasks."""
 
     entrant: Entrant
     n_tasks: int  # with a score that can be compared
@@ -67,20 +77,36 @@ def aggregates(comparison: Comparison, probe: str, ranges: Ranges | None) -> lis
 
 
 def mean_ranks(comparison: Comparison, probe: str) -> list[Ranking]:
-    """Every entrant over the tasks that `probe` was run on, whatever their metrics; equal scores share their ranks."""
+    """Every entrant over the tasks that `probe` was run on, whatever their metrics; equal scores share their ranks.
+
+    Ranked are the mean scores of tasks of one dataset and metric; ranks by several metrics of a dataset are averaged.
+    """
     tasks = tasks_of_rank(comparison, probe)
     scores = {e: _scores(comparison, e, probe, tasks) for e in comparison.entrants}
     whole = [e for e, of in scores.items() if len(of) == len(tasks)]
-    ranks: dict[Entrant, list[float]] = {e: [] for e in whole}
-    for task in tasks:
-        sign = 1 if HIGHER_IS_BETTER[comparison.metrics[task]] else -1
-        values = {e: sign * scores[e][task].value for e in whole}
-        for e, own in values.items():
-            n_better = sum(value > own for value in values.values())
-            n_equal = sum(value == own for value in values.values())
-            ranks[e].append(n_better + (n_equal + 1) / 2)
-    means = {e: float(np.mean(of)) for e, of in ranks.items()} if tasks else {}
+    of_datasets: dict[Entrant, list[float]] = {e: [] for e in whole}
+    for of in by_dataset(comparison, tasks).values():
+        ranks: dict[Entrant, list[float]] = {e: [] for e in whole}
+        for metric in dict.fromkeys(comparison.metrics[task] for task in of):
+            sign = 1 if HIGHER_IS_BETTER[metric] else -1
+            alike = [task for task in of if comparison.metrics[task] == metric]
+            values = {e: sign * float(np.mean([scores[e][task].value for task in alike])) for e in whole}
+            for e, own in values.items():
+                n_better = sum(value > own for value in values.values())
+                n_equal = sum(value == own for value in values.values())
+                ranks[e].append(n_better + (n_equal + 1) / 2)
+        for e in whole:
+            of_datasets[e].append(float(np.mean(ranks[e])))
+    means = {e: float(np.mean(found)) for e, found in of_datasets.items()} if tasks else {}
     return [Ranking(e, len(of), means.get(e), len(whole)) for e, of in scores.items()] if tasks else []
+
+
+def by_dataset(comparison: Comparison, tasks: Sequence[str]) -> dict[str, list[str]]:
+    """The `tasks` of each dataset."""
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        found.setdefault(comparison.datasets[task], []).append(task)
+    return found
 
 
 def tasks_of_rank(comparison: Comparison, probe: str) -> list[str]:
@@ -143,36 +169,65 @@ def _aggregate(
     scores = _scores(comparison, entrant, probe, tasks)
     if len(scores) < len(tasks):
         return Aggregate(entrant, probe, len(scores), None, None, None, None)
-    values = {task: [_scaled(v, task, s.metric, ranges) for v in s.values] for task, s in scores.items()}
-    middle, over_seeds = aggregate(values)
-    varies = any(s.spread is not None for s in scores.values())
+    datasets = list(by_dataset(comparison, tasks).values())
+    values = _of_datasets({task: np.array([s.values]).T for task, s in scores.items()}, scores, datasets, ranges)
+    middle = interquartile_mean(np.concatenate(values)[:, 0].tolist(), equal_shares([len(of) for of in values]))
     return Aggregate(
         entrant,
         probe,
         len(tasks),
         middle,
-        float(np.mean([np.mean(of) for of in values.values()])),
-        known(over_seeds) if varies else None,
-        _over_samples(scores, ranges),
+        float(np.mean([of.mean() for of in values])),
+        _over_seeds(middle, values) if _have_same_seeds(scores.values()) else None,
+        _over_samples(scores, datasets, ranges),
     )
 
 
-def _scaled(value: float, task: str, metric: str, ranges: Ranges | None) -> float:
+def _of_datasets(
+    values: Mapping[str, NDArray[np.float64]],
+    scores: Mapping[str, Score],
+    datasets: Sequence[Sequence[str]],
+    ranges: Ranges | None,
+) -> list[NDArray[np.float64]]:
+    """Of each dataset the mean over its tasks, seed by seed, from `values [S, R]` of each task; on the common scale.
+
+    Where tasks of a dataset have not the same seeds, it is one mean over all of them, `[1, R]`.
+    """
+    found = []
+    for of in datasets:
+        scaled = [_scaled(values[task], task, scores[task].metric, ranges) for task in of]
+        same = _have_same_seeds([scores[task] for task in of])
+        found.append(np.mean(scaled if same else [v.mean(0, keepdims=True) for v in scaled], axis=0))
+    return found
+
+
+def _have_same_seeds(scores: Iterable[Score]) -> bool:
+    return len({tuple(r["seed"] for r in score.records) for score in scores}) == 1
+
+
+def _scaled(values: NDArray[np.float64], task: str, metric: str, ranges: Ranges | None) -> NDArray[np.float64]:
     if ranges is None:
-        return value if HIGHER_IS_BETTER[metric] else 1.0 - value
-    return normalised(value, *ranges[task])
+        return values if HIGHER_IS_BETTER[metric] else 1.0 - values
+    return normalised(values, *ranges[task])
 
 
-def _over_samples(scores: Mapping[str, Score], ranges: Ranges | None) -> Interval | None:
-    """Of the interquartile mean, the test samples of each task resampled among themselves."""
-    columns = []
-    for task, score in scores.items():
-        if score.resampled is None:
-            return None
-        columns += [[_scaled(v, task, score.metric, ranges) for v in values] for values in score.resampled]  # [R]
-    n_resamples = min(map(len, columns))  # a part of the resamples of a task is as good a sample of them
-    pooled = np.array([column[:n_resamples] for column in columns]).T  # [R, sum of S over T]
+def _over_seeds(middle: float, values: Sequence[NDArray[np.float64]]) -> Interval | None:
+    """Of the interquartile mean `middle`, from that of each seed over the datasets, whose `values` are `[S, 1]`."""
+    means = interquartile_means(np.concatenate(values, axis=1), [1.0] * len(values))  # [S]
+    return known(interval_over_seeds(middle, means.tolist())) if len(set(means.tolist())) > 1 else None
+
+
+def _over_samples(
+    scores: Mapping[str, Score], datasets: Sequence[Sequence[str]], ranges: Ranges | None
+) -> Interval | None:
+    """Of the interquartile mean, the test samples of each dataset resampled among themselves."""
+    resampled = {task: values for task, score in scores.items() if (values := score.resampled) is not None}
+    if len(resampled) < len(scores):
+        return None
+    n_resamples = min(values.shape[1] for values in resampled.values())  # some of them are as good a sample
+    rows = _of_datasets({t: values[:, :n_resamples] for t, values in resampled.items()}, scores, datasets, ranges)
+    pooled = np.concatenate(rows).T  # [R, sum of S over D]
     is_defined = np.isfinite(pooled).all(1)  # [R]
     means = np.full(n_resamples, np.nan)
-    means[is_defined] = interquartile_means(pooled[is_defined], equal_shares([len(s.records) for s in scores.values()]))
+    means[is_defined] = interquartile_means(pooled[is_defined], equal_shares([len(of) for of in rows]))
     return known(interval_of(means))

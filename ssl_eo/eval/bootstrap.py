@@ -1,18 +1,25 @@
-"""How far a score could have come out otherwise: intervals by resampling, over samples, over places and over data sets.
+"""How far a score could have come out otherwise: intervals over test samples, over places and over seeds.
 
-Two things vary and are not to be mixed: which samples the test set happens to hold (`intervals`, `paired_difference`),
-and which seed a run happened to have (`aggregate`). All intervals are those of the percentile method (Efron and
-Tibshirani 1993, chapter 13), and the same seed gives the same resamples.
+Two things vary and are not to be mixed: which samples the test set happens to hold, and which seed a run happened to
+have. For the first, samples are drawn anew and scored again (`resampled_scores`), and the interval is that of the
+percentile method (Efron and Tibshirani 1993, chapter 13); the same seed gives the same resamples. For the second there
+are a handful of values, of which percentiles would say too little: there it is Student's t (`interval_over_seeds`).
 
-M samples, G groups, R resamples, D data sets, V values of all data sets together.
+A resample need not hold all classes of the test set. Scores that are means over the classes that are there
+(`macro_accuracy`, `macro_f1`, `map_macro`, `miou_present`, `miou_valid`) are on each resample the mean over its own
+classes: where classes have a handful of samples, the interval is also that of which of them counted. Of some metrics
+percentiles are no interval at all (`has_intervals` of `ssl_eo.eval.metrics`): these have none.
+
+M samples, G groups, R resamples, S seeds, V values of all data sets together.
 
 `FEWEST_GROUPS` are needed for an interval to be shown at all, below `FEW_GROUPS` it is too narrow to be taken as it is.
+`FEWEST_SEEDS` are needed for one over seeds: two values have one difference between them, and their t is 12.7.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,25 +27,25 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ssl_eo.eval.metrics import Outcome
+from ssl_eo.eval.metrics import Outcome, has_intervals
 from ssl_eo.seeding import numpy_generator
 
 __all__ = [
     "FEWEST_GROUPS",
+    "FEWEST_SEEDS",
     "FEW_GROUPS",
     "Interval",
-    "aggregate",
     "equal_shares",
     "interquartile_mean",
     "interquartile_means",
     "interval_of",
-    "intervals",
+    "interval_over_seeds",
     "normalised",
-    "paired_difference",
     "resampled_scores",
 ]
 
 FEWEST_GROUPS, FEW_GROUPS = 5, 20
+FEWEST_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -50,37 +57,25 @@ class Interval:
     n_undefined: int  # resamples in which the score was nan; they are left out
 
 
-def intervals(
-    outcome: Outcome,
-    groups: Sequence[str | int] | None = None,
-    n_resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Interval]:
-    """An interval for each metric of `outcome.scores()`.
-
-    Resamples M of the M samples with replacement. Where samples share a place (`groups [M]` names it), whole groups
-    are drawn instead, G of the G: samples that look alike are no independent evidence. With a single group or sample
-    every interval is nan. With few groups (below 20 or so) intervals of this method are too narrow.
-    """
-    resampled = resampled_scores(outcome, groups, n_resamples, seed)
-    return {metric: interval_of(values, level) for metric, values in resampled.items()}
-
-
 def resampled_scores(
     outcome: Outcome, groups: Sequence[str | int] | None = None, n_resamples: int = 1000, seed: int = 0
 ) -> dict[str, NDArray[np.float64]]:
-    """Each metric of `outcome.scores()` on resamples of its samples, `[R]`; all nan where there is a single group.
+    """Each metric of `outcome.scores()` on resamples of its samples, `[R]`.
+
+    Resamples M of the M samples with replacement. Where samples share a place (`groups [M]` names it), whole groups
+    are drawn instead, G of the G: samples that look alike are no independent evidence. With a single group all values
+    are nan, and of metrics without intervals (see above) they always are.
 
     The same samples, groups and seed give the same resamples. So values of two outcomes at one place are of the same
-    samples, and the differences are those of `paired_difference`.
+    samples: what is hard or easy for both cancels in their differences.
     """
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
     found = {metric: np.full(n_resamples, math.nan) for metric in outcome.scores()}
     for r, weights in enumerate(_resamples(len(outcome), groups, n_resamples, seed)):
         for metric, score in outcome.scores(weights).items():
-            found[metric][r] = score
+            if has_intervals(metric):
+                found[metric][r] = score
     return found
 
 
@@ -96,60 +91,16 @@ def interval_of(values: ArrayLike, level: float = 0.95) -> Interval:
     return Interval(float(low), float(high), len(found) - len(defined))
 
 
-def paired_difference(
-    a: Outcome,
-    b: Outcome,
-    groups: Sequence[str | int] | None,
-    metric: str,
-    n_resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, Interval]:
-    """`metric` of `a` minus that of `b`, both of the same samples in the same order, and its interval.
+def interval_over_seeds(value: float, values: Sequence[float], level: float = 0.95) -> Interval:
+    """Of the mean `value` of independent `values [S]`, one a seed: Student's t times the standard error of the mean.
 
-    Both are scored on the same resamples (see `intervals`), so what is hard or easy for both cancels.
+    Both bounds are nan below `FEWEST_SEEDS`. It takes the values for those of a normal distribution.
     """
-    if a.truth.shape != b.truth.shape or not bool((a.truth.cpu() == b.truth.cpu()).all()):
-        raise ValueError(
-            f"a paired difference needs outcomes of the same samples in the same order; the targets of these"
-            f" {len(a)} and {len(b)} samples differ"
-        )
-    first, second = a.scores(), b.scores()
-    if metric not in first or metric not in second:
-        raise ValueError(
-            f"metric: there is no {metric!r} in both outcomes ({', '.join(m for m in first if m in second)})"
-        )
-    resampled = [resampled_scores(outcome, groups, n_resamples, seed)[metric] for outcome in (a, b)]
-    return first[metric] - second[metric], interval_of(resampled[0] - resampled[1], level)
-
-
-def aggregate(
-    scores: Mapping[str, Sequence[float]], n_resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> tuple[float, Interval]:
-    """Interquartile mean of the scores of all data sets together, and its interval (Agarwal et al. 2021, section 4).
-
-    `scores` holds one value a seed for each data set, on one scale for all (see `normalised`). All data sets weigh the
-    same, however many values they have. The bootstrap is stratified: the values of each data set are resampled among
-    themselves, then pooled. Where no data set has two values there is nothing to resample and the interval is nan;
-    data sets of one value do not widen it.
-    """
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
-    if empty := [name for name, values in scores.items() if not len(values)]:
-        raise ValueError(f"scores: no value of {', '.join(empty)}")
-    if undefined := [name for name, values in scores.items() if not np.isfinite(values).all()]:
-        raise ValueError(f"scores: values of {', '.join(undefined)} are not finite; leave these data sets out by name")
-    shares = equal_shares([len(values) for values in scores.values()])
-    mean = interquartile_mean([value for values in scores.values() for value in values], shares)
-    if max(map(len, scores.values())) < 2:
-        return mean, interval_of(np.full(n_resamples, math.nan), level)
-    drawn = []
-    for name, values in scores.items():
-        # By name, so that neither the order of the data sets nor which others there are moves the draw of one.
-        rng = numpy_generator(seed, "aggregate", name)
-        drawn.append(np.asarray(values, dtype=np.float64)[rng.integers(len(values), size=(n_resamples, len(values)))])
-    means = interquartile_means(np.concatenate(drawn, axis=1), shares)  # [R]
-    return mean, interval_of(means, level)
+    n = len(values)
+    if n < FEWEST_SEEDS:
+        return Interval(math.nan, math.nan, 0)
+    half = _student_t(level, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(value - half, value + half, 0)
 
 
 def equal_shares(counts: Sequence[int]) -> list[int]:
@@ -187,11 +138,31 @@ def interquartile_means(values: NDArray[np.float64], weights: Sequence[float]) -
     return means
 
 
-def normalised(score: float, low: float, high: float) -> float:
-    """`score` on a scale on which `low` is 0 and `high` is 1; not clipped. For errors `low` is the greater number."""
+def normalised(scores: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
+    """`scores` on a scale on which `low` is 0 and `high` is 1; not clipped. For errors `low` is the greater number."""
     if not (math.isfinite(low) and math.isfinite(high)) or low == high:
         raise ValueError(f"low and high must be finite and differ, got {low} and {high}")
-    return (score - low) / (high - low)
+    return (np.asarray(scores, dtype=np.float64) - low) / (high - low)
+
+
+def _student_t(level: float, n_free: int) -> float:
+    """The t for which Student's distribution has the share `level` between -t and t; `n_free` degrees of freedom."""
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(n_free)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _share_within(middle, n_free) < level else (low, middle)
+    return math.tan(low) * math.sqrt(n_free)
+
+
+def _share_within(angle: float, n_free: int) -> float:
+    """The share between -t and t (Abramowitz and Stegun 1964, equations 26.7.3 and 26.7.4)."""
+    cosine, is_odd = math.cos(angle), n_free % 2 == 1
+    term, total = cosine if is_odd else 1.0, 0.0
+    for k in range(1, n_free // 2 + 1):
+        total += term
+        term *= cosine * cosine * (2 * k / (2 * k + 1) if is_odd else (2 * k - 1) / (2 * k))
+    within = math.sin(angle) * total
+    return 2 / math.pi * (angle + within) if is_odd else within
 
 
 def _resamples(n: int, groups: Sequence[str | int] | None, n_resamples: int, seed: int) -> Iterator[Tensor]:

@@ -3,6 +3,10 @@
 Part of the training set, bands and size are conditions: one for all on a task. Where features are read, and how tokens
 are pooled, is how a model is used: each has its own. Nothing is left out in silence: `absence`, `flags` and `left_out`
 say what a table lacks and why.
+
+What of a model is compared (`reading_rank`, `probe_shown`) is fixed before any score of the test samples is looked at;
+what of a rival is, is what is best of it. So no choice flatters the model. A training run is shown by the same rules
+(`ssl_eo.eval.summary`).
 """
 
 from __future__ import annotations
@@ -12,18 +16,54 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ssl_eo.eval.bootstrap import FEW_GROUPS, FEWEST_GROUPS, Interval
-from ssl_eo.eval.entrants import Entrant, entrants_of, identity_of, is_encoder, shape_of
+from ssl_eo.eval.entrants import Entrant, EntrantKind, entrants_of, identity_of, is_encoder, shape_of
 from ssl_eo.eval.experiments import AXES, CONDITIONS, Score, Setting, newest_whole, paired_interval, split_digest
-from ssl_eo.eval.leaks import LEAK
+from ssl_eo.eval.features import ALL_TAPS
+from ssl_eo.eval.leaks import LEAK, MAX_LEAKED_RATIO
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, has_intervals, is_ratio, number_text
 from ssl_eo.eval.partitions import parse_partition
 from ssl_eo.eval.records import QUESTION, RESULTS, Record, read_results
-from ssl_eo.eval.summary import Margin, best_of, tap_rank
 
-__all__ = ["WORDS_OF_CONDITIONS", "Comparison", "PairedMargin"]
+__all__ = ["WORDS_OF_CONDITIONS", "Comparison", "Margin", "PairedMargin", "probe_shown", "reading_rank"]
 
 WORDS_OF_CONDITIONS = {"partition": "labels", "subset": "bands", "size": "size"}
+_PROBE_SHOWN = "ridge"  # where one has to stand for all: it takes every kind of labels, and chooses on train alone
+_LEAKS = {"n_leaked": "training", "n_leaked_val": "validation"}  # keys of records, and what they count copies of
 _Place = tuple[str, str, str]  # identity of the entrant, task, probe
 _Conditions = tuple[str, str, str]  # values of `CONDITIONS`
+
+
+@dataclass(frozen=True)
+class Margin:
+    """A model against the best of one rival that needs no training, by one probe."""
+
+    probe: str
+    metric: str
+    score: float
+    rival: str  # title
+    rival_kind: EntrantKind
+    rival_score: float
+
+    @property
+    def gain(self) -> float:
+        """How much better the model is: above 0 where it is, whether much or little of the metric is good."""
+        gain = self.score - self.rival_score
+        return gain if HIGHER_IS_BETTER[self.metric] else -gain
+
+    @property
+    def text(self) -> str:
+        """`+12.3 points`, or of what is no ratio `+0.123`."""
+        return number_text(self.metric, self.gain, sign="+") + (" points" if is_ratio(self.metric) else "")
+
+
+def reading_rank(tap: str) -> tuple[bool, bool, str]:
+    """The greatest is where an encoder is read for comparisons: all taps together, else the last, else the deepest."""
+    return (tap == ALL_TAPS, tap == "last", tap)
+
+
+def probe_shown(probes: Sequence[str]) -> str:
+    """Of the probes that were run, the one that stands for all where only one can: chosen by name, by no score."""
+    return _PROBE_SHOWN if _PROBE_SHOWN in probes else probes[0]
 
 
 @dataclass(frozen=True)
@@ -52,6 +92,7 @@ class Comparison:
         self.probes = list(dict.fromkeys(str(r["probe"]) for r in self.results))
         self.metrics = {task: _metric_of(task, of) for task, of in self._of.items()}
         self.entrants = entrants_of(self.results)
+        self.datasets = {task: _dataset_of(task, of) for task, of in self._of.items()}
         self.left_out = {task: why for task, of in self._of.items() if (why := _leak(of))}
         self._shapes = {identity_of(r): shape_of(r) for r in self.results if r["features"] == "encoder"}
         self._steps = {(task, axis): _steps(of, axis) for task, of in self._of.items() for axis in AXES}
@@ -75,6 +116,17 @@ class Comparison:
     def steps(self, task: str, axis: str) -> list[str]:
         """Values that an axis has in the results of a task; parts of the training set by size."""
         return self._steps[task, axis]
+
+    def parts(self, task: str) -> dict[str, list[str]]:
+        """Parts of the training set of a task by where they come from: `all` of it, `published`, `nested` (ours).
+
+        Parts of one origin lie on one curve, with the whole; those of another are of another draw.
+        """
+        origins = {str(r["partition"]): str(r["partition_of"]) for r in self._of[task]}
+        return {
+            origin: [part for part in self.steps(task, "partition") if origins[part] == origin]
+            for origin in ("all", "published", "nested")
+        }
 
     def condition(self, task: str, axis: str) -> str:
         """Where entrants are compared: what most of them have; of equals most labels, all bands, the task's size."""
@@ -133,17 +185,13 @@ class Comparison:
         return [(entrant, probe, score) for entrant, probe, score in found if score is not None]
 
     def margins(self, task: str, probe: str) -> list[PairedMargin]:
-        """Each model against the random encoder of its shape and against the best control, on the same test samples.
-
-        How a model is read is fixed beforehand, and what is best of a rival is chosen by the score that is compared: so
-        no choice flatters the model.
-        """
+        """Each model against the random encoder of its shape and against the best control, on the same test samples."""
         found = []
         for model in self.models:
             own = self.score(model, task, probe)
             if own is not None:
                 for rival, score in self._rivals(model, own, task, probe):
-                    margin = Margin(probe, self.metrics[task], own.value, rival.title, score.value)
+                    margin = Margin(probe, self.metrics[task], own.value, rival.title, rival.kind, score.value)
                     if rival.kind == "control":
                         is_plain = self._n_readings(rival, task, probe) == 1
                     else:
@@ -155,16 +203,21 @@ class Comparison:
     def flags(self, task: str) -> list[str]:
         """Known defects of a task, and those that were found in its results."""
         found = [flag for r in self._of[task] for flag in r["flags"]]
-        if n_leaked := _n_leaked(self._of[task]):
-            found.append(f"{n_leaked} test samples have the content of a training sample")
+        found += [text for key in _LEAKS if (text := _leaked(self._of[task], key)[1])]
         scores = self.shown(task)
         if apart := dict.fromkeys(e.title for e, _, score in scores if not self.is_compared(task, score)):
             found.append(f"scored on other test samples than the rest, and not compared with it: {', '.join(apart)}")
         n_fitted_on = len({split_digest(score.records[0], "train") for _, _, score in scores})
         if n_fitted_on > 1:
             found.append(f"the probes were fitted on {n_fitted_on} different sets of training samples")
+        origins = dict.fromkeys(str(score.records[0]["partition_of"]) for _, _, score in scores)
+        if len(origins) > 1:
+            part = self.condition(task, "partition")
+            found.append(f"the part {part} of the training set is {' for some, and for others '.join(origins)}")
         n_groups = min((score.n_groups for _, _, score in scores), default=FEW_GROUPS)
-        if n_groups < FEWEST_GROUPS:
+        if not has_intervals(self.metrics[task]):
+            found.append(f"no intervals: those of {self.metrics[task]} by a bootstrap are biased")
+        elif n_groups < FEWEST_GROUPS:
             found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
         elif n_groups < FEW_GROUPS:
             found.append(f"intervals are too narrow: test samples are of {n_groups} places, fewer than {FEW_GROUPS}")
@@ -181,7 +234,8 @@ class Comparison:
         pools = self.steps(task, "pool")
         at_conditions = [s for s in settings if s[:3] == self._conditions[task]]
         chosen = max(
-            at_conditions or settings, key=lambda s: (tap_rank(s.tap), -pools.index(s.pool) if s.pool in pools else 0)
+            at_conditions or settings,
+            key=lambda s: (reading_rank(s.tap), -pools.index(s.pool) if s.pool in pools else 0),
         )
         return chosen.tap, chosen.pool
 
@@ -208,16 +262,24 @@ def _metric_of(task: str, records: Sequence[Record]) -> str:
     return found[0]
 
 
-def _n_leaked(records: Sequence[Record]) -> int:
-    return max(int(r.get("n_leaked") or 0) for r in records)
+def _dataset_of(task: str, records: Sequence[Record]) -> str:
+    """What the newest record of the task that says it says; without one the task is a dataset of its own."""
+    said = [r for r in records if r.get("dataset")]
+    return str(max(said, key=lambda r: str(r["date"]))["dataset"]) if said else task
+
+
+def _leaked(records: Sequence[Record], key: str) -> tuple[float, str]:
+    """The greatest share of test samples that are in another split too, and what to say of it; `key` counts them."""
+    ratio, n, n_test = max((int(r.get(key) or 0) / r["n_test"], int(r.get(key) or 0), r["n_test"]) for r in records)
+    text = f"{n} of {n_test:,} test samples ({100 * ratio:.2g} %) have the content of a {_LEAKS[key]} sample"
+    return ratio, text if n else ""
 
 
 def _leak(records: Sequence[Record]) -> str:
     """Why the task of these records is left out of what is said of all tasks; empty where it is not."""
     admitted = dict.fromkeys(flag for r in records for flag in r["flags"] if flag.startswith(LEAK))
-    n_leaked = _n_leaked(records)
-    counted = [f"leak: {n_leaked} test samples have the content of a training sample"] if n_leaked else []
-    return "; ".join(admitted or counted)
+    ratio, text = _leaked(records, "n_leaked")
+    return "; ".join(admitted or ([f"{LEAK}: {text}"] if ratio > MAX_LEAKED_RATIO else []))
 
 
 def _steps(records: Sequence[Record], axis: str) -> list[str]:

@@ -8,7 +8,9 @@ from typing import Literal
 
 from ssl_eo.eval.records import Record, key_of
 
-__all__ = ["Entrant", "entrants_of", "identity_of", "is_encoder", "shape_of"]
+__all__ = ["Entrant", "EntrantKind", "entrants_of", "identity_of", "is_encoder", "shape_of"]
+
+EntrantKind = Literal["model", "random", "control"]  # trained, of the same shape and untrained, of pixels alone
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Entrant:
     """What a row of a table is about."""
 
     title: str
-    kind: Literal["model", "random", "control"]
+    kind: EntrantKind
     identity: str
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.eval.bootstrap import FEWEST_GROUPS, Interval, interval_of
+from ssl_eo.eval.bootstrap import Interval, interval_of
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER
 from ssl_eo.eval.records import Record, unpacked
 
@@ -26,8 +26,8 @@ __all__ = ["AXES", "CONDITIONS", "Score", "Setting", "known", "newest_whole", "p
 # What seeds of one experiment have in common. Bands too, unless they are drawn by the seed.
 _FACTS = (
     *("metric", "classes", "ignore", "no_data", "data", "content", "sources", "n_test", "n_groups", "n_val"),
-    *("tile", "sensor", "size_px", "interpolation", "normalization", "taps", "encoder", "partition_of", "options"),
-    *("n_resamples", "version", "code", "torch"),
+    *("tile", "sensor", "size_px", "interpolation", "normalization", "taps", "encoder", "precision", "partition_of"),
+    *("options", "n_resamples", "version", "code", "torch"),
 )
 _FACTS_OF_RESAMPLES = ("n_test", "n_groups", "n_resamples", "version", "code")
 
@@ -86,9 +86,9 @@ class Score:
 
     @cached_property
     def resampled(self) -> NDArray[np.float64] | None:
-        """Scores on resamples of the test samples, `[S, R]`; None where a record has none, or there are few groups."""
+        """Scores on resamples of the test samples, `[S, R]`; None where a record has none."""
         texts = [r.get("resampled") for r in self.records]
-        if self.n_groups < FEWEST_GROUPS or not all(texts):
+        if not all(texts):
             return None
         return np.stack([unpacked(str(text)) for text in texts])
 

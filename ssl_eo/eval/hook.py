@@ -2,17 +2,18 @@
 
 Probes on fixed small tasks; and more often the health of its features on samples of the training sources, without any
 label. One line a result goes to `eval.jsonl`. Those of tasks have `step`, `task`, `split` (which was scored),
-`features` (`encoder`, or the name of a control, which is measured once a run), `seconds` (of all that was done with
-these features at this step) and a `kind`:
+`features` (`encoder`, or the name of a control, which is measured once a run), `precision` (of the matrix products),
+`seconds` (of all that was done with these features at this step) and a `kind`:
 
 - `probe`: `tap`, `probe`, every metric of the kind of task by its name, `metric` (the one that ranks), `chosen`,
   `n_leaked` (scored samples whose pixels are among those that probes were fitted on) and `n_shared_groups` (likewise
   places);
-- `health`: `tap`, `n_features`, and the measures of `ssl_eo.eval.health` of the scored features;
+- `health`: `tap`, `n_features`, and the measures of `ssl_eo.eval.health` of the scored features (of patches, of at most
+  20,000, evenly);
 - `error`: `error`, and nothing was measured.
 
-Those of training sources have `step`, `source`, `features` (`encoder`), `seconds` and the kind `health`, with
-`n_samples` and `collapsed` (what is wrong, in words) besides, or `error`. The kind `skipped` has `step`, `what`
+Those of training sources have `step`, `source`, `features` (`encoder`), `precision`, `seconds` and the kind `health`,
+with `n_samples` and `collapsed` (what is wrong, in words) besides, or `error`. The kind `skipped` has `step`, `what`
 (`probes` or `health`) and `reason`: it was due and is put off.
 """
 
@@ -41,24 +42,28 @@ from ssl_eo.eval.features import (
     FeatureSet,
     Featurise,
     Pool,
+    Precision,
     check_taps,
     extract_over_ranks,
+    in_precision,
     patch_taps,
     pooled_taps,
     tap_name,
 )
 from ssl_eo.eval.health import health
 from ssl_eo.eval.leaks import count_leaked, count_shared_groups
-from ssl_eo.eval.probing import Probing
+from ssl_eo.eval.probing import Probing, draw_of
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.eval.watching import Training, WatchedSource, watched_sources
 from ssl_eo.jsonl import JsonLines, read_jsonl
+from ssl_eo.models.layers import Attention
 
 __all__ = ["EvalConfig", "EvalHook", "undisturbed"]
 
 logger = logging.getLogger(__name__)
 
 WORKS = ("health", "probes")  # what is measured, the cheap one first
+_MAX_HEALTH_ROWS = 20_000  # patches whose health is measured
 
 
 @dataclass
@@ -75,6 +80,7 @@ class EvalConfig:
     controls: bool = True  # also probe statistics of the pixels and random filters, once a run
     pool: Pool = "mean"  # of the tokens of a tap: CLS token, mean over patches, both, or mean and spread over patches
     taps: list[float] = field(default_factory=lambda: [1.0])  # where features are read, as ratios of the depth
+    precision: Precision = "float32"  # of the encoder's matrix products while it is measured, whatever training takes
     batch_size: int = 128  # samples per forward pass on each rank
 
     def __post_init__(self) -> None:
@@ -131,9 +137,13 @@ class EvalHook:
         self._put_off: dict[str, int] = {}  # what was due and did not fit -> the step at which it is asked again
 
     def due(self, step: int, total_steps: int) -> list[str]:
-        """What of `health` and `probes` is to be run after `step` optimiser steps. Ask once a step, on all ranks."""
+        """What of `health` and `probes` has its turn after `step` optimiser steps, whether or not there is time."""
+        return [what for what in WORKS if self._is_due(what, step, step in (0, total_steps))]
+
+    def take(self, step: int, total_steps: int) -> list[str]:
+        """What of that is to be run now. The rest is put off, with a record. Once a step, on all ranks."""
         is_end = step in (0, total_steps)
-        return [what for what in WORKS if self._is_due(what, step, is_end) and self._fits(what, step, is_end)]
+        return [what for what in self.due(step, total_steps) if self._take(what, step, is_end)]
 
     def _is_due(self, what: str, step: int, is_end: bool) -> bool:
         every = self.cfg.every_n_steps if what == "probes" else self.cfg.health_every_n_steps
@@ -143,7 +153,7 @@ class EvalHook:
             return step >= self._put_off[what]
         return is_end or step % every == 0
 
-    def _fits(self, what: str, step: int, is_end: bool) -> bool:
+    def _take(self, what: str, step: int, is_end: bool) -> bool:
         n_steps = 0 if is_end else self.budget.wait(what, step)
         if n_steps == 0:
             self._put_off.pop(what, None)
@@ -157,13 +167,15 @@ class EvalHook:
         return False
 
     def run(self, encode: Encode, step: int, module: nn.Module, works: Sequence[str] = WORKS) -> dict[str, float]:
-        """Measure `encode`, which returns the tokens of each of `cfg.taps` and runs on `module`.
+        """Measure `encode`, which returns the tokens of each of `cfg.taps`, runs on `module` and sets no precision.
 
         Returns `eval/<task>/<tap>/<probe or health measure>` and `health/<source>/<tap>/<measure>`, the same on every
         rank.
         """
         found: dict[str, float] = {}
-        with undisturbed(module, self.device):
+        precision = self.cfg.precision
+        encode = in_precision(encode, precision, self.device)
+        with undisturbed(module, self.device), _kernels_of(precision, module):
             for what in works:
                 with self.budget.spending(what):
                     found |= self._health(encode, step) if what == "health" else self._probe(encode, step)
@@ -174,7 +186,7 @@ class EvalHook:
         names = [tap_name(ratio) for ratio in self.cfg.taps]
         for source in self.watched:
             start = time.perf_counter()
-            head = {"step": step, "source": source.name, "features": "encoder"}
+            head = {"step": step, "source": source.name, "features": "encoder", "precision": self.cfg.precision}
             try:
                 measured = source.measure(encode, names, self.cfg.pool)
                 records = [{**head, "kind": "health", "tap": tap, **values} for tap, values in measured.items()]
@@ -212,10 +224,10 @@ class EvalHook:
         """Records of one task and one kind of features: extracted and probed by all ranks, written by rank 0."""
         start = time.perf_counter()
         try:
-            train, scored = (
-                extract_over_ranks(featurise, split, self.device, self.cfg.batch_size)
-                for split in (task.train, task.watched)
-            )
+            n_train = on_all_ranks(lambda: len(task.train))  # read now
+            draw = draw_of(task.shown, task.train.name, n_train)
+            train = extract_over_ranks(featurise, task.train, self.device, self.cfg.batch_size, draw)
+            scored = extract_over_ranks(featurise, task.watched, self.device, self.cfg.batch_size)
             shared = self._count_shared(task, train, scored)
             records = _probed(task, Probing(task.shown, train, None, scored, tuple(task.cfg.no_data)), scored)
             records = [{**r, **shared} if r["kind"] == "probe" else r for r in records]
@@ -223,6 +235,7 @@ class EvalHook:
             what = "step %d: %s of task %s could not be evaluated"
             records = [failure(logger, error, what, step, features, task.name)]
         head = {"step": step, "task": task.name, "split": task.watched.name, "features": features}
+        head["precision"] = self.cfg.precision if features == "encoder" else "float32"
         if features == "encoder":
             head["is_trained"] = step > 0 or not self._begins_random
         seconds = round(time.perf_counter() - start, 3)
@@ -253,6 +266,20 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
                 m.training = training
 
 
+@contextlib.contextmanager
+def _kernels_of(precision: Precision, module: nn.Module) -> Iterator[None]:
+    """In float32 without the attention kernels that `parallel.attention` names: these take half precision alone."""
+    packed = [m for m in module.modules() if isinstance(m, Attention) and m.packed_kernel is not None]
+    kernels = [m.packed_kernel for m in packed]
+    try:
+        for m in packed if precision == "float32" else ():
+            m.packed_kernel = None
+        yield
+    finally:
+        for m, kernel in zip(packed, kernels, strict=True):
+            m.packed_kernel = kernel
+
+
 def _held(task: TaskConfig) -> TaskConfig:
     """`task` with as many samples as is usual where it takes all: each rank holds them in memory."""
     names = ("max_train", "max_val", "max_test")
@@ -263,7 +290,7 @@ def _probed(task: Task, probing: Probing, scored: FeatureSet) -> list[dict[str, 
     """Records of all probes and taps, on every rank; each is worked out by one rank, in turn."""
     work: list[Callable[[], dict[str, Any]]] = []
     for tap in probing.taps:
-        work += [partial(_survived, task, probing, tap, name) for name in task.cfg.probes]
+        work += [partial(_survived, task, probing, tap, name) for name in task.cfg.usual_probes]
         work.append(partial(_health_of, scored, tap))
     own = on_all_ranks(lambda: {i: work[i]() for i in range(rank(), len(work), world_size())})
     done: dict[int, dict[str, Any]] = {}
@@ -291,7 +318,7 @@ def _record(task: Task, probing: Probing, tap: str, name: str) -> dict[str, Any]
 
 
 def _health_of(features: FeatureSet, tap: str) -> dict[str, Any]:
-    x = features.at(tap).flatten(0, -2)
+    x = features.evenly(tap, _MAX_HEALTH_ROWS)
     return {"kind": "health", "tap": tap, "n_features": x.shape[1], **health(x)}
 
 

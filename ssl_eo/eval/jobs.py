@@ -10,7 +10,7 @@ from typing import Any
 from ssl_eo.components import check_names
 from ssl_eo.eval.bands import BAND_SUBSETS, BandSubset, bands_of
 from ssl_eo.eval.controls import CONTROLS, DRAWN_CONTROLS
-from ssl_eo.eval.features import ALL_TAPS, Pool, check_taps, tap_name
+from ssl_eo.eval.features import ALL_TAPS, Pool, Precision, check_taps, tap_name
 from ssl_eo.eval.partitions import WHOLE, parse_partition
 from ssl_eo.eval.probes import build_config, kinds_of
 from ssl_eo.eval.tasks import Task, TaskConfig
@@ -103,6 +103,7 @@ class Evaluation:
     seeds: list[int] = field(default_factory=lambda: [0])
     pool: Pool = "mean"
     taps: list[float] = field(default_factory=lambda: [1.0])
+    precision: Precision = "float32"  # of the encoder's matrix products
     controls: bool = True
     batch_size: int = 128
     n_workers: int = 0
@@ -147,7 +148,7 @@ class Evaluation:
         taps = [tap_name(ratio) for ratio in self.taps] if job.is_of_encoder else ["pixels"]
         places: list[dict[str, Any]] = [{"tap": tap} for tap in taps]
         places += [{"tap": ALL_TAPS, "taps": taps}] if len(taps) > 1 else []
-        probes = [probe for probe in self.probes or job.task.probes if job.task.kind in kinds_of(probe)]
+        probes = [probe for probe in self.probes or job.task.usual_probes if job.task.kind in kinds_of(probe)]
         seeds = self.seeds if job.seed is None else [job.seed]
         for place, probe, part, seed in product(places, probes, self.partitions, seeds):
             options = {key: value for key, value in asdict(build_config(probe, {})).items() if key != "seed"}

@@ -11,7 +11,6 @@ M samples or images, H W pixels, K classes, C cells of a confusion matrix (K * K
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -20,8 +19,19 @@ import torch
 from torch import Tensor
 
 from ssl_eo.eval._confusion import check_alike, check_classes, image_confusions, rates, shared_scores
+from ssl_eo.eval._metric_facts import (
+    HEADLINE,
+    HIGHER_IS_BETTER,
+    METRICS,
+    best_of,
+    has_intervals,
+    in_unit,
+    is_ratio,
+    metric_text,
+    number_text,
+    score_text,
+)
 from ssl_eo.eval._rankings import Rankings
-from ssl_eo.eval.kinds import Kind
 
 __all__ = [
     "HEADLINE",
@@ -32,30 +42,15 @@ __all__ = [
     "Outcome",
     "Regressed",
     "Segmented",
+    "best_of",
+    "has_intervals",
     "image_confusions",
+    "in_unit",
+    "is_ratio",
+    "metric_text",
+    "number_text",
+    "score_text",
 ]
-
-# What a task is ranked by unless it says otherwise. Of several labels a sample, the one that needs no threshold.
-HEADLINE: Mapping[Kind, str] = {
-    "classification": "accuracy",
-    "multilabel": "map_micro",
-    "segmentation": "miou_present",
-    "regression": "rmse",
-}
-
-_CLASSES = ("accuracy", "macro_accuracy", "macro_f1")  # of samples or of pixels
-_PAIRS = ("f1_micro", "map_micro")  # of sample and class
-# What a task may be ranked by: the keys of `scores` of its outcomes.
-METRICS: Mapping[Kind, tuple[str, ...]] = {
-    "classification": (*_CLASSES, "weighted_f1", "kappa", "worst_class_recall", "ece"),
-    "multilabel": (*_PAIRS, "f1_macro", "f1_macro_all", "map_macro", "map_macro_all", "subset_accuracy"),
-    "segmentation": (*_CLASSES, "miou_present", "miou_all", "miou_valid", "fwiou"),
-    "regression": ("rmse", "mae", "r2"),
-}
-_LOWER_IS_BETTER = ("ece", "rmse", "mae")
-HIGHER_IS_BETTER: Mapping[str, bool] = {
-    metric: metric not in _LOWER_IS_BETTER for metrics in METRICS.values() for metric in metrics
-}
 
 _N_BINS = 15  # of the top probability, for the calibration error
 
@@ -65,11 +60,6 @@ class Outcome(Protocol):
 
     def __len__(self) -> int:
         """The number of samples."""
-        ...
-
-    @property
-    def truth(self) -> Tensor:
-        """Targets, one row a sample: outcomes with equal truth are of the same samples in the same order."""
         ...
 
     def scores(self, weights: Tensor | None = None) -> dict[str, float]:
@@ -108,10 +98,6 @@ class Classified:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def truth(self) -> Tensor:
-        return self.labels
 
     @property
     def confusion(self) -> Tensor:
@@ -202,10 +188,6 @@ class MultiLabelled:
     def __len__(self) -> int:
         return len(self.targets)
 
-    @property
-    def truth(self) -> Tensor:
-        return self.targets
-
     def scores(self, weights: Tensor | None = None) -> dict[str, float]:
         w = _weights(weights, len(self))
         hits, support, n_predicted, n_exact = self._sums(w)
@@ -283,21 +265,8 @@ class Segmented:
         if bad := [c for c in self.no_data if not 0 <= c < shape[1]]:
             raise ValueError(f"no_data: classes must be from 0 to {shape[1] - 1}, found {bad}")
 
-    @classmethod
-    def joined(cls, parts: Sequence[Segmented]) -> Segmented:
-        """The images of all parts (batches, ranks) in this order."""
-        if len({(part.confusions.shape[1:], part.no_data) for part in parts}) != 1:
-            found = [(part.confusions.shape[1], part.no_data) for part in parts]
-            raise ValueError(f"parts must be of one number of classes and the same no_data; found {found}")
-        return cls(torch.cat([part.confusions for part in parts]), parts[0].no_data)
-
     def __len__(self) -> int:
         return len(self.confusions)
-
-    @property
-    def truth(self) -> Tensor:
-        """Pixels of each class in the targets of each image, `[M, K]`."""
-        return self.confusions.sum(2)
 
     @property
     def confusion(self) -> Tensor:
@@ -345,10 +314,6 @@ class Regressed:
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    @property
-    def truth(self) -> Tensor:
-        return self.targets
 
     def scores(self, weights: Tensor | None = None) -> dict[str, float]:
         w = _weights(weights, len(self))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,30 @@ import torch
 from torch import Tensor
 
 import ssl_eo
-from ssl_eo.eval.bootstrap import interval_of, resampled_scores
+from ssl_eo.eval.bootstrap import FEWEST_GROUPS, interval_of, resampled_scores
 from ssl_eo.eval.claims import Claim, work_through
 from ssl_eo.eval.controls import control_of, control_taps
 from ssl_eo.eval.cost import forward_gflop
 from ssl_eo.eval.failures import failure
-from ssl_eo.eval.features import FeatureSet, Featurise, extract, patch_taps, pooled_taps, tap_layers, tap_name
+from ssl_eo.eval.features import (
+    FeatureSet,
+    Featurise,
+    extract,
+    in_precision,
+    patch_taps,
+    pooled_taps,
+    tap_layers,
+    tap_name,
+)
 from ssl_eo.eval.jobs import ENCODER, RANDOM, Evaluation, Job, OpenedTask
-from ssl_eo.eval.leaks import count_leaked, count_shared_groups
+from ssl_eo.eval.leaks import count_alike, count_leaked, count_shared_groups
 from ssl_eo.eval.metrics import Classified, Segmented
 from ssl_eo.eval.partitions import parse_partition, partition_rows
 from ssl_eo.eval.probes import takes_seed
-from ssl_eo.eval.probing import Probed, Probing
+from ssl_eo.eval.probing import Part, Probed, Probing, draw_of
 from ssl_eo.eval.provenance import code_digest, content_of, digest_of_tensors, task_facts
 from ssl_eo.eval.records import append, key_of, key_of_job, packed, read_results
+from ssl_eo.eval.splits import INTERPOLATION, Split
 from ssl_eo.eval.tasks import Task
 from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
 from ssl_eo.seeding import derive_seed
@@ -43,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 2  # of processes at one job, after which it counts as failed
 _MAX_CLASSES_OF_TABLE = 64  # of which the confusion matrix is kept
+_LEAST_READABLE = 0.9  # of a part of the training set: fewer are refused
 
 
 @dataclass(frozen=True)
@@ -132,8 +143,12 @@ class _Runner:
     def _id(self, job: Job) -> str:
         """Of the question, whatever code and data it is put to."""
         of_weights = {ENCODER: self.weights, RANDOM: asdict(self.model.encoder.cfg)}.get(job.features)
-        how = [job.name, of_weights, self._pool(job), self._cell_px(job)]
+        how = [job.name, of_weights, self._pool(job), self._cell_px(job), self._precision(job)]
         return key_of({"job": how})
+
+    def _precision(self, job: Job) -> str:
+        """Of matrix products; controls have none that it would be worth to shorten."""
+        return self.plan.precision if job.is_of_encoder else "float32"
 
     def _pool(self, job: Job) -> str | None:
         return self.plan.pool if job.is_of_encoder and not job.is_of_patches else None
@@ -171,7 +186,7 @@ class _Runner:
         start = time.perf_counter()
         featurise = self._featurise(job)
         splits = [split for split in (task.train, task.val, task.test) if split is not None]
-        sets = {s.name: extract(featurise, s, self.device, self.plan.batch_size, self.plan.n_workers) for s in splits}
+        sets = {split.name: self._extract(featurise, split) for split in splits}
         head = {
             **self._head(job),
             **facts,
@@ -179,21 +194,36 @@ class _Runner:
             "seconds_features": round(time.perf_counter() - start, 3),
             "flags": task.cfg.flags,
             "n_leaked": count_leaked(task.name, sets, task.cfg.flags),
+            "n_leaked_val": count_alike(sets["test"], sets["val"]) if "val" in sets else 0,
             "n_shared_groups": count_shared_groups(task.name, sets, task.cfg.flags),
             "gflop": forward_gflop(featurise, task.train, self.device) if job.is_of_encoder else None,
         }
         self._probe(task, sets, head, missing)
 
+    def _extract(self, featurise: Featurise, split: Split) -> FeatureSet:
+        """Of patches all that are scored, and as many of others as any part of the training set needs."""
+        ratios = [parse_partition(name).ratio for name in self.plan.partitions] if split.name == "train" else [1.0]
+        n_images = int(_LEAST_READABLE * min(ratios) * len(split))
+        draw = None if split.name == "test" else draw_of(split.shown, split.name, n_images)
+        return extract(featurise, split, self.device, self.plan.batch_size, self.plan.n_workers, draw)
+
     def _probe(
         self, task: Task, sets: dict[str, FeatureSet], head: Mapping[str, Any], missing: Mapping[str, dict[str, Any]]
     ) -> None:
-        probing_of = cache(partial(_probing, task, sets))
-        for key, asked in missing.items():
+        probing = Probing(task.shown, sets["train"], sets.get("val"), sets["test"], tuple(task.cfg.no_data))
+        parts = _Parts(task, sets["train"])
+        known: dict[tuple[Any, ...], dict[str, Any]] = {}  # what was found, by all that it depends on
+        # Features are copied for one tap and one part at a time.
+        for key, asked in sorted(missing.items(), key=lambda item: _place_of(item[1])):
             try:
-                probing, of_partition = probing_of(asked["partition"], asked["seed"])
+                part, of_part = parts.of(asked["partition"], asked["seed"])
                 seed = {"seed": asked["seed"]} if takes_seed(asked["probe"]) else {}
-                probed = probing.run(asked["probe"], asked["tap"], {**asked["options"], **seed})
-                found = {"kind": "result", **of_partition, **self._result(task, probed, sets)}
+                is_drawn = bool(seed) or of_part["partition_of"] == "nested"
+                address = (asked["tap"], asked["probe"], asked["partition"], asked["seed"] if is_drawn else None)
+                if address not in known:  # what draws nothing is the same for all seeds
+                    probed = probing.run(asked["probe"], asked["tap"], {**asked["options"], **seed}, part)
+                    known[address] = {"kind": "result", **of_part, **self._result(task, probed, sets)}
+                found = known[address]
             except Exception as error:
                 what = f"{asked['probe']} of {head['features']}"
                 found = failure(logger, error, "%s: %s could not be measured", task.name, what)
@@ -205,6 +235,7 @@ class _Runner:
         shown = task.shown
         return {
             "task": task.name,
+            "dataset": task.cfg.counts_as,
             "kind_of_task": task.cfg.kind,
             "metric": task.cfg.headline,
             "ignore": task.cfg.ignore,
@@ -221,8 +252,9 @@ class _Runner:
             "sensor": key_of(asdict(shown.schema.sensor)),  # wavelengths, and what else an encoder is told of bands
             "bands": list(task.bands),
             "size_px": shown.plan.size[0],
-            "interpolation": "bicubic",
-            "normalization": "task",  # by mean and standard deviation of the task's training source
+            "precision": self._precision(job),
+            "interpolation": INTERPOLATION,
+            "normalization": task.cfg.statistics,  # of the task's training source, for mean and standard deviation
             "n_resamples": self.plan.n_resamples,
             "version": ssl_eo.__version__,
             "code": code_digest(),
@@ -236,7 +268,7 @@ class _Runner:
         encoder = encoder.to(self.device).eval()
         layers = tap_layers(self.plan.taps, len(encoder.blocks))
         names = [tap_name(ratio) for ratio in self.plan.taps]
-        encode = partial(_encode, encoder, layers)
+        encode = in_precision(partial(_encode, encoder, layers), self.plan.precision, self.device)
         return patch_taps(encode, names) if job.is_of_patches else pooled_taps(encode, names, self.plan.pool)
 
     def _result(self, task: Task, probed: Probed, sets: dict[str, FeatureSet]) -> dict[str, Any]:
@@ -246,9 +278,10 @@ class _Runner:
         headline = task.cfg.headline
         if not math.isfinite(scores.get(headline, math.nan)):
             raise ValueError(f"{headline} is undefined for the samples of {task.name}")
-        # The same draws for all features of a task, so that differences are of pairs; other tasks have others.
-        seed = derive_seed(0, "bootstrap", task.name)
-        n_resamples = self.plan.n_resamples
+        # The same draws for all features of a dataset, so that differences are of pairs; other datasets have others.
+        seed = derive_seed(0, "bootstrap", task.cfg.counts_as)
+        n_groups = len(set(groups))
+        n_resamples = self.plan.n_resamples if n_groups >= FEWEST_GROUPS else 0
         resampled = resampled_scores(outcome, groups, n_resamples, seed) if n_resamples else {}
         bounds = {name: interval_of(values) for name, values in resampled.items()}
         record: dict[str, Any] = {
@@ -258,10 +291,10 @@ class _Runner:
             "n_undefined": bounds[headline].n_undefined if resampled else 0,  # of these resamples
             "chosen": probed.chosen,
             "n_features": probed.n_features,
-            "n_fitted": probed.n_train,
+            "n_fitted": probed.n_fitted,
             "n_val": len(sets["val"]) if "val" in sets else 0,
             "n_test": len(sets["test"]),
-            "n_groups": len(set(groups)),
+            "n_groups": n_groups,
             "seconds_probe": round(probed.seconds, 3),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "per_class": {name: _plain(column) for name, column in outcome.per_class().items()},
@@ -271,14 +304,29 @@ class _Runner:
         return record
 
 
-def _probing(task: Task, sets: dict[str, FeatureSet], partition: str, seed: int) -> tuple[Probing, dict[str, Any]]:
-    """Features of a partition of the training set, and what is said of it."""
-    train = sets["train"]
-    part, cfg = parse_partition(partition), task.cfg
-    rows, origin = partition_rows(part, cfg.train, cfg.kind, train.keys, train.labels, seed)
-    chosen = train if origin == "all" else train.rows(rows)
-    probing = Probing(task.shown, chosen, sets.get("val"), sets["test"], tuple(task.cfg.no_data))
-    return probing, {"partition_of": origin, "n_train": len(chosen)}
+class _Parts:
+    """Parts of the training set, each made once."""
+
+    def __init__(self, task: Task, train: FeatureSet) -> None:
+        self._cfg, self._train = task.cfg, train
+        self._known: dict[tuple[str, int | None], tuple[Part, dict[str, Any]]] = {}
+
+    def of(self, partition: str, seed: int) -> tuple[Part, dict[str, Any]]:
+        """The samples of a partition, and what is said of them."""
+        for address in ((partition, None), (partition, seed)):
+            if address in self._known:
+                return self._known[address]
+        cfg, train = self._cfg, self._train
+        parsed = parse_partition(partition)
+        rows, origin = partition_rows(parsed, cfg.train, cfg.kind, train.keys, train.labels, seed)
+        found = Part(rows), {"partition_of": origin, "n_train": len(rows)}
+        self._known[partition, seed if origin == "nested" else None] = found
+        return found
+
+
+def _place_of(asked: Mapping[str, Any]) -> tuple[str, str, int]:
+    """What results have in common that are read off the same rows."""
+    return asked["tap"], asked["partition"], asked["seed"]
 
 
 def _fresh(encoder: Encoder, seed: int) -> Encoder:

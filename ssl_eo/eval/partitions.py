@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from ssl_eo.data.manifest import Manifest
+from ssl_eo.components import resolve
 from ssl_eo.data.opening import SourceConfig, open_source
 from ssl_eo.data.sources import shards
 from ssl_eo.eval.kinds import Kind
@@ -28,7 +28,6 @@ from ssl_eo.seeding import torch_generator
 __all__ = ["WHOLE", "Partition", "parse_partition", "partition_rows"]
 
 WHOLE = "1.00x"
-_WITH_PARTITIONS = ("geobench",)  # sources with an option `partition`
 _NAME = re.compile(r"(nested_)?([01]\.[0-9]+)x")
 
 
@@ -73,28 +72,43 @@ def partition_rows(
 
 
 def _published(partition: Partition, train: SourceConfig) -> list[str] | None:
-    """Keys of the published partition, None where the dataset has none of this name.
+    """Keys of the published partition, None where the dataset has none of this ratio.
 
-    Raises `ValueError` for packed data of a dataset that has some: which sample is in which was not packed.
+    Raises `ValueError` for packed data of a dataset that has it: which sample is in which was not packed.
     """
     if isinstance(train.options, shards.Config):
-        _check_packed(partition, shards.Source(train.options).manifest)
-    if "partition" not in {f.name for f in fields(train.options)}:
+        _check_packed(partition, shards.Source(train.options).manifest.source_name)
         return None
-    known = get_args(get_type_hints(type(train.options))["partition"])
-    name = next((name for name in known if _ratio(name) == partition.ratio), None)
-    if name is None:
+    if (name := _name_of(partition, type(train.options))) is None:
         return None
     source: Any = open_source(replace(train, options=replace(train.options, partition=name)))
     return [source.locate(i)[0] for i in range(len(source))]
 
 
-def _check_packed(partition: Partition, manifest: Manifest) -> None:
-    if manifest.source_name in _WITH_PARTITIONS:
+def _check_packed(partition: Partition, packed_from: str) -> None:
+    try:
+        options = resolve("ssl_eo.data.sources", packed_from).Config
+    except ValueError as error:
         raise ValueError(
-            f"partition {partition.name}: {manifest.source_name} has published ones, which packed data lack; take"
-            f" nested_{partition.name}, or read the published files with name: {manifest.source_name}"
+            f"partition {partition.name}: whether there is a published one is not known, since the data were packed"
+            f" from another source: {error}; take nested_{partition.name}"
+        ) from None
+    if _name_of(partition, options) is not None:
+        raise ValueError(
+            f"partition {partition.name}: {packed_from} has a published one, which packed data lack; take"
+            f" nested_{partition.name}, or read the published files with name: {packed_from}"
         )
+
+
+def _name_of(partition: Partition, options: type[Any]) -> str | None:
+    """What a source with such options calls the published partition of this ratio; None where it has none.
+
+    A source of a dataset with published partitions has an option `partition`, whose values are their names.
+    """
+    if "partition" not in {f.name for f in fields(options)}:
+        return None
+    known = get_args(get_type_hints(options)["partition"])
+    return next((name for name in known if _ratio(name) == partition.ratio), None)
 
 
 def _nested(ratio: float, kind: Kind, labels: Tensor, seed: int) -> list[int]:

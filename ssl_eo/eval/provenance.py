@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from functools import cache
 from hashlib import blake2b
@@ -17,29 +18,77 @@ from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.features import FeatureSet
 from ssl_eo.eval.tasks import TaskConfig
 
-__all__ = ["SHOWN_ONLY", "code_digest", "content_of", "digest_of_tensors", "source_facts", "task_facts"]
+__all__ = ["code_digest", "content_of", "digest_of_tensors", "scoring_files", "source_facts", "task_facts"]
 
 _PACKAGE = Path(ssl_eo.__file__).parent
-_CODE = ("eval/**/*.py", "models/**/*.py", "data/**/*.py", "seeding.py", "sensors.py")
-
-# Modules of eval that show results and change none: to edit a page is no reason to measure again.
-SHOWN_ONLY = (
-    *("aggregates", "comparison", "entrants", "experiments", "figures", "page", "report", "result_figures"),
-    *("result_tables", "results_page", "summary", "table"),
+_MEASURES = "ssl_eo.eval.offline"
+# What it imports and gets no score from: who works at what, what is written beside scores and how, what a forward pass
+# costs, how processes find each other and start others.
+_TELLS_NOTHING = frozenset(
+    f"ssl_eo.{name}"
+    for name in (
+        *("eval.claims", "eval.cost", "eval.failures", "eval.leaks", "eval.provenance", "eval.records"),
+        *("cluster", "data.loader", "files"),
+    )
 )
 
 
 @cache
 def code_digest() -> str:
-    """Of the sources of this package that a score can depend on."""
-    shown_only = {_PACKAGE / "eval" / f"{name}.py" for name in SHOWN_ONLY}
-    paths = {path for pattern in _CODE for path in _PACKAGE.glob(pattern)} - shown_only
+    """Of the sources of this package that a score can depend on: see `scoring_files`."""
     digest = blake2b(digest_size=12)
-    for path in sorted(paths):
+    for path in scoring_files():
         content = path.read_bytes()
         digest.update(f"{path.relative_to(_PACKAGE).as_posix()} {len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+def scoring_files() -> list[Path]:
+    """Sources of what `evaluate` runs: its module, and whatever that imports, directly or not, here or in a function.
+
+    A package that a string names is imported whole, since components are found by name. Left out is what no score comes
+    from.
+    """
+    found: dict[str, Path] = {}
+    left = [_MEASURES]
+    while left:
+        name = left.pop()
+        path = _path_of(name)
+        if name in found or name in _TELLS_NOTHING or path is None:
+            continue
+        found[name] = path
+        left += _imports(path)
+    return sorted(found.values())
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Names that a source imports, or that may be such: modules, and what is taken from them."""
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from _modules_of(node.value)
+
+
+def _modules_of(name: str) -> list[str]:
+    """All modules of the package `name` of ours; none where there is no such package."""
+    path = _path_of(name)
+    if path is None or path.name != "__init__.py" or path.parent == _PACKAGE:
+        return []
+    return [name, *(f"{name}.{module.stem}" for module in sorted(path.parent.glob("*.py")) if module != path)]
+
+
+def _path_of(name: str) -> Path | None:
+    """Where the module `name` of ours lies; None for what is no module, or of others."""
+    first, *rest = name.split(".")
+    if first != "ssl_eo" or not all(part.isidentifier() for part in rest):
+        return None
+    path = _PACKAGE.joinpath(*rest)
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def source_facts(cfg: SourceConfig) -> dict[str, Any]:

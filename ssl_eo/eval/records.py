@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ssl_eo.eval.bootstrap import FEWEST_GROUPS
 from ssl_eo.files import atomic_write
 from ssl_eo.jsonl import JsonLines, read_jsonl
 
@@ -37,7 +36,7 @@ __all__ = [
     "write_csv",
 ]
 
-Record = Mapping[str, Any]
+Record = Mapping[str, Any]  # an object of results.jsonl, or of the eval.jsonl of a run
 
 RESULTS = "results.jsonl"
 QUESTION = ("job", "tap", "taps", "probe", "partition", "seed")  # what a result answers, whatever data and code
@@ -99,7 +98,10 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
-    """The headline score of each result, in the columns of torchgeo-bench (github.com/torchgeo/torchgeo-bench)."""
+    """The ranking score of each result, in the columns of torchgeo-bench (github.com/torchgeo/torchgeo-bench).
+
+    What has no meaning here stays empty: nobody chooses a batch size or a range of penalties.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -111,8 +113,7 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
 
 def _row(record: Record) -> dict[str, Any]:
     metric, chosen = record["metric"], record["chosen"]
-    has_interval = record["n_groups"] >= FEWEST_GROUPS
-    low, high = record["intervals"].get(metric, (None, None)) if has_interval else (None, None)
+    low, high = record["intervals"].get(metric, (None, None))
     penalty = chosen.get("penalty")
     return {
         "dataset": record["task"],
@@ -124,7 +125,6 @@ def _row(record: Record) -> dict[str, Any]:
         "feature_dim": record["n_features"],
         "best_c": 1 / penalty if penalty and record["probe"] == "logistic" else None,
         "best_lr": chosen.get("lr"),
-        "best_batch_size": chosen.get("batch_size"),
         "n_train": record["n_train"],
         "n_val": record["n_val"],
         "n_test": record["n_test"],
@@ -137,6 +137,5 @@ def _row(record: Record) -> dict[str, Any]:
         "partition": record["partition"],
         "bands": record["subset"],
         "bootstrap": record["n_resamples"],
-        "c_range": None,
         "merge_val": False,
     }

@@ -9,13 +9,23 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from ssl_eo.eval.aggregates import Aggregate, Ranges, Ranking, aggregates, mean_ranks, tasks_of_mean, tasks_of_rank
+from ssl_eo.eval.aggregates import (
+    Aggregate,
+    Ranges,
+    Ranking,
+    aggregates,
+    by_dataset,
+    mean_ranks,
+    tasks_of_mean,
+    tasks_of_rank,
+)
 from ssl_eo.eval.bootstrap import Interval
 from ssl_eo.eval.comparison import Comparison, PairedMargin
 from ssl_eo.eval.experiments import CONDITIONS, Score
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
-from ssl_eo.eval.summary import best_of, is_ratio
+from ssl_eo.eval.metrics import best_of, has_intervals, metric_text, number_text
+from ssl_eo.eval.partitions import parse_partition
 
 __all__ = [
     "Cell",
@@ -25,18 +35,15 @@ __all__ = [
     "as_markdown",
     "axis_table",
     "class_table",
-    "headline_table",
-    "in_unit",
+    "interquartile_table",
     "margin_table",
     "mean_table",
-    "metric_text",
     "rank_table",
     "score_table",
 ]
 
-_WRITTEN = {"f1": "F1", "map": "mAP", "miou": "mIoU", "r2": "R2", "rmse": "RMSE", "mae": "MAE", "ece": "ECE"}
 _NOTHING = "–"
-_FEWEST_TASKS = 2  # of which a mean says more than the scores of the task
+_FEWEST_DATASETS = 2  # of which a mean says more than the scores of the tasks
 _OF_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _OF_LATEX |= {sign: f"\\{sign}" for sign in "&%$#_{}"}
 
@@ -70,26 +77,14 @@ class Table:
     rows: Sequence[Row]
 
 
-def in_unit(metric: str, value: float) -> float:
-    """A score as it is shown: ratios in percent."""
-    return 100 * value if is_ratio(metric) else value
-
-
-def metric_text(metric: str) -> str:
-    """What is shown, with its unit, and an arrow where less is better."""
-    name = " ".join(_WRITTEN.get(word, word) for word in metric.split("_"))
-    return f"{name}{' %' if is_ratio(metric) else ''}{'' if HIGHER_IS_BETTER[metric] else ', less is better'}"
-
-
-def headline_table(comparison: Comparison, ranges: Ranges | None) -> Table:
+def interquartile_table(comparison: Comparison, ranges: Ranges | None) -> Table:
     """The interquartile mean of each entrant by each probe, all of the same tasks."""
 
     def cell(a: Aggregate, best: float | None) -> Cell:
         assert a.interquartile_mean is not None
-        notes = [_bounds("accuracy", a.over_samples)]
-        notes += [f"seeds {text}" for text in [_bounds("accuracy", a.over_seeds)] if text]
-        text = f"{100 * a.interquartile_mean:.1f}"
-        return Cell(text, "\n".join(filter(None, notes)), a.interquartile_mean == best)
+        notes = [_bounds(_percent, a.over_samples)]
+        notes += [f"seeds {text}" for text in [_bounds(_percent, a.over_seeds)] if text]
+        return Cell(_percent(a.interquartile_mean), "\n".join(filter(None, notes)), a.interquartile_mean == best)
 
     return _table_of_means("Interquartile mean over tasks", comparison, ranges, lambda a: a.interquartile_mean, cell)
 
@@ -99,7 +94,7 @@ def mean_table(comparison: Comparison, ranges: Ranges | None) -> Table:
 
     def cell(a: Aggregate, best: float | None) -> Cell:
         assert a.mean is not None
-        return Cell(f"{100 * a.mean:.1f}", is_best=a.mean == best)
+        return Cell(_percent(a.mean), is_best=a.mean == best)
 
     title = f"Mean of {'plain' if ranges is None else 'normalised'} scores over tasks"
     return _table_of_means(title, comparison, ranges, lambda a: a.mean, cell)
@@ -109,12 +104,12 @@ def rank_table(comparison: Comparison) -> Table:
     """The mean rank of each entrant by each probe, over all tasks that do not leak."""
     titles, columns = [], []
     for probe in comparison.probes:
-        n_all = len(tasks_of_rank(comparison, probe))
-        if n_all >= _FEWEST_TASKS:
+        tasks = tasks_of_rank(comparison, probe)
+        if _has_means(comparison, tasks):
             found = mean_ranks(comparison, probe)
             best = min((r.mean_rank for r in found if r.mean_rank is not None), default=None)
-            columns.append([_rank_cell(r, n_all, best) for r in found])
-            titles.append(f"{probe}, {n_all} tasks")
+            columns.append([_rank_cell(r, len(tasks), best) for r in found])
+            titles.append(f"{probe}, {_counted(comparison, tasks)}")
     return Table("Mean rank over tasks, 1 is best", "features", titles, _rows_of_means(comparison, columns))
 
 
@@ -161,22 +156,20 @@ def axis_table(comparison: Comparison, task: str, probe: str, axis: str) -> Tabl
         columns.append(_column(comparison, task, [comparison.score(e, task, probe, **fixed) for e in entrants]))
     reading = [comparison.reading(e, [task], [probe]) if axis in CONDITIONS else "" for e in entrants]
     rows = [Row(e.title, e.kind, [column[i] for column in columns], reading[i]) for i, e in enumerate(entrants)]
-    return Table(f"{probe}, {metric_text(comparison.metrics[task])}", "features", steps, rows)
+    titles = _parts_with_origin(comparison, task) if axis == "partition" else steps
+    return Table(f"{probe}, {metric_text(comparison.metrics[task])}", "features", titles, rows)
 
 
 def class_table(score: Score, title: str) -> Table:
-    """Columns of measures, a row for each of the K classes; of several seeds the first."""
-    record = score.records[0]
-    columns = record["per_class"]
+    """Columns of measures, a row for each of the K classes; of several seeds the mean over those that define it."""
+    first, keys = score.records[0], score.records[0]["per_class"]
     rows = []
-    for i, name in enumerate(record["classes"]):
-        cells = [
-            Cell("" if column[i] is None else f"{column[i]:,}" if key == "support" else f"{100 * column[i]:.1f}")
-            for key, column in columns.items()
-        ]
-        rows.append(Row(str(name), "", cells))
-    titles = [key if key == "support" else f"{key.replace('_', ' ')} %" for key in columns]
-    return Table(title, "class", titles, rows)
+    for i, name in enumerate(first["classes"]):
+        of_keys = {key: [v for r in score.records if (v := r["per_class"][key][i]) is not None] for key in keys}
+        rows.append(Row(str(name), "", [Cell(_class_text(key, values)) for key, values in of_keys.items()]))
+    titles = [key if key == "support" else f"{key.replace('_', ' ')} %" for key in keys]
+    of_seeds = f", mean of {len(score.records)} seeds" if len(score.records) > 1 else ""
+    return Table(title + of_seeds, "class", titles, rows)
 
 
 def as_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
@@ -210,6 +203,23 @@ def as_latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _parts_with_origin(comparison: Comparison, task: str) -> list[str]:
+    """Parts of the training set; where some were published and some are ours, each says which it is."""
+    parts = comparison.parts(task)
+    if not (parts["published"] and parts["nested"]):
+        return comparison.steps(task, "partition")
+    said = {part: f"{part}, published" for part in parts["published"]}
+    said |= {part: f"{part}, nested" for part in parts["nested"] if not parse_partition(part).is_nested}
+    return [said.get(part, part) for part in comparison.steps(task, "partition")]
+
+
+def _class_text(key: str, values: Sequence[float]) -> str:
+    """Of seeds; the number of samples or pixels of a class is that of all of them."""
+    if not values:
+        return ""
+    return f"{values[0]:,}" if key == "support" else f"{100 * sum(values) / len(values):.1f}"
+
+
 def _table_of_means(
     title: str,
     comparison: Comparison,
@@ -220,13 +230,22 @@ def _table_of_means(
     """A column for each probe of what is `value` of an aggregate; `cell` shows one, told the best of the column."""
     titles, columns = [], []
     for probe in comparison.probes:
-        n_all = len(tasks_of_mean(comparison, probe, ranges))
-        if n_all >= _FEWEST_TASKS:
+        tasks = tasks_of_mean(comparison, probe, ranges)
+        if _has_means(comparison, tasks):
             found = aggregates(comparison, probe, ranges)
             best = max((v for a in found if (v := value(a)) is not None), default=None)
-            columns.append([_lacking(a.n_tasks, n_all) if value(a) is None else cell(a, best) for a in found])
-            titles.append(f"{probe}, {n_all} tasks")
+            columns.append([_lacking(a.n_tasks, len(tasks)) if value(a) is None else cell(a, best) for a in found])
+            titles.append(f"{probe}, {_counted(comparison, tasks)}")
     return Table(title, "features", titles, _rows_of_means(comparison, columns))
+
+
+def _has_means(comparison: Comparison, tasks: Sequence[str]) -> bool:
+    return len(by_dataset(comparison, tasks)) >= _FEWEST_DATASETS
+
+
+def _counted(comparison: Comparison, tasks: Sequence[str]) -> str:
+    n_datasets = len(by_dataset(comparison, tasks))
+    return f"{len(tasks)} tasks" + (f" of {n_datasets} datasets" if n_datasets < len(tasks) else "")
 
 
 def _rows_of_means(comparison: Comparison, columns: Sequence[Sequence[Cell]]) -> list[Row]:
@@ -263,29 +282,31 @@ def _column(comparison: Comparison, task: str, scores: Sequence[Score | None]) -
 
 
 def _score_cell(score: Score, is_best: bool) -> Cell:
-    is_undefined = score.resampled is not None and score.interval is None
-    notes = ["all resamples undefined" if is_undefined else _bounds(score.metric, score.interval)]
+    number = partial(number_text, score.metric)
+    is_undefined = score.resampled is not None and score.interval is None and has_intervals(score.metric)
+    notes = ["all resamples undefined" if is_undefined else _bounds(number, score.interval)]
     if score.spread is not None:
-        notes.append(f"± {_number(score.metric, score.spread)}")
-    return Cell(_number(score.metric, score.value), " ".join(filter(None, notes)), is_best)
+        notes.append(f"± {number(score.spread)}")
+    return Cell(number(score.value), " ".join(filter(None, notes)), is_best)
 
 
 def _margin_cell(found: PairedMargin) -> Cell:
     m = found.margin
-    notes = [_bounds(m.metric, found.interval, sign="+")]
+    number = partial(number_text, m.metric, sign="+")
+    notes = [_bounds(number, found.interval)]
     notes += [m.rival, found.reading] if found.rival.kind == "control" else [found.reading]
-    return Cell(_number(m.metric, m.gain, sign="+"), "\n".join(filter(None, notes)))
+    return Cell(number(m.gain), "\n".join(filter(None, notes)))
 
 
-def _number(metric: str, value: float, sign: str = "") -> str:
-    return f"{in_unit(metric, value):{sign}{'.1f' if is_ratio(metric) else '.3g'}}"
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
-def _bounds(metric: str, interval: Interval | None, sign: str = "") -> str:
+def _bounds(number: Callable[[float], str], interval: Interval | None) -> str:
     if interval is None or math.isnan(interval.low):
         return ""
     undefined = f"\n{_plural(interval.n_undefined, 'resample')} undefined" if interval.n_undefined else ""
-    return f"[{_number(metric, interval.low, sign)}, {_number(metric, interval.high, sign)}]{undefined}"
+    return f"[{number(interval.low)}, {number(interval.high)}]{undefined}"
 
 
 def _titled(row: Row) -> str:

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ssl_eo.eval.aggregates import Ranges, aggregates, read_ranges, tasks_of_mean, tasks_of_rank
-from ssl_eo.eval.comparison import WORDS_OF_CONDITIONS, Comparison
+from ssl_eo.eval.aggregates import Ranges, aggregates, by_dataset, read_ranges, tasks_of_mean, tasks_of_rank
+from ssl_eo.eval.bootstrap import FEWEST_SEEDS
+from ssl_eo.eval.comparison import WORDS_OF_CONDITIONS, Comparison, probe_shown
 from ssl_eo.eval.entrants import Entrant, identity_of
 from ssl_eo.eval.experiments import Score
 from ssl_eo.eval.figures import SERIES, Chart, Line, draw
+from ssl_eo.eval.metrics import in_unit, metric_text
 from ssl_eo.eval.page import render
 from ssl_eo.eval.partitions import parse_partition
-from ssl_eo.eval.records import RESULTS, write_csv
+from ssl_eo.eval.records import RESULTS, Record, write_csv
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points, short
 from ssl_eo.eval.result_tables import (
     Table,
@@ -23,16 +25,13 @@ from ssl_eo.eval.result_tables import (
     as_markdown,
     axis_table,
     class_table,
-    headline_table,
-    in_unit,
+    interquartile_table,
     margin_table,
     mean_table,
-    metric_text,
     rank_table,
     score_table,
 )
-from ssl_eo.eval.summary import Record, best_of, score_of
-from ssl_eo.eval.summary import read_results as read_run
+from ssl_eo.eval.summary import read_task_records, score_of
 from ssl_eo.files import atomic_write
 
 __all__ = ["has_results", "write_results_page"]
@@ -70,7 +69,7 @@ def write_results_page(
     if not comparison.results and not comparison.problems:
         raise ValueError(f"{', '.join(map(str, folders))}: nothing was measured, there is nothing to report")
     ranges = read_ranges(normalizer, comparison.metrics) if normalizer and comparison.results else None
-    headlines = [headline_table(comparison, ranges), mean_table(comparison, ranges), rank_table(comparison)]
+    means = [interquartile_table(comparison, ranges), mean_table(comparison, ranges), rank_table(comparison)]
     notes = _notes(comparison, ranges, normalizer)
     scores = [score_table(comparison, probe) for probe in comparison.probes]
     tried = [*comparison.results, *comparison.problems]
@@ -81,7 +80,7 @@ def write_results_page(
         subtitle=f"Frozen features on {_listed(list(dict.fromkeys(str(r['task']) for r in tried)), 6)}",
         facts=_facts(comparison),
         colors={e.title: _variable(comparison, e) for e in comparison.models},
-        headlines=[table for table in headlines if table.columns],
+        means=[table for table in means if table.columns],
         notes=notes,
         costs=_costs(comparison, ranges),
         scores=scores,
@@ -94,7 +93,7 @@ def write_results_page(
     write_csv(out.with_suffix(".csv"), comparison.results)
     margins = [margin_table(comparison, task) for task in comparison.tasks]
     margins = [Table(f"Margins on {t}", *_rest(m)) for t, m in zip(comparison.tasks, margins, strict=True) if m.rows]
-    tables = [*headlines, *scores, *margins]
+    tables = [*means, *scores, *margins]
     said = [*notes, *(f"{task}: {flag}" for task in comparison.tasks for flag in comparison.flags(task))]
     said += [f"{what}: {why}" for kind, what, why in map(_problem, comparison.problems) if kind == "error"]
     for path, layout in ((markdown, as_markdown), (latex, as_latex)):
@@ -131,20 +130,24 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
     notes = [f"In no mean and no rank: {task} ({why})." for task, why in comparison.left_out.items()]
     why = "their scores are no ratios" if ranges is None else "they have no range in what --normalizer names"
     notes += [f"Not in the means, since {why}: {apart}."] if apart else []
-    if len(together) > 1 and ranges is None:
+    datasets = by_dataset(comparison, [task for task in comparison.tasks if task in ranked])
+    notes += [f"Tasks of {name} count as one: {', '.join(of)}." for name, of in datasets.items() if len(of) > 1]
+    has_means = len(by_dataset(comparison, list(together))) > 1
+    if has_means and ranges is None:
         notes.append("Scores are plain, in percent: a task whose scores spread more weighs more in the means.")
-    elif len(together) > 1:
+    elif has_means:
         names = ", ".join(dict.fromkeys(path.name for path in normalizer))
         notes.append(f"Scores of each task are scaled from its range in {names}: 0 is its low end, 100 its high.")
-    if len(together) > 1:
+    if has_means:
         notes.append(
-            "The interquartile mean leaves out the lowest and the highest quarter of the scores; tasks weigh the same"
-            " whatever their numbers of seeds."
+            "The interquartile mean leaves out the lowest and the highest quarter of the scores; datasets weigh the"
+            " same whatever their numbers of tasks and seeds."
         )
     notes.append(
         "[Intervals] hold 95 % of a bootstrap over test samples, of whole places where samples share one, task by task;"
         " of margins over the same resamples for both sides. After ± stands one standard deviation over seeds of the"
-        " draw; intervals with the word seeds resample these. Bold is the best of a column."
+        f" draw; intervals with the word seeds are Student's t over these, of at least {FEWEST_SEEDS}. Bold is the best"
+        " of a column, whether or not intervals overlap."
     )
     codes = {" ".join(str(r[k]) for k in ("version", "code") if r.get(k)) for r in comparison.results}
     if len(codes) > 1:
@@ -184,7 +187,7 @@ def _costs(comparison: Comparison, ranges: Ranges | None) -> list[str]:
                 label = a.entrant.title if a.entrant.kind == "model" else ""
                 points.append(Point(label, cost, mean, _series(comparison, a.entrant)))
         if points:
-            title = f"{probe}: {'interquartile mean' if len(tasks) > 1 else 'score'} over cost"
+            title = f"{probe}: {'interquartile mean' if len(by_dataset(comparison, tasks)) > 1 else 'score'} over cost"
             x = "GFLOP of a sample, mean over tasks; circles are random encoders"
             charts.append(draw_points(title, points, levels, x, f"cost{i}"))
     return charts
@@ -202,8 +205,8 @@ def _task(comparison: Comparison, task: str, name: str) -> dict[str, Any]:
     scored = {p: _scores(comparison, task, p) for p in comparison.probes}
     scored = {p: of for p, of in scored.items() if of}
     axes = [axis for axis in _TITLES if _is_varied(comparison, task, axis)]
-    best = [(m, s) for m in comparison.models if (s := _best_of(comparison, task, m)) is not None]
-    titled = [(f"{model.title}, {score.records[0]['probe']}", score) for model, score in best]
+    shown = [(m, s) for m in comparison.models if (s := _score_shown(comparison, task, m)) is not None]
+    titled = [(f"{model.title}, {score.records[0]['probe']}", score) for model, score in shown]
     matrices = [(title, score) for title, score in titled if "confusion" in score.records[0]]
     return {
         "name": task,
@@ -267,21 +270,25 @@ def _bars(comparison: Comparison, task: str, probe: str, scores: Sequence[tuple[
 
 
 def _curves(comparison: Comparison, task: str, probes: Sequence[str], name: str) -> list[str]:
-    """Scores over the number of labelled samples, by probes: the parts that were published, or else the nested ones."""
-    steps = comparison.steps(task, "partition")
-    plain = [s for s in steps if not parse_partition(s).is_nested]
-    steps = (
-        plain if len(plain) > 1 else [s for s in steps if parse_partition(s).is_nested or parse_partition(s).ratio == 1]
-    )
-    charts = []
-    for i, probe in enumerate(probes):
-        lines = [_curve(comparison, entrant, task, probe, steps) for entrant in comparison.entrants]
-        lines = [line for line in lines if len(line.x) > 1]
-        if lines:
-            title = f"{probe}, {metric_text(comparison.metrics[task])}"
-            chart = Chart(title, lines, over_counts=True, x="labelled samples")
-            charts.append(draw(chart, f"{name}-curve{i}", _SIZE_OF_CURVES_INCHES))
+    """Scores over the number of labelled samples, by probes; parts that were published and ours are drawn apart."""
+    parts = comparison.parts(task)
+    of_origins = {o: _one_of_each_ratio([*parts[o], *parts["all"]]) for o in ("published", "nested") if parts[o]}
+    charts: list[str] = []
+    for origin, steps in of_origins.items():
+        for probe in probes:
+            lines = [_curve(comparison, entrant, task, probe, steps) for entrant in comparison.entrants]
+            lines = [line for line in lines if len(line.x) > 1]
+            if lines:
+                drawn = f", {origin} parts" if len(of_origins) > 1 else ""
+                title = f"{probe}, {metric_text(comparison.metrics[task])}{drawn}"
+                chart = Chart(title, lines, over_counts=True, x="labelled samples")
+                charts.append(draw(chart, f"{name}-curve{len(charts)}", _SIZE_OF_CURVES_INCHES))
     return charts
+
+
+def _one_of_each_ratio(parts: Sequence[str]) -> list[str]:
+    """By size; of parts that are as large, such as all samples and our part of all, the last."""
+    return list(dict(sorted((parse_partition(part).ratio, part) for part in parts)).values())
 
 
 def _curve(comparison: Comparison, entrant: Entrant, task: str, probe: str, steps: Sequence[str]) -> Line:
@@ -296,10 +303,10 @@ def _curve(comparison: Comparison, entrant: Entrant, task: str, probe: str, step
     return Line(x, y, style, short(entrant.title), series or 0, band if entrant.kind == "model" else None)
 
 
-def _best_of(comparison: Comparison, task: str, model: Entrant) -> Score | None:
-    """The score of a model by the probe that suits it best."""
-    found = [s for p in comparison.probes if (s := comparison.score(model, task, p)) is not None]
-    return best_of(comparison.metrics[task], found, lambda s: s.value) if found else None
+def _score_shown(comparison: Comparison, task: str, model: Entrant) -> Score | None:
+    """The score of a model of which the classes are shown."""
+    found = {p: s for p in comparison.probes if (s := comparison.score(model, task, p)) is not None}
+    return found[probe_shown(list(found))] if found else None
 
 
 def _confusion(score: Score) -> np.ndarray[Any, Any]:
@@ -320,7 +327,7 @@ def _variable(comparison: Comparison, entrant: Entrant) -> str:
 
 def _training(runs: Sequence[Path]) -> list[str]:
     """Scores over steps, by task and probe, a line for each run."""
-    of_runs = {run.resolve().name: _watched(run) for run in runs}
+    of_runs = {run.resolve().name: _of_last_block(run) for run in runs}
     kinds = dict.fromkeys((r["task"], r["probe"], r["metric"]) for records in of_runs.values() for r in records)
     charts = []
     for i, (task, probe, metric) in enumerate(kinds):
@@ -336,9 +343,9 @@ def _training(runs: Sequence[Path]) -> list[str]:
     return charts
 
 
-def _watched(run: Path) -> list[Record]:
+def _of_last_block(run: Path) -> list[Record]:
     """Records of the probes of a run on its encoder's last block."""
-    records = read_run(run / "eval.jsonl")
+    records = read_task_records(run / "eval.jsonl")
     return [r for r in records if r["kind"] == "probe" and r["features"] == "encoder" and r["tap"] == "last"]
 
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -22,21 +21,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_eo.data.render import Renderer
+from ssl_eo.data.loader import set_up_worker, worker_context
+from ssl_eo.data.render import Interpolation, Renderer
 from ssl_eo.data.stacking import check_sample, cut_to_views, stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Source, TileBatch, TileSchema, ViewPlan, move_to
 from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.leaks import digest_of_pixels
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import numpy_generator
 
-__all__ = ["LabelledBatch", "Shown", "Split"]
+__all__ = ["INTERPOLATION", "UNREADABLE", "LabelledBatch", "Shown", "Split"]
 
 logger = logging.getLogger(__name__)
 
-# How many samples are looked at for each one wanted, in search of a balanced subset of a source that is not balanced.
+INTERPOLATION: Interpolation = "bicubic"  # of tiles that are not shown at their own size
+
+# How many samples are looked at for each one wanted, in search of equal classes in a source that has others.
 _N_READ_PER_SAMPLE = 4
 _MAX_BAD_RATIO = 0.01  # of the samples that are looked at, and at least one, may be bad: else it is another split
-_UNREADABLE = (ValueError, OSError, EOFError)
+UNREADABLE = (ValueError, OSError, EOFError)  # what reading a bad sample raises
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ class Split:
         self.name = name
         self.is_held = n_max is not None
         self._is_balanced = is_balanced and shown.kind == "classification"
-        self._source, self._shown = source, shown
+        self._source, self.shown = source, shown
         self._n_max = len(source) if n_max is None else n_max
-        self._renderer = Renderer([{shown.tile: shown.schema}])
+        self._renderer = Renderer([{shown.tile: shown.schema}], INTERPOLATION)
 
     def __len__(self) -> int:
         """The number of samples; of a split that is not held, before any turns out unreadable."""
@@ -122,7 +125,7 @@ class Split:
     def fingerprint(self) -> str:
         """Of the samples of the split, chosen or not."""
         chosen = f"{self._n_max} {'balanced' if self._is_balanced else 'drawn'}" if self.is_held else "all"
-        return f"{self._source.fingerprint()} {chosen} {self._shown.seed}"
+        return f"{self._source.fingerprint()} {chosen} {self.shown.seed}"
 
     def batches(self, rows: Tensor, batch_size: int, device: torch.device) -> Iterator[LabelledBatch]:
         """The samples `rows` (positions in this split, in any order), as inputs `[B, c, h, w]` on `device`."""
@@ -134,7 +137,7 @@ class Split:
             yield self._labelled(_Part(keys, groups, digests, held.labels[part], _rows(held.tiles, part), []), device)
 
     def stream(self, batch_size: int, device: torch.device, n_workers: int = 0) -> Iterator[LabelledBatch]:
-        """All samples, in order, each once.
+        """All samples, in order, each once; of a split that is not held read by `n_workers`, or none, beside.
 
         Raises `ValueError` when more than one sample, and more than one in a hundred, cannot be read: the rest would be
         another split.
@@ -142,9 +145,10 @@ class Split:
         if self.is_held:
             yield from self.batches(torch.arange(len(self)), batch_size, device)
             return
-        parts = _Parts(self._source, self._shown, batch_size)
+        parts = _Parts(self._source, self.shown, batch_size)
         n_read = n_bad = 0
-        for part in DataLoader(parts, batch_size=None, num_workers=n_workers):
+        on_cuda = device.type == "cuda" or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        for part in _read_by(parts, n_workers, on_cuda):
             for problem in part.problems:
                 n_bad += 1
                 self._leave_out(problem, n_bad, len(self._source))
@@ -152,10 +156,10 @@ class Split:
             if part.tiles is not None:
                 yield self._labelled(part, device)
         if n_read == 0:
-            raise ValueError(f"task {self._shown.task}: {self.name} has 0 readable samples of {len(self._source)}")
+            raise ValueError(f"task {self.shown.task}: {self.name} has 0 readable samples of {len(self._source)}")
 
     def _labelled(self, part: _Part, device: torch.device) -> LabelledBatch:
-        shown = self._shown
+        shown = self.shown
         assert part.tiles is not None
         batch = Batch(
             step=0,
@@ -173,11 +177,11 @@ class Split:
         """All chosen samples."""
         if not self.is_held:
             raise RuntimeError(f"the split {self.name} is read as it is used: take stream()")
-        return _stacked(self._choose(), self._shown, [])
+        return _stacked(self._choose(), self.shown, [])
 
     def _choose(self) -> list[Sample]:
         """Up to `n_max` samples, met in a fixed random order; classes in equal parts where that is asked for."""
-        n_classes = self._shown.n_classes
+        n_classes = self.shown.n_classes
         quota = -(-self._n_max // n_classes) if self._is_balanced else self._n_max
         n_chosen = np.zeros(max(n_classes, 1), dtype=np.int64)
         chosen: list[Sample] = []
@@ -194,7 +198,7 @@ class Split:
         chosen += spare[: self._n_max - len(chosen)]
         if len(chosen) < 2:
             raise ValueError(
-                f"task {self._shown.task}: {self.name} has {len(chosen)} readable samples of {len(self._source)}, too"
+                f"task {self.shown.task}: {self.name} has {len(chosen)} readable samples of {len(self._source)}, too"
                 " few for a probe"
             )
         return chosen
@@ -204,14 +208,14 @@ class Split:
 
         Raises `ValueError` when these are more than one, and more than one in a hundred of those looked at.
         """
-        shown = self._shown
+        shown = self.shown
         order = numpy_generator(shown.seed, "task", shown.task, self.name).permutation(len(self._source))
         order = order[: _N_READ_PER_SAMPLE * self._n_max]
         n_bad = 0
         for n_seen, index in enumerate(order.tolist(), start=1):
             try:
                 sample = _read(self._source, index, shown)
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 n_bad += 1
                 self._leave_out(f"sample {index}: {error}", n_bad, max(n_seen, min(len(order), self._n_max)))
             else:
@@ -219,7 +223,7 @@ class Split:
 
     def _leave_out(self, problem: str, n_bad: int, n_seen: int) -> None:
         """Warn of the `n_bad`-th sample that cannot be read; raise `ValueError` where that is too many of `n_seen`."""
-        task = self._shown.task
+        task = self.shown.task
         logger.warning("task %s: a sample of %s is left out: %s", task, self.name, problem)
         if n_bad > math.ceil(_MAX_BAD_RATIO * n_seen):
             raise ValueError(
@@ -228,11 +232,22 @@ class Split:
             )
 
 
+def _read_by(parts: _Parts, n_workers: int, on_cuda: bool) -> DataLoader[_Part]:
+    return DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=n_workers,
+        multiprocessing_context=worker_context("auto", on_cuda) if n_workers else None,
+        worker_init_fn=set_up_worker,
+        generator=torch.Generator(),  # DataLoader draws a seed that nothing here uses: not from the global stream
+    )
+
+
 class _Parts(Dataset[_Part]):
     """The batches of a source in order, each read by whoever asks for it."""
 
     def __init__(self, source: Source, shown: Shown, batch_size: int) -> None:
-        self._source, self._shown, self._batch_size = source, shown, batch_size
+        self._source, self.shown, self._batch_size = source, shown, batch_size
 
     def __len__(self) -> int:
         return -(-len(self._source) // self._batch_size)
@@ -241,10 +256,10 @@ class _Parts(Dataset[_Part]):
         samples, problems = [], []
         for index in range(i * self._batch_size, min((i + 1) * self._batch_size, len(self._source))):
             try:
-                samples.append(_read(self._source, index, self._shown))
-            except _UNREADABLE as error:
+                samples.append(_read(self._source, index, self.shown))
+            except UNREADABLE as error:
                 problems.append(f"sample {index}: {error}")
-        return _stacked(samples, self._shown, problems)
+        return _stacked(samples, self.shown, problems)
 
 
 def _read(source: Source, index: int, shown: Shown) -> Sample:
@@ -263,12 +278,8 @@ def _stacked(samples: Sequence[Sample], shown: Shown, problems: list[str]) -> _P
     tiles = stack_tiles(samples, [shown.tile], {shown.tile: shown.schema})[shown.tile] if samples else None
     keys = [sample.key for sample in samples]
     groups = [str(sample.meta.get("group", sample.key)) for sample in samples]
-    digests = [_digest(sample.tiles[shown.tile].array) for sample in samples]
+    digests = [digest_of_pixels(sample.tiles[shown.tile].array) for sample in samples]
     return _Part(keys, groups, digests, _stacked_labels(samples, shown), tiles, problems)
-
-
-def _digest(pixels: NDArray[Any]) -> str:
-    return blake2b(pixels.tobytes(), digest_size=16).hexdigest()
 
 
 def _stacked_labels(samples: Sequence[Sample], shown: Shown) -> Tensor:

@@ -1,42 +1,34 @@
-"""What the results of a task come to: which rows are compared, what they are called, who is ahead and by how much.
+"""What the probes of one run come to: its rows, what they are called, and the margins over what needs no training.
 
-The printed table and the page of a run both show what is decided here. A row is one kind of features at one tap: the
-encoder at the last step that was measured, the encoder before its first step, and the controls.
+The printed table and the page of a run both show this. A row is one kind of features at one tap: the encoder at the
+last step that was measured, the encoder before its first step, and the controls. What of them is compared with what is
+decided in `ssl_eo.eval.comparison`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, get_args
 
-from ssl_eo.eval.features import ALL_TAPS
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
+from ssl_eo.eval.comparison import Margin, reading_rank
+from ssl_eo.eval.entrants import EntrantKind
+from ssl_eo.eval.metrics import best_of
+from ssl_eo.eval.records import Record
 from ssl_eo.jsonl import read_jsonl
 
 __all__ = [
-    "Margin",
-    "Record",
     "Row",
     "Summary",
-    "best_of",
-    "better",
-    "is_ratio",
     "newest",
-    "read_results",
+    "read_task_records",
     "score_of",
-    "score_text",
     "summarise",
-    "tap_rank",
     "title_of",
 ]
 
-Record = Mapping[str, Any]
-T = TypeVar("T")
-
-_PLAIN = ("rmse", "mae", "r2")  # are shown as they are, the others are ratios
 _IDENTITY = ("step", "kind", "task", "features", "tap", "probe")
 
 
@@ -45,34 +37,12 @@ class Row:
     """Results of one kind of features at one tap, by probe; `scores` are of the metric that ranks the task."""
 
     title: str  # "encoder, step 1,500", "random encoder", "band statistics"
+    kind: EntrantKind  # a model is the encoder at its last step
     tap: str  # "last", "depth 0.50", "all", "pixels"
     step: int
-    is_final: bool  # the encoder at its last step
     scores: dict[str, float]
     macro_accuracy: dict[str, float]
     effective_rank: float | None
-
-
-@dataclass(frozen=True)
-class Margin:
-    """The encoder against the best row of one rival that needs no training, by one probe."""
-
-    probe: str
-    metric: str
-    score: float
-    rival: str  # title
-    rival_score: float
-
-    @property
-    def gain(self) -> float:
-        """How much better the encoder is: above 0 where it is, whether much or little of the metric is good."""
-        gain = self.score - self.rival_score
-        return gain if HIGHER_IS_BETTER[self.metric] else -gain
-
-    @property
-    def text(self) -> str:
-        """`+12.3 points`, or of what is no ratio `+0.123`."""
-        return f"{100 * self.gain:+.1f} points" if is_ratio(self.metric) else f"{self.gain:+.3g}"
 
 
 @dataclass(frozen=True)
@@ -91,50 +61,22 @@ class Summary:
     @cached_property
     def final(self) -> Row | None:
         """The row that stands for the trained encoder."""
-        return max((row for row in self.rows if row.is_final), key=lambda row: tap_rank(row.tap), default=None)
+        return max((row for row in self.rows if row.kind == "model"), key=lambda r: reading_rank(r.tap), default=None)
 
     @cached_property
     def margins(self) -> list[Margin]:
-        """`final` against every rival, probe by probe.
-
-        Our tap is fixed beforehand and the rival's is its best, so that no choice flatters the encoder.
-        """
+        """`final` against what is best of every rival, probe by probe."""
         if self.final is None:
             return []
-        rivals: dict[tuple[str, str], list[float]] = {}
+        rivals: dict[tuple[str, EntrantKind, str], list[float]] = {}
         for row in self.rows:
             for probe, score in row.scores.items():
-                if not row.is_final and probe in self.final.scores:
-                    rivals.setdefault((row.title, probe), []).append(score)
+                if row.kind != "model" and probe in self.final.scores:
+                    rivals.setdefault((row.title, row.kind, probe), []).append(score)
         return [
-            Margin(probe, self.metric, self.final.scores[probe], title, best_of(self.metric, scores, float))
-            for (title, probe), scores in rivals.items()
+            Margin(probe, self.metric, self.final.scores[probe], title, kind, best_of(self.metric, scores, float))
+            for (title, kind, probe), scores in rivals.items()
         ]
-
-
-def best_of(metric: str, items: Iterable[T], score: Callable[[T], float]) -> T:
-    """The one of `items` with the best `score`; of equal ones the first."""
-    return max(items, key=score) if HIGHER_IS_BETTER[metric] else min(items, key=score)
-
-
-def better(metric: str, a: float, b: float) -> float:
-    """The better of two scores."""
-    return best_of(metric, (a, b), float)
-
-
-def tap_rank(tap: str) -> tuple[bool, bool, str]:
-    """The greatest is where an encoder is read for comparisons: all taps together, else the last, else the deepest."""
-    return (tap == ALL_TAPS, tap == "last", tap)
-
-
-def is_ratio(metric: str) -> bool:
-    """Whether a score of it is from 0 to 1 (kappa: at most 1) and is shown in percent."""
-    return metric not in _PLAIN
-
-
-def score_text(metric: str, score: float) -> str:
-    """`71.8 %`, or of what is no ratio `0.718`."""
-    return f"{100 * score:.1f} %" if is_ratio(metric) else f"{score:.3g}"
 
 
 def score_of(record: Record) -> float:
@@ -142,8 +84,8 @@ def score_of(record: Record) -> float:
     return float(record[record["metric"]])
 
 
-def read_results(path: Path) -> list[Record]:
-    """The records of an `eval.jsonl` by step; where one result was written several times, the last counts."""
+def read_task_records(path: Path) -> list[Record]:
+    """The records of tasks of an `eval.jsonl` by step; where one was written several times, the last counts."""
     return newest([r for r in read_jsonl(path) if {"step", "kind", "task", "features"} <= r.keys()], _IDENTITY)
 
 
@@ -158,7 +100,7 @@ def newest(records: Sequence[Record], identity: Sequence[str]) -> list[Record]:
 
 
 def summarise(records: Sequence[Record]) -> list[Summary]:
-    """One summary for each task of `records` (from `read_results`), in the order of the tasks."""
+    """One summary for each task of `records` (from `read_task_records`), in the order of the tasks."""
     tasks = dict.fromkeys(str(r["task"]) for r in records)
     return [_summary(task, [r for r in records if r["task"] == task]) for task in tasks]
 
@@ -167,17 +109,17 @@ def title_of(record: Record) -> str:
     """What the features of a record are called."""
     if record["features"] != "encoder":
         return str(record["features"]).replace("_", " ")
-    if not _is_trained(record):
+    if _kind_of(record) == "random":
         return "random encoder"
     return f"encoder, step {record['step']:,}" if record["step"] else "encoder"
 
 
 def _summary(task: str, records: Sequence[Record]) -> Summary:
-    last = max((r["step"] for r in records if _is_trained(r) and r["kind"] != "error"), default=0)
+    last = max((r["step"] for r in records if _kind_of(r) == "model" and r["kind"] != "error"), default=0)
     groups: dict[tuple[str, str], list[Record]] = {}
     failures: dict[tuple[str, ...], str] = {}  # of all with a title, or of one probe at one tap
-    for r in sorted(records, key=_place):
-        if _is_trained(r) and r["step"] < last:
+    for r in sorted(records, key=lambda r: get_args(EntrantKind).index(_kind_of(r))):
+        if _kind_of(r) == "model" and r["step"] < last:
             continue
         title = title_of(r)
         one = (title, str(r.get("tap")), str(r.get("probe")))
@@ -199,20 +141,17 @@ def _row(title: str, tap: str, records: Sequence[Record]) -> Row:
     ranks = [r["effective_rank"] for r in records if r["kind"] == "health"]
     return Row(
         title=title,
+        kind=_kind_of(records[-1]),
         tap=tap,
         step=records[-1]["step"],
-        is_final=_is_trained(records[-1]),
         scores={r["probe"]: score_of(r) for r in probes},
         macro_accuracy={r["probe"]: r["macro_accuracy"] for r in probes if "macro_accuracy" in r},
         effective_rank=ranks[-1] if ranks else None,
     )
 
 
-def _is_trained(record: Record) -> bool:
+def _kind_of(record: Record) -> EntrantKind:
     """Of released weights no step is known, and the record says that they are trained."""
-    return bool(record["features"] == "encoder" and record.get("is_trained", record["step"] > 0))
-
-
-def _place(record: Record) -> int:
-    """The trained encoder, the random one, the controls."""
-    return 0 if _is_trained(record) else 1 if record["features"] == "encoder" else 2
+    if record["features"] != "encoder":
+        return "control"
+    return "model" if record.get("is_trained", record["step"] > 0) else "random"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
-from ssl_eo.eval.summary import Record, Summary, score_text, summarise, title_of
+from ssl_eo.eval.metrics import score_text
+from ssl_eo.eval.records import Record
+from ssl_eo.eval.summary import Summary, summarise, title_of
 
 __all__ = ["print_summary", "rows_of_results"]
 

@@ -8,19 +8,24 @@ C bands of the tile, c bands shown, H W tile pixels.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ssl_eo.components import suggest
 from ssl_eo.data.opening import SourceConfig, open_source
 from ssl_eo.data.plans import whole
+from ssl_eo.data.stacking import check_sample
+from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.types import Source, TileSchema, ViewPlan
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import HEADLINE, METRICS
-from ssl_eo.eval.probes import check_probe
-from ssl_eo.eval.splits import Shown, Split
+from ssl_eo.eval.probes import check_probe, kinds_of
+from ssl_eo.eval.splits import UNREADABLE, Shown, Split
 
 __all__ = ["Task", "TaskConfig"]
+
+_USUAL_PROBES = ("knn", "ridge")
 
 
 @dataclass
@@ -36,6 +41,9 @@ class TaskConfig:
     val: SourceConfig | None = None
     kind: Kind = "classification"  # of the labels: a class, several classes, a class a pixel, or a number a sample
     metric: str | None = None  # what the task is ranked by; None: what is usual for its kind
+    # What it counts as in means over tasks, where several tasks show one dataset (other tiles, bands or labels of it);
+    # None: a dataset of its own.
+    dataset: str | None = None
     max_train: int | None = 2000  # samples, of classes in equal parts as far as the source allows; None: all
     max_val: int | None = 1000  # samples, a plain draw, so that classes are as frequent as in the source; None: all
     max_test: int | None = 1000  # likewise
@@ -44,7 +52,12 @@ class TaskConfig:
     bands: list[str] | None = None  # bands of the tile that are shown; None for all
     ignore: int | None = None  # segmentation: pixels of this value have no label
     no_data: list[int] = field(default_factory=list)  # segmentation: classes that stand for "no data"
-    probes: list[str] = field(default_factory=lambda: ["knn", "ridge"])  # while training; of ssl_eo.eval.probes
+    # Where each band's mean and deviation are from: train's source states them, or they are measured on all of it. To
+    # be measured where a source states the same for many bands.
+    statistics: Literal["stated", "measured"] = "stated"
+    # While training, and where an evaluation names none; of ssl_eo.eval.probes. Empty: knn and ridge, where they take
+    # the kind.
+    probes: list[str] = field(default_factory=list)
     # Known defects that a reader of the scores must know. What begins with "leak", "shared keys" or "shared places"
     # admits them: see ssl_eo.eval.leaks.
     flags: list[str] = field(default_factory=list)
@@ -69,6 +82,16 @@ class TaskConfig:
             raise ValueError(f"ignore must fit 16 bits with a sign, as labels of pixels do, got {self.ignore}")
 
     @property
+    def counts_as(self) -> str:
+        """The dataset that it is of; tasks of one dataset share the draws of their bootstrap."""
+        return self.dataset or self.name
+
+    @property
+    def usual_probes(self) -> list[str]:
+        """`probes`, or those that are usual for the kind."""
+        return self.probes or [probe for probe in _USUAL_PROBES if self.kind in kinds_of(probe)]
+
+    @property
     def headline(self) -> str:
         """The metric that the task is ranked by."""
         return self.metric or HEADLINE[self.kind]
@@ -78,7 +101,8 @@ class Task:
     """The splits of a task, rendered alike and normalised with the statistics of the training source."""
 
     def __init__(self, cfg: TaskConfig, patch_px: int = 1) -> None:
-        """Open the sources; nothing is read yet. Raises `ValueError` where they do not fit the task or each other.
+        """Open the sources; nothing is read yet, unless statistics are to be measured. Raises `ValueError` where the
+        sources do not fit the task or each other.
 
         A tile that is shown at its own size is enlarged to the next multiple of `patch_px`, the side of a patch.
         """
@@ -86,7 +110,7 @@ class Task:
         train = open_source(cfg.train)
         self.class_names = _class_names(cfg, train)
         tile = _choose_tile(cfg, train)
-        self.schema = train.schema[tile]
+        self.schema = train.schema[tile] if cfg.statistics == "stated" else _measured(cfg.name, train, tile)
         self.shown = Shown(
             cfg.name,
             tile,
@@ -131,6 +155,31 @@ class Task:
         if other is None or _layout(other) != _layout(self.schema):
             raise ValueError(f"task {self.name}: train and {name} differ in bands, dtype or shape of tile {tile!r}")
         return Split(name, source, self.shown, n_max)
+
+
+# By source and tile: a task is opened again and again.
+_MEASURED: dict[tuple[str, str], BandStatistics] = {}
+
+
+def _measured(task: str, source: Source, tile: str) -> TileSchema:
+    """The schema of `tile` with mean and deviation of each band over all samples of `source` that can be read.
+
+    A band that is constant gets a deviation of 1. Raises `ValueError` where none can be read.
+    """
+    schema, address = source.schema[tile], (source.fingerprint(), tile)
+    if address not in _MEASURED:
+        found = BandStatistics.empty(len(schema.bands))
+        for index in range(len(source)):
+            with contextlib.suppress(*UNREADABLE):  # the split warns of such samples, and refuses too many
+                sample = source.read(index)
+                check_sample(sample, {tile: schema})
+                found = found.merge(BandStatistics.of(sample.tiles[tile].array, schema.sensor.no_data))
+        if not found.count.any():
+            raise ValueError(f"task {task}: statistics are measured on train, which has no readable sample of {tile}")
+        _MEASURED[address] = found
+    found = _MEASURED[address]
+    std = tuple(float(s) if s > 0 else 1.0 for s in found.std)
+    return replace(schema, mean=tuple(found.mean.tolist()), std=std)
 
 
 def _class_names(cfg: TaskConfig, source: Source) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 They are drawn by the seed of the run, the same at every step, on any number of ranks and after a resume. What is shown
 of them is what the objective shows to its published encoder (which tile, or tiles of a joint view, in which size; all
 bands, or where the encoder takes no others those of the objective), but whole and unaugmented; of tiles that differ in
-size it is the middle. Samples without such a tile are passed over. Each rank reads its own part, renders it once and
-holds that.
+size it is the middle. Samples without such a tile are passed over. A band in which a sample has no data is missing, for
+an encoder that can leave bands out; to others it is shown as the mean of the band. Each rank reads its own part,
+renders it once and holds that.
 
 B batch, N samples of a source, n of them on this rank, F features.
 """
@@ -27,6 +28,7 @@ from ssl_eo.data.types import Batch, Prefetches, Sample, Source, ViewBatch, View
 from ssl_eo.distributed import broadcast_object, gather, on_all_ranks, rank, world_size
 from ssl_eo.eval.features import Encode, Pool, pool_tokens
 from ssl_eo.eval.health import cls_patch_cosine, health
+from ssl_eo.eval.splits import INTERPOLATION, UNREADABLE
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import numpy_generator
 from ssl_eo.sensors import ChannelMeta
@@ -37,13 +39,12 @@ logger = logging.getLogger(__name__)
 
 _N_TRIES = 4  # samples that may take one place, where those before cannot be used
 _ROLE = "image"
-_UNUSABLE = (ValueError, OSError, EOFError)
 
 
 @dataclass(frozen=True)
 class Training:
     """What a run trains on. `names` are those of `data.sources`; `check` raises `ValueError` for what its published
-    encoder cannot embed.
+    encoder cannot embed. `has_optional_bands`: samples of one batch may lack different bands.
     """
 
     names: Sequence[str]
@@ -51,6 +52,7 @@ class Training:
     views: Views
     check: Callable[[ChannelMeta], None]
     seed: int
+    has_optional_bands: bool = False
 
 
 class _Held(NamedTuple):
@@ -96,7 +98,7 @@ class WatchedSource:
         self._n, self._batch_size, self._device = n_samples, batch_size, device
         order = numpy_generator(training.seed, "health", name).permutation(len(ids))
         self._order = [ids[i] for i in order[: _N_TRIES * n_samples].tolist()]
-        self._renderer = Renderer([self._source.schema])
+        self._renderer = Renderer([self._source.schema], INTERPOLATION)
 
     def measure(self, encode: Encode, taps: Sequence[str], pool: Pool) -> dict[str, dict[str, Any]]:
         """All measures of what `encode` finds at each of `taps`, the same on every rank. Collective.
@@ -150,7 +152,7 @@ class WatchedSource:
                 sample = self._source.read(index)
                 if all(plan.tile in sample.tiles for plan in plans):
                     return self._cut(sample, plans)
-            except _UNUSABLE as error:
+            except UNREADABLE as error:
                 logger.warning("health of %s: sample %d is left out: %s", self.name, index, error)
         return None
 
@@ -168,7 +170,7 @@ class WatchedSource:
                     if self._can_embed(index, plans):
                         return plans
                 problem = "its published encoder can embed nothing of what the objective shows"
-            except _UNUSABLE as error:
+            except UNREADABLE as error:
                 problem = f"sample {index}: {error}"
         raise ValueError(f"the health of {self.name} cannot be measured: {problem}")
 
@@ -198,8 +200,9 @@ class WatchedSource:
         views = [tuple(self._placed(plan, sample) for plan in plans) for sample in samples]
         tiles, stacked = stack(samples, {_ROLE: [views]}, self._source.schema)
         batch = Batch(0, 0, [sample.key for sample in samples], tiles, stacked)
-        # All rows are of the same tiles. A band without data is zeros: not every embedding can leave it out.
-        shown = self._renderer.to(self._device).render(move_to(batch, self._device))[_ROLE].of_one_sensor()
+        shown = self._renderer.to(self._device).render(move_to(batch, self._device))[_ROLE]
+        if not self._training.has_optional_bands:
+            shown = shown.of_one_sensor()  # all rows are of the same tiles
         return move_to(EncoderInput(shown.pixels, shown.channels, shown.gsd_m), "cpu")
 
     def _placed(self, plan: ViewPlan, sample: Sample) -> ViewPlan:

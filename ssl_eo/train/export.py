@@ -21,7 +21,16 @@ from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
 from ssl_eo.train.sealing import locate
 
-__all__ = ["PairedObjective", "Trained", "export_encoder", "export_pair", "load_encoder", "open_encoder", "open_pair"]
+__all__ = [
+    "PairedObjective",
+    "Trained",
+    "export_encoder",
+    "export_pair",
+    "inputs_of_run",
+    "load_encoder",
+    "open_encoder",
+    "open_pair",
+]
 
 
 Inputs = dict[str, SensorInput]  # by the name of the sensor or the tile
@@ -79,14 +88,28 @@ def open_pair(path: Path) -> tuple[OpticalRadar, int, dict[str, Inputs]]:
 
 
 def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
-    """The encoder of a run, a checkpoint or a bundle folder, its step, and how its run reads features."""
+    """The encoder of a run, a checkpoint or a bundle folder, its step, and how its run reads features: pool and taps.
+
+    Raises `ValueError` for a bundle whose facts are not such, besides what `load_bundle` and `load_encoder` raise.
+    """
     if (path / "encoder.json").is_file():
         bundle = load_bundle(path)
-        if not isinstance(bundle.facts.get("step"), int):
-            raise ValueError(f"{path}/encoder.json: step must be a whole number, got {bundle.facts.get('step')!r}")
-        return bundle.encoder, bundle.facts["step"], bundle.facts.get("features", {})
+        step = bundle.facts.get("step")
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{path}/encoder.json: step must be a whole number from 0, got {step!r:.40}")
+        return bundle.encoder, step, _features_of(path, bundle.facts.get("features", {}))
     trained = load_encoder(path)
     return trained.encoder, trained.step, {"pool": trained.config.eval.pool, "taps": trained.config.eval.taps}
+
+
+def _features_of(path: Path, raw: Any) -> dict[str, Any]:
+    """What a bundle may say of an evaluation: how features are read, and not what is asked of them."""
+    features = {key: raw[key] for key in ("pool", "taps") if key in raw} if isinstance(raw, Mapping) else None
+    taps = [] if features is None else features.get("taps", [])
+    is_known = isinstance(taps, list) and all(type(tap) in (int, float) for tap in taps)
+    if features is None or not is_known or not isinstance(features.get("pool", ""), str):
+        raise ValueError(f"{path}/encoder.json: features must be a pool and a list of numbers, taps, got {raw!r:.80}")
+    return features
 
 
 def export_encoder(path: Path, out: Path, overwrite: bool = False) -> int:
@@ -96,12 +119,15 @@ def export_encoder(path: Path, out: Path, overwrite: bool = False) -> int:
     """
     check_free(out, overwrite)
     trained = load_encoder(path)
-    if isinstance(trained.objective, PairedObjective):
-        inputs = _inputs_of(trained.objective.shown[trained.objective.published])
-    else:
-        inputs = _inputs(read_schemas(trained.run))
-    write_bundle(out, trained.encoder, inputs, _facts(trained))
+    write_bundle(out, trained.encoder, inputs_of_run(trained), _facts(trained))
     return trained.step
+
+
+def inputs_of_run(trained: Trained) -> Inputs:
+    """What a run has shown to the encoder that it publishes."""
+    if isinstance(trained.objective, PairedObjective):
+        return _inputs_of(trained.objective.shown[trained.objective.published])
+    return _inputs(read_schemas(trained.run))
 
 
 def export_pair(path: Path, out: Path, overwrite: bool = False) -> int:

@@ -29,7 +29,7 @@ from ssl_eo.distributed import (
     raise_on_all_ranks,
     world_size,
 )
-from ssl_eo.eval.report import save_panel
+from ssl_eo.eval.panel import save_panel
 from ssl_eo.files import atomic_write, is_seen, locked_folder
 from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.train.sealing import holds_checkpoints

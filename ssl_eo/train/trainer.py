@@ -40,10 +40,11 @@ from ssl_eo.distributed import (
 from ssl_eo.eval.features import tap_layers
 from ssl_eo.eval.hook import EvalHook, undisturbed
 from ssl_eo.eval.report import write_report
-from ssl_eo.eval.summary import read_results
+from ssl_eo.eval.summary import read_task_records
 from ssl_eo.eval.table import print_summary
 from ssl_eo.eval.watching import Training
 from ssl_eo.jsonl import JsonLines
+from ssl_eo.models.patch_embed import ChannelAttentionPatchEmbed
 from ssl_eo.models.vit import EncoderInput, Tokens
 from ssl_eo.objectives.base import Objective
 from ssl_eo.seeding import derive_seed
@@ -156,7 +157,9 @@ class Trainer:
             run_dir.describe(config, schemas, world, self.step)
         barrier()  # the log files are trimmed before any rank reads them or appends to them
         names = [source.name for source in config.data.sources]
-        watched = Training(names, self.sources, views, self.objective.published_encoder().check, seed)
+        encoder = self.objective.published_encoder()
+        leaves_out = isinstance(encoder.patch_embed, ChannelAttentionPatchEmbed)  # bands without data
+        watched = Training(names, self.sources, views, encoder.check, seed, leaves_out)
         self.evaluation = EvalHook(config.eval, config.run_dir, world.device, watched, begins_random=not config.init)
         self._open_logs()
 
@@ -315,7 +318,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """What probes and health found where they are due now; leaves no trace in the training."""
         start = time.perf_counter()
-        works = self.evaluation.due(self.step, self.config.train.total_steps)
+        works = self.evaluation.take(self.step, self.config.train.total_steps)
         if not works:
             return {}
         self.watch.at(self.step, "probing")
@@ -328,8 +331,7 @@ class Trainer:
 
     def _encode_taps(self, inputs: EncoderInput) -> Sequence[Tokens]:
         depth = len(self.objective.published_encoder().blocks)
-        with self._autocast():
-            return self.objective.encode(inputs, tap_layers(self.config.eval.taps, depth))
+        return self.objective.encode(inputs, tap_layers(self.config.eval.taps, depth))
 
     def _picture_due(self) -> bool:
         every = self.config.log.pictures_every_n_steps
@@ -376,7 +378,7 @@ class Trainer:
     def _report(self) -> None:
         if is_main() and self.config.log.report:
             if self.config.eval.every_n_steps:
-                print_summary(read_results(self.config.run_dir / "eval.jsonl"), sys.stderr)
+                print_summary(read_task_records(self.config.run_dir / "eval.jsonl"), sys.stderr)
             report = write_report(self.config.run_dir)
             if sys.exc_info()[0] is None:  # what went wrong is told after this, and is what counts
                 self._note(f"report: {report}")

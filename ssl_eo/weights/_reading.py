@@ -10,7 +10,6 @@ import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,6 +22,10 @@ __all__ = ["find_encoder", "read_state_dict"]
 
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # what data-parallel and compiled modules put into names
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2 with block_chunks > 0: blocks.<chunk>.<block>
+_MAX_ENTRIES = 200_000  # of all dictionaries; those of the largest training states have some ten thousand
+_MAX_NESTING = 16  # of dictionaries in dictionaries
+_MAX_NAME = 1000  # characters, with the names of the dictionaries around it
+_MAX_REASON = 200  # characters of what torch says
 _TOKEN = "cls_token"  # a tensor that every vision transformer of these families has, and nothing else
 
 
@@ -31,14 +34,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Dictionaries in dictionaries become dotted names: `{"teacher": {"backbone.norm.weight": ...}}` gives
     `teacher.backbone.norm.weight`. The parts `module.` and `_orig_mod.` are left out, and so is what is no tensor.
-    Raises `ValueError` for a file that is neither, damaged, or that would have to run code to be read.
+    Raises `ValueError` for a file that is neither, damaged, nested without end, or that would have to run code to be
+    read.
     """
     path = Path(path)
     content: Any = read_tensors(path) if _is_safetensors(path) else _load_pickled(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected tensors by name, found a {type(content).__name__}")
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _flatten(content, ""):
+    for name, tensor in _flatten(path, content):
         if name in tensors:
             raise ValueError(f"{path}: two tensors are named {name} once parts such as 'module.' are left out")
         if not _is_plain(tensor):
@@ -109,23 +113,38 @@ def _load_pickled(path: Path) -> Any:
         # The format that torch wrote before 1.6 cannot be mapped.
         with torch.serialization.safe_globals([argparse.Namespace]):  # many keep the arguments of their training
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except UnpicklingError as error:
-        unsafe = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
-        if unsafe is None:
-            raise ValueError(f"{path}: neither a safetensors file nor one of torch.save, or damaged") from None
-        raise ValueError(
-            f"{path}: holds Python objects ({unsafe[1]}) beside tensors, which could run code when they are read; if"
-            " you trust the file, load it with torch.load and save its state dict alone"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path}: neither a safetensors file nor one of torch.save ({one_line(error)})") from None
+    # Of damaged bytes torch raises whatever they lead it to: IndexError, AssertionError, BadZipFile, struct.error, ...
+    except Exception as error:
+        if unsafe := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error)):
+            raise ValueError(
+                f"{path}: holds Python objects ({unsafe[1]}) beside tensors, which could run code when they are read;"
+                " if you trust the file, load it with torch.load and save its state dict alone"
+            ) from None
+        reason = f"{type(error).__name__}: {one_line(error)}"[:_MAX_REASON]
+        raise ValueError(f"{path}: neither a safetensors file nor one of torch.save, or damaged ({reason})") from None
 
 
-def _flatten(content: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in dictionaries in dictionaries, with dotted names."""
-    if isinstance(content, Tensor):
-        yield prefix, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            name = _WRAPPERS.sub("", str(key))
-            yield from _flatten(value, f"{prefix}.{name}" if prefix else name)
+def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in dictionaries in dictionaries, with dotted names.
+
+    A file may name one dictionary many times, and one within itself: raises `ValueError` for more than can be walked.
+    """
+    n_entries = 0
+    waiting: list[tuple[str, Any, int]] = [("", content, 0)]  # name, value, depth; the next one is the last
+    while waiting:
+        prefix, value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            yield prefix, value
+        if not isinstance(value, Mapping):
+            continue
+        n_entries += len(value)
+        if depth >= _MAX_NESTING or n_entries > _MAX_ENTRIES:
+            raise ValueError(
+                f"{path}: its dictionaries are nested {_MAX_NESTING} deep, or hold {_MAX_ENTRIES:,} entries, which no"
+                " state of a training does; save its state dict alone"
+            )
+        begin = f"{prefix}." if prefix else ""
+        names = [begin + _WRAPPERS.sub("", str(key)) for key in value]
+        if longest := next((name for name in names if len(name) > _MAX_NAME), None):
+            raise ValueError(f"{path}: {longest[:40]!r}... is a name of {len(longest):,} characters, which none has")
+        waiting += [(name, part, depth + 1) for name, part in zip(names, value.values(), strict=True)][::-1]

@@ -485,7 +485,7 @@ def test_a_root_without_rasters_is_named(tmp_path: Path) -> None:
         ({"tiles": []}, "tiles is empty"),
         ({"tiles": [{"sensor": "naip", "optional": True}]}, r"tiles\[0\] cannot be optional"),
         ({"window_px": 0}, "window_px must be at least 1"),
-        ({"stride_px": 4}, "stride_px needs window_px"),
+        ({"stride_px": 4}, "stride_px and rows_ratio need window_px"),
         ({"cell_deg": 0.0}, "cell_deg must be"),
         ({"tiles": [{"sensor": "naip", "gsd_m": -1.0}]}, "gsd_m must be positive"),
         ({"tiles": [{"sensor": "naip", "what": ""}]}, "what is empty"),

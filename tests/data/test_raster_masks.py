@@ -178,7 +178,7 @@ def test_a_task_takes_it(tmp_path: Path) -> None:
         ({"classes": ["one"]}, "classes must name two classes at least, and each once"),
         ({"ignore": 1}, "ignore is 1, the number of class 'wet'"),
         ({"images": "a/{key}.tif", "masks": "a/{key}.tif"}, "is the pattern of the images too"),
-        ({"stride_px": 8}, "stride_px needs window_px"),
+        ({"stride_px": 8}, "stride_px and rows_ratio need window_px"),
         ({"gsd_m": 0.0}, "gsd_m must be positive metres"),
         ({"images": "images/*.tif"}, r"images: 'images/\*\.tif' has no \{key\}"),
         ({"masks": "nowhere/{key}.tif"}, r"root: of 8 samples of .* only 0 can be used; the last problem: s\d has no"),
@@ -200,3 +200,33 @@ def test_wrong_options_are_refused_in_our_words(options: dict[str, Any], message
 def test_it_is_built_from_a_config(tmp_path: Path) -> None:
     raw = {"name": "raster_masks", "root": str(tmp_path), "sensor": "naip", "classes": ["a", "b"]}
     assert build(SourceConfig, raw, "").options.masks == "masks/{key}.tif"
+
+
+def test_windows_of_a_part_of_an_image(tmp_path: Path) -> None:
+    """Those that lie wholly in it, and no row of an image is in two parts that do not overlap."""
+    root = write_pairs(tmp_path, 2)
+    options = {"window_px": 8, "stride_px": 4}
+    rows = {}
+    for part in ((0.0, 0.5), (0.5, 0.75), (0.75, 1.0), (0.3, 0.7)):
+        source = open_masks(root, **options, rows_ratio=list(part))
+        tops = {int(source.locate(i)[0].split("_")[1]) for i in range(len(source))}
+        rows[part] = sorted(tops)
+        for i in range(len(source)):
+            sample = source.read(i)
+            n, top, left = (int(text) for text in sample.key.removeprefix("s").split("_"))
+            (tile,) = sample.tiles.values()
+            assert np.array_equal(tile.array, image_of(n)[:, top : top + 8, left : left + 8])
+            assert np.array_equal(sample.label, mask_of(n)[top : top + 8, left : left + 8])
+    assert rows == {(0.0, 0.5): [0, 4, 8], (0.5, 0.75): [16], (0.75, 1.0): [24], (0.3, 0.7): [12]}
+    whole, upper, lower = (open_masks(root, **options, **o).fingerprint() for o in (
+        {}, {"rows_ratio": [0.0, 0.25]}, {"rows_ratio": [0.25, 0.5]}
+    ))  # fmt: skip
+    assert len({whole, upper, lower}) == 3
+
+
+def test_a_part_without_a_window_is_refused(tmp_path: Path) -> None:
+    root = write_pairs(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"no window of 16 pixels lies in \[0.4, 0.6\]"):
+        open_masks(root, window_px=16, rows_ratio=[0.4, 0.6])
+    with pytest.raises(ValueError, match=r"must rise from 0 at least to 1 at most, got \[0.5, 0.5\]"):
+        config(root, window_px=16, rows_ratio=[0.5, 0.5])

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from toy.results import N_RESAMPLES, N_TEST, outcome, problem, record
 
 from ssl_eo.eval.aggregates import aggregates, mean_ranks, read_ranges, tasks_of_mean, tasks_of_rank
-from ssl_eo.eval.bootstrap import aggregate, paired_difference
-from ssl_eo.eval.comparison import Comparison
+from ssl_eo.eval.bootstrap import interval_of, interval_over_seeds, resampled_scores
+from ssl_eo.eval.comparison import Comparison, probe_shown
 from ssl_eo.eval.experiments import Score
 from ssl_eo.eval.metrics import Regressed
 from ssl_eo.eval.records import packed, unpacked
+from ssl_eo.resources import resource_dir
 
 
 def test_margins_are_those_of_pairs() -> None:
@@ -27,8 +29,9 @@ def test_margins_are_those_of_pairs() -> None:
     margins = Comparison(records).margins("scenes", "ridge")
     assert [m.rival.title for m in margins] == ["random encoder", "texture statistics"]
     for found, rival in zip(margins, (random, strong), strict=True):
-        gain, interval = paired_difference(own, rival, None, "accuracy", n_resamples=N_RESAMPLES)
-        assert found.margin.gain == pytest.approx(gain)
+        ours, theirs = (resampled_scores(of, None, N_RESAMPLES)["accuracy"] for of in (own, rival))
+        interval = interval_of(ours - theirs)
+        assert found.margin.gain == pytest.approx(own.scores()["accuracy"] - rival.scores()["accuracy"])
         assert found.interval is not None
         assert (found.interval.low, found.interval.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
 
@@ -57,21 +60,28 @@ def test_the_interquartile_mean_is_of_all_tasks_or_absent() -> None:
     assert tasks_of_mean(Comparison(records), "ridge", {"p": (0.0, 0.2)}) == ["p"]
 
 
-def test_seeds_are_averaged_and_resampled_within_tasks() -> None:
-    right = {("p", 0): 12, ("p", 1): 18, ("q", 0): 40, ("q", 1): 50}
+def test_seeds_are_averaged_and_have_an_interval_from_three_on() -> None:
+    right = {("p", 0): 12, ("p", 1): 18, ("p", 2): 15, ("q", 0): 40, ("q", 1): 50, ("q", 2): 33}
     records = [record("encoder", outcome(n), task=task, seed=seed) for (task, seed), n in right.items()]
     comparison = Comparison(records)
     score = comparison.score(comparison.entrants[0], "p", "ridge")
     assert score is not None
     assert score.value == pytest.approx(0.25)
-    assert score.spread == pytest.approx(np.std([0.2, 0.3], ddof=1))
-    mean, interval = aggregate({"p": [12 / 60, 18 / 60], "q": [40 / 60, 50 / 60]})
+    assert score.spread == pytest.approx(np.std([0.2, 0.3, 0.25], ddof=1))
     (found,) = aggregates(comparison, "ridge", None)
-    assert (found.interquartile_mean, found.over_seeds) == (pytest.approx(mean), interval)
+    # Of two tasks the middle half is a half of each, so that of a seed is its mean.
+    of_seeds = [(right["p", i] + right["q", i]) / 2 / N_TEST for i in range(3)]
+    assert found.over_seeds is not None
+    assert found.interquartile_mean is not None
+    expected = interval_over_seeds(found.interquartile_mean, of_seeds)
+    assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx((expected.low, expected.high))
+    two = [r for r in records if r["seed"] < 2]
+    one_more = [*two, records[2]]  # of one task alone
+    assert [aggregates(Comparison(of), "ridge", None)[0].over_seeds for of in (two, one_more)] == [None, None]
 
 
 def test_seeds_that_change_nothing_have_no_interval() -> None:
-    comparison = Comparison([record("encoder", outcome(30), seed=seed) for seed in (0, 1)])
+    comparison = Comparison([record("encoder", outcome(30), seed=seed) for seed in range(3)])
     assert aggregates(comparison, "ridge", None)[0].over_seeds is None
 
 
@@ -252,7 +262,7 @@ def test_tasks_that_leak_are_in_no_mean_and_no_rank() -> None:
     records += [record("encoder", outcome(60), task="admitted", flags=["noisy", "leak: chips overlap"])]
     comparison = Comparison(records)
     assert comparison.left_out == {
-        "counted": "leak: 2 test samples have the content of a training sample",
+        "counted": "leak: 2 of 60 test samples (3.3 %) have the content of a training sample",
         "admitted": "leak: chips overlap",
     }
     assert tasks_of_mean(comparison, "ridge", None) == tasks_of_rank(comparison, "ridge") == ["sound"]
@@ -260,6 +270,154 @@ def test_tasks_that_leak_are_in_no_mean_and_no_rank() -> None:
     assert aggregates(comparison, "ridge", None)[0].mean == pytest.approx(0.5)
     assert _score(comparison, "a", "admitted") is not None
     assert aggregates(Comparison(records[1:]), "ridge", None) == mean_ranks(Comparison(records[1:]), "ridge") == []
+
+
+@pytest.mark.parametrize(("n_leaked", "is_left_out"), [(1, False), (10, False), (11, True)])
+def test_a_task_may_leak_up_to_a_hundredth_of_its_test_samples(n_leaked: int, is_left_out: bool) -> None:
+    comparison = Comparison([record("encoder", outcome(30), n_test=1000, n_leaked=n_leaked)])
+    flag = f"{n_leaked} of 1,000 test samples ({n_leaked / 10:g} %) have the content of a training sample"
+    assert comparison.flags("scenes") == [flag]
+    assert comparison.left_out == ({"scenes": f"leak: {flag}"} if is_left_out else {})
+
+
+def test_copies_of_validation_samples_are_told_and_leave_no_task_out() -> None:
+    comparison = Comparison([record("encoder", outcome(30), n_leaked_val=6)])
+    assert comparison.flags("scenes") == ["6 of 60 test samples (10 %) have the content of a validation sample"]
+    assert comparison.left_out == {}
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def _of_two_datasets(**seeds: Any) -> list[dict[str, Any]]:
+    """`optical` and `radar` show one dataset, `other` is one of its own; accuracies 0.2, 0.4, 0.6 and 0.5, 0.5, 0.1."""
+    right = {"optical": (12, 30), "radar": (24, 30), "other": (36, 6)}
+    of = {"optical": "places", "radar": "places", "other": None}
+    return [
+        record("encoder", outcome(n), m, task=task, dataset=of[task], **seeds)
+        for task, pair in right.items()
+        for m, n in zip("ab", pair, strict=True)
+    ]
+
+
+def test_tasks_of_one_dataset_count_as_one() -> None:
+    comparison = Comparison(_of_two_datasets())
+    assert comparison.datasets == {"optical": "places", "radar": "places", "other": "other"}
+    a, b = aggregates(comparison, "ridge", None)
+    assert (a.mean, b.mean) == (pytest.approx((0.3 + 0.6) / 2), pytest.approx((0.5 + 0.1) / 2))
+    assert (a.interquartile_mean, a.n_tasks) == (pytest.approx(0.45), 3)
+    # 0.3 against 0.5 in the places, 0.6 against 0.1 elsewhere: each is first once.
+    assert [r.mean_rank for r in mean_ranks(comparison, "ridge")] == [1.5, 1.5]
+    alone = Comparison([{**r, "dataset": None} for r in _of_two_datasets()])
+    assert [a.mean for a in aggregates(alone, "ridge", None)] == pytest.approx([1.2 / 3, 1.1 / 3])
+    assert [r.mean_rank for r in mean_ranks(alone, "ridge")] == pytest.approx([5 / 3, 4 / 3])
+
+
+def test_who_lacks_one_task_of_a_dataset_has_no_mean() -> None:
+    records = [r for r in _of_two_datasets() if (r["task"], r["model"]) != ("radar", "a")]
+    a, b = aggregates(Comparison(records), "ridge", None)
+    assert (a.mean, a.n_tasks) == (None, 2)
+    assert b.mean is not None
+
+
+def test_resamples_of_one_dataset_are_averaged_one_by_one() -> None:
+    """What is hard in both tasks stays hard in their mean: it varies as one of them does, not as two draws would."""
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0.5, 0.1, size=(2, N_RESAMPLES))
+    records = [
+        record("encoder", outcome(30), task=task, dataset="places", resampled=packed(first)) for task in ("p", "q")
+    ]
+    records.append(record("encoder", outcome(30), task="r", resampled=packed(second)))
+    (found,) = aggregates(Comparison(records), "ridge", None)
+    expected = interval_of(((first + second) / 2).astype(np.float32))
+    assert found.over_samples is not None
+    assert (found.over_samples.low, found.over_samples.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_seeds_of_one_dataset_are_averaged_one_by_one_where_they_are_the_same() -> None:
+    right = {("p", 0): 6, ("p", 1): 12, ("p", 2): 18, ("q", 0): 18, ("q", 1): 12, ("q", 2): 6}
+    records = [record("encoder", outcome(n), task=t, seed=i, dataset="d") for (t, i), n in right.items()]
+    records += [record("encoder", outcome(30 + i), task="r", seed=i) for i in range(3)]
+    (found,) = aggregates(Comparison(records), "ridge", None)
+    # 0.2 for every seed of the dataset: only the third task varies.
+    of_seeds = [(0.2 + (30 + i) / N_TEST) / 2 for i in range(3)]
+    assert found.interquartile_mean is not None
+    assert found.over_seeds is not None
+    assert found.over_seeds.high == pytest.approx(interval_over_seeds(found.interquartile_mean, of_seeds).high)
+    fewer = [r for r in records if (r["task"], r["seed"]) != ("q", 2)]
+    (found,) = aggregates(Comparison(fewer), "ridge", None)
+    assert found.mean == pytest.approx(((12 + 15) / 2 + 31) / 2 / N_TEST)
+    assert found.over_seeds is None
+
+
+def test_metrics_of_one_dataset_are_ranked_apart() -> None:
+    targets = torch.linspace(0, 1, N_TEST)
+    right = {"a": (40, 0.3), "b": (30, 0.2)}
+    records = [record("encoder", outcome(n), m, task="scenes", dataset="d") for m, (n, _) in right.items()]
+    records += [
+        record("encoder", Regressed(targets + off, targets), m, task="heights", dataset="d")
+        for m, (_, off) in right.items()
+    ]
+    records += [record("encoder", outcome(n), m, task="other") for m, n in (("a", 9), ("b", 8))]
+    # Each is first by one metric of the dataset: 1.5 there; 1 and 2 elsewhere.
+    assert [r.mean_rank for r in mean_ranks(Comparison(records), "ridge")] == [1.25, 1.75]
+
+
+def test_the_newest_record_says_the_dataset() -> None:
+    records = [record("encoder", outcome(9), dataset="old", date="2026-01-01")]
+    records += [
+        record("encoder", outcome(9), "b", dataset="new", date="2026-02-01"),
+        record("band_statistics", outcome(5)),
+    ]
+    assert Comparison(records).datasets == {"scenes": "new"}
+
+
+def test_parts_of_the_training_set_are_told_apart_by_where_they_come_from() -> None:
+    origins = {"0.10x": "published", "0.014x": "nested", "nested_0.10x": "nested", "1.00x": "all"}
+    records = [record("encoder", outcome(9), partition=p, partition_of=o) for p, o in origins.items()]
+    assert Comparison(records).parts("scenes") == {
+        "all": ["1.00x"],
+        "published": ["0.10x"],
+        "nested": ["0.014x", "nested_0.10x"],
+    }
+
+
+def test_a_part_that_is_published_for_some_alone_is_flagged() -> None:
+    origins = {"a": "published", "b": "nested"}
+    records = [record("encoder", outcome(9), m, partition="0.10x", partition_of=o) for m, o in origins.items()]
+    said = "the part 0.10x of the training set is published for some, and for others nested"
+    assert Comparison(records).flags("scenes") == [said]
+
+
+def test_shipped_tasks_that_show_one_dataset_say_so() -> None:
+    shipped = resource_dir("datasets_meta") / "benchmarks"
+    names: dict[str, set[str]] = {}
+    for path in sorted(shipped.rglob("*.yaml")):
+        task = yaml.safe_load(path.read_text())
+        folder = str(task["train"].get("root", path.stem)).rpartition("/")[2]  # HDF5 files and folders of images
+        shown = task["train"]["dataset"] if path.parent.name == "geobench" else folder
+        names.setdefault(shown, set()).add(task.get("dataset", path.stem))
+    assert all(len(of) == 1 for of in names.values()), names
+    assert names["m-so2sat"] == {"m-so2sat"}
+    assert names["ben_v2_s1s2_120px.h5"] == {"bigearthnet_v2"}
+
+
+def test_the_probe_that_is_shown_is_chosen_by_its_name() -> None:
+    assert probe_shown(["knn", "logistic", "ridge"]) == "ridge"
+    assert probe_shown(["knn", "logistic"]) == "knn"
+
+
+def test_a_score_without_intervals_is_said_to_have_none() -> None:
+    comparison = Comparison(
+        [
+            record(f, outcome(n), metric="worst_class_recall", resampled=packed(np.full(N_RESAMPLES, np.nan)))
+            for f, n in (("encoder", 40), ("band_statistics", 30))
+        ]
+    )
+    score, (margin,) = _score(comparison, "a"), comparison.margins("scenes", "ridge")
+    assert score is not None
+    assert (score.interval, margin.interval) == (None, None)
+    assert comparison.flags("scenes") == ["no intervals: those of worst_class_recall by a bootstrap are biased"]
 
 
 def test_few_places_give_no_interval_or_a_remark() -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_eo.eval.controls import band_statistics
-from ssl_eo.eval.dense import class_fractions, control_of_cells, pixel_confusions, sampled_rows
+from ssl_eo.eval.dense import PatchDraw, class_fractions, control_of_cells, patches_of_each, pixel_confusions
 from ssl_eo.seeding import torch_generator
 
 IGNORE = 255
@@ -51,14 +51,29 @@ def test_a_constant_map_is_of_one_class() -> None:
     assert fractions.tolist() == [[0.0, 0.0, 1.0, 0.0]] * 18
 
 
-def test_as_many_patches_are_drawn_of_every_image() -> None:
-    rows = sampled_rows(5, 9, 22, torch_generator(0))
-    assert rows.tolist() == sorted(set(rows.tolist()))
-    assert torch.bincount(rows // 9, minlength=5).tolist() == [4] * 5
-    assert torch.equal(rows, sampled_rows(5, 9, 22, torch_generator(0)))
-    assert not torch.equal(rows, sampled_rows(5, 9, 22, torch_generator(1)))
-    assert sampled_rows(5, 9, 45, torch_generator(0)).tolist() == list(range(45))
-    assert len(sampled_rows(5, 9, 3, torch_generator(0))) == 5  # one of each at least
+def test_labelled_patches_are_drawn_by_the_image_and_no_others() -> None:
+    labels = torch.full((3, 6, 6), IGNORE, dtype=torch.int16)
+    labels[0, :, :] = 1
+    labels[1, 0, 0] = labels[1, 5, 5] = 0  # the first and the last patch of nine
+    grid, keys = (3, 3), ["a", "b", "c"]
+    found = PatchDraw(4, IGNORE, seed=0).places(labels, keys, grid)
+    assert found.shape == (3, 4)
+    assert len(set(found[0].tolist())) == 4
+    assert min(found[0].tolist()) >= 0
+    assert sorted(found[1].tolist()) == [-1, -1, 0, 8]
+    assert found[2].tolist() == [-1] * 4
+    assert torch.equal(PatchDraw(4, IGNORE, 0).places(labels[[2, 0]], ["c", "a"], grid)[1], found[0])  # whatever beside
+    assert torch.equal(PatchDraw(2, IGNORE, 0).places(labels, keys, grid), found[:, :2])  # the first of a larger number
+    assert sorted(PatchDraw(50, IGNORE, 0).places(labels, keys, grid)[0].tolist()) == list(range(9))
+    others = [
+        PatchDraw(4, IGNORE, 1).places(labels, keys, grid),
+        PatchDraw(4, IGNORE, 0).places(labels, ["d"] * 3, grid),
+    ]
+    assert all(not torch.equal(other[0], found[0]) for other in others)
+
+
+def test_a_hundred_thousand_patches_are_enough() -> None:
+    assert [patches_of_each(n) for n in (1, 3_000, 100_000, 200_000)] == [100_000, 33, 1, 1]
 
 
 def _enlarged(scores: NDArray[np.float64], height: int, width: int) -> NDArray[np.float64]:

@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 from toy import scenes, tasks
+from toy.watched import training_on
 
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.distributed import rank
 from ssl_eo.eval.features import (
     Encode,
+    Precision,
     extract,
     extract_over_ranks,
     pool_tokens,
@@ -72,7 +74,7 @@ def test_features_do_not_depend_on_the_batch_size() -> None:
     featurise = pooled_taps(encode, ["middle", "last"], "mean")
     a, b = (extract(featurise, split, CPU, n) for n in (4, 100))
     assert a.taps["last"].shape == (15, 32)
-    assert a.at("all").shape == (15, 64)
+    assert a.at("all", torch.arange(15)).shape == (15, 64)
     torch.testing.assert_close(a.taps["last"], b.taps["last"])
     assert torch.equal(a.labels, split.labels)
 
@@ -182,7 +184,7 @@ def test_copied_pixels_are_counted_and_warned_of_once(tmp_path: Path, caplog: py
     for step in (10, 20):
         hook.run(encode, step, encoder)
     assert [r["n_leaked"] for r in read_jsonl(tmp_path / "eval.jsonl") if r["kind"] == "probe"] == [7] * 12
-    assert caplog.text.count("7 of 40 samples of test have the pixels of a sample of an earlier split") == 1
+    assert caplog.text.count("7 of 40 samples of test have the pixels of a sample of train") == 1
 
 
 def test_due() -> None:
@@ -190,6 +192,57 @@ def test_due() -> None:
     assert [s for s in range(11) if hook.due(s, 10)] == [0, 4, 8, 10]
     off = EvalHook(EvalConfig(), Path("nowhere"), CPU)
     assert not any(off.due(s, 10) for s in range(11))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_of_features_is_its_own_and_recorded(tmp_path: Path, precision: Precision) -> None:
+    encoder, encode = _encoder()
+    seen = []
+
+    def noted(inputs: EncoderInput) -> Any:
+        found = encode(inputs)
+        seen.append(encoder.blocks[0].attn.qkv(found[0].x.flatten(0, 1)).dtype)
+        return found
+
+    training = training_on(scenes.Config(n=20))
+    cfg = EvalConfig(every_n_steps=10, tasks=[_task()], taps=TAPS, precision=precision, health_every_n_steps=10)
+    EvalHook(cfg, tmp_path, CPU, training).run(noted, 10, encoder)
+    assert set(seen) == {getattr(torch, precision)}
+    records = read_jsonl(tmp_path / "eval.jsonl")
+    assert {r["precision"] for r in records if r["features"] == "encoder"} == {precision}
+    assert {"source" in r for r in records if r["features"] == "encoder"} == {True, False}
+    assert {r["precision"] for r in records if r["features"] != "encoder"} == {"float32"}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_kernels_of_half_precision_are_given_no_other(tmp_path: Path, precision: Precision) -> None:
+    encoder, encode = _encoder()
+    seen = []
+
+    def kernel(q: torch.Tensor, *_: Any) -> torch.Tensor:
+        seen.append(q.dtype)
+        return q
+
+    for block in encoder.blocks:
+        block.attn.packed_kernel = kernel
+    _hook(tmp_path, controls=False, precision=precision).run(encode, 10, encoder)
+    assert all(block.attn.packed_kernel is kernel for block in encoder.blocks)
+    assert set(seen) == ({torch.bfloat16} if precision == "bfloat16" else set())
+    assert {r["kind"] for r in read_jsonl(tmp_path / "eval.jsonl")} == {"probe", "health"}
+
+
+def test_of_many_patches_health_looks_at_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, encode = _encoder()
+    found = []
+    for n_max in (10**6, 20):
+        monkeypatch.setattr("ssl_eo.eval.hook._MAX_HEALTH_ROWS", n_max)
+        seen: list[int] = []
+        monkeypatch.setattr(
+            "ssl_eo.eval.hook.health", lambda x, seen=seen: seen.append(len(x)) or {"effective_rank": 1.0}
+        )
+        _hook(tmp_path, tasks=[tasks.task("segmentation")], controls=False).run(encode, 10, encoder)
+        found.append(seen)
+    assert found == [[40 * 4] * 3, [20] * 3]
 
 
 def test_training_is_not_disturbed(tmp_path: Path) -> None:
@@ -297,7 +350,7 @@ def test_a_probe_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: 
     def fails(*_: Any) -> Any:
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr("ssl_eo.eval.probes.ridge.predict", fails)
+    monkeypatch.setattr("ssl_eo.eval.probes.ridge.fit", fails)
     encoder, encode = _encoder()
     found = _hook(tmp_path, controls=False).run(encode, 10, encoder)
     assert {key.rpartition("/")[2] for key in found} == {"knn", "effective_rank"}

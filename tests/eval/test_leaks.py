@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toy import tasks
 
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.data.sources.geobench import Config
-from ssl_eo.eval.leaks import count_leaked, count_shared_groups
+from ssl_eo.eval.leaks import count_alike, count_leaked, count_shared_groups, digest_of_pixels
 from ssl_eo.eval.offline import Evaluation, Model, evaluate
 from ssl_eo.eval.tasks import TaskConfig
 
@@ -67,13 +68,40 @@ def test_a_key_in_two_splits_is_refused(splits: dict[str, Samples], message: str
 
 
 def test_equal_pixels_are_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    splits = {"train": TRAIN, "val": _samples("d=3"), "test": _samples("f=1", "g=6", "h=3", "i=1")}
+    splits = {"train": TRAIN, "val": _samples("d=3", "e=6"), "test": _samples("f=1", "g=6", "h=3", "i=1")}
     assert count_leaked("t", splits) == 3
-    for said, first in (("1 of 1 samples of val", "d"), ("3 of 4 samples of test", "f")):
-        assert f"task t: {said} have the pixels of a sample of an earlier split, the first is {first};" in caplog.text
+    for said, of, first in (("1 of 2", "val", "train"), ("3 of 4", "test", "train"), ("2 of 4", "test", "val")):
+        assert f"task t: {said} samples of {of} have the pixels of a sample of {first}, the first is" in caplog.text
+    assert len(caplog.records) == 3
     caplog.clear()
     assert count_leaked("t", splits, ["leak: three scenes twice"]) == 3
     assert caplog.text == ""
+
+
+def test_copies_of_train_and_of_val_are_counted_apart() -> None:
+    train, val, test = _samples("a=1", "b=2"), _samples("c=3", "d=1"), _samples("e=3", "f=1", "g=9")
+    assert count_leaked("t", {"train": train, "val": val, "test": test}) == 1
+    assert count_alike(test, val) == 2
+
+
+@pytest.mark.parametrize("blank", [0, 7, np.nan, np.inf])
+def test_blank_tiles_are_copies_of_nothing(blank: float, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    dtype = np.float32 if not np.isfinite(blank) else np.uint16
+    picture, flat = rng.integers(9, size=(2, 4, 4)).astype(dtype), np.full((2, 4, 4), blank, dtype)
+    flat[1] = 3  # bands may differ: within each of them there is nothing to see
+    digests = [digest_of_pixels(tile) for tile in (picture, flat)]
+    assert len(set(digests)) == 2
+    other = flat.copy()
+    other[1] = 4
+    assert digest_of_pixels(other) != digests[1]  # of other content all the same
+    train, test = Samples(["a", "b"], digests), Samples(["c", "d", "e"], [*digests, digests[1]])
+    assert count_leaked("t", {"train": train, "test": test}) == 1
+    (said,) = caplog.records
+    assert "1 of 3 samples of test have the pixels of a sample of train, the first is c" in said.getMessage()
+    nearly = flat.copy()
+    nearly[0, 3, 3] = 5
+    assert count_alike(Samples(["c"], [digest_of_pixels(nearly)]), Samples(["a"], [digest_of_pixels(nearly)])) == 1
 
 
 @dataclass
@@ -105,7 +133,7 @@ def _evaluate(task: TaskConfig, out: Path) -> list[dict[str, Any]]:
 def test_a_planted_leak_is_caught(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     copied = tasks.task(test=tasks.source(seed=1, n=40, n_copied=5))
     assert {r["n_leaked"] for r in _evaluate(copied, tmp_path / "copied")} == {5}
-    assert "5 of 40 samples of test have the pixels of a sample of an earlier split" in caplog.text
+    assert "5 of 40 samples of test have the pixels of a sample of train" in caplog.text
     same = tasks.task(test=tasks.source(seed=0, n=40))
     found = _evaluate(same, tmp_path / "same")
     assert {r["kind"] for r in found} == {"error"}

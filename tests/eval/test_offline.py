@@ -20,12 +20,14 @@ from ssl_eo.data.types import Sample
 from ssl_eo.eval.bands import bands_of
 from ssl_eo.eval.bootstrap import resampled_scores
 from ssl_eo.eval.controls import CONTROLS
+from ssl_eo.eval.features import FeatureSet
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import HEADLINE, Outcome
 from ssl_eo.eval.offline import Evaluation, Model, _fresh, evaluate
-from ssl_eo.eval.probes import knn
+from ssl_eo.eval.probes import knn, linear, ridge
 from ssl_eo.eval.provenance import code_digest
 from ssl_eo.eval.records import RESULTS, read_results, unpacked, write_csv
+from ssl_eo.eval.splits import INTERPOLATION
 from ssl_eo.eval.table import print_summary, rows_of_results
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.seeding import derive_seed
@@ -158,6 +160,23 @@ def test_sizes_and_subsets(tmp_path: Path) -> None:
     assert "no-rgb" not in text
 
 
+def test_what_was_shown_and_in_which_precision_is_recorded(tmp_path: Path) -> None:
+    measured = tasks.task(statistics="measured", dataset="toys")
+    found = _evaluate(tmp_path, tasks=[tasks.task(name="stated"), measured], probes=["ridge"], precision="bfloat16")
+    assert {(r["task"], r["normalization"], r["dataset"]) for r in found} == {
+        ("stated", "stated", "stated"),
+        ("toy", "measured", "toys"),
+    }
+    assert {r["interpolation"] for r in found} == {INTERPOLATION}
+    assert {(r["features"] in CONTROLS, r["precision"]) for r in found} == {(False, "bfloat16"), (True, "float32")}
+
+
+def test_test_samples_that_val_has_too_are_counted(tmp_path: Path) -> None:
+    task = tasks.task(val=tasks.source(seed=2, n=20), test=tasks.source(seed=3, n=30, copied_from=2, n_copied=4))
+    (found, *_) = _evaluate(tmp_path, tasks=[task], controls=False)
+    assert (found["n_leaked"], found["n_leaked_val"]) == (0, 4)
+
+
 def test_tables_are_written_of_what_was_measured(constant: list[dict[str, Any]], tmp_path: Path) -> None:
     write_csv(tmp_path / "results.csv", constant)
     lines = (tmp_path / "results.csv").read_text().splitlines()
@@ -211,6 +230,8 @@ def test_what_is_missing_alone_is_measured(tmp_path: Path) -> None:
         {"tasks": [tasks.task(size_px=16)]},
         {"pool": "cls"},
         {"n_resamples": 10},
+        {"precision": "bfloat16"},
+        {"tasks": [tasks.task(statistics="measured")]},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -270,6 +291,45 @@ def test_what_a_seed_draws_is_measured_for_each(tmp_path: Path) -> None:
         assert len(errors) == (3 if features in ("random_encoder", "random_convolution") else 1)
     again = _evaluate(tmp_path / "alone", encoder, seeds=[2], **asked)
     assert _timeless(again) == _timeless([r for r in found if r["seed"] == 2])
+
+
+def test_what_draws_nothing_is_fitted_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[str] = []
+    for probe in (knn, ridge, linear):
+
+        def noted(*args: Any, probe: Any = probe, fit: Any = probe.fit) -> Any:
+            fitted.append(probe.__name__.rpartition(".")[2])
+            return fit(*args)
+
+        monkeypatch.setattr(probe, "fit", noted)
+    asked: dict[str, Any] = {"seeds": [0, 1, 2], "controls": False, "probes": ["knn", "ridge", "linear"]}
+    found = _evaluate(tmp_path, **asked)
+    assert sorted(fitted) == ["knn", *["linear"] * 3, "ridge"]
+    assert [(r["probe"], r["seed"]) for r in found] == [(p, s) for p in asked["probes"] for s in range(3)]
+    assert len({r["key"] for r in found}) == 9
+    fitted.clear()
+    parts = _evaluate(tmp_path, **asked, partitions=["nested_0.50x", "1.00x"])
+    assert sorted(fitted) == [*["knn"] * 3, *["linear"] * 3, *["ridge"] * 3]  # of the half, which is drawn
+    assert all(r["n_fitted"] == r["n_train"] for r in parts)
+    alone = _evaluate(tmp_path / "alone", **{**asked, "seeds": [2]}, partitions=["nested_0.50x", "1.00x"])
+    assert _timeless(alone) == _timeless([r for r in parts if r["seed"] == 2])
+
+
+def test_parts_are_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of one part at one tap are there at a time, whatever the order in which results are asked for."""
+    asked_for: list[tuple[str, int]] = []
+    at = FeatureSet.at
+
+    def noted(features: FeatureSet, tap: str, rows: torch.Tensor) -> torch.Tensor:
+        asked_for.append((tap, len(rows)))
+        return at(features, tap, rows)
+
+    monkeypatch.setattr(FeatureSet, "at", noted)
+    _evaluate(
+        tmp_path, controls=False, taps=[0.5, 1.0], partitions=["0.50x", "1.00x"], seeds=[0, 1], probes=["knn", "ridge"]
+    )
+    of_train = [place for place in asked_for if place[1] != 40]
+    assert len(of_train) == 9  # two halves and the whole, at three taps
 
 
 def test_random_weights_are_those_of_the_seed() -> None:
@@ -380,13 +440,12 @@ def test_tasks_are_resampled_apart_and_their_features_alike(tmp_path: Path, monk
     assert seeds == [derive_seed(0, "bootstrap", name) for name in ("toy", "other") for _ in FEATURES]
 
 
-def test_resamples_that_say_nothing_are_counted(tmp_path: Path) -> None:
-    some = _evaluate(tmp_path / "a", controls=False, n_resamples=20)
-    one_place = tasks.task(test=tasks.source(seed=1, n=40, n_places=1))
-    none = _evaluate(tmp_path / "b", tasks=[one_place], controls=False, n_resamples=20)
-    assert [r["n_undefined"] for r in (*some, *none)] == [0, 0, 20, 20]
-    for r in (*some, *none):
-        assert sum(math.isnan(value) for value in unpacked(r["resampled"])) == r["n_undefined"]
+@pytest.mark.parametrize(("n_places", "is_resampled"), [(None, True), (5, True), (4, False), (1, False)])
+def test_few_places_are_not_resampled(tmp_path: Path, n_places: int | None, is_resampled: bool) -> None:
+    task = tasks.task(test=tasks.source(seed=1, n=40, n_places=n_places))
+    for r in _evaluate(tmp_path, tasks=[task], controls=False, n_resamples=20):
+        assert (r["resampled"] is not None) == (r["metric"] in r["intervals"]) == bool(r["intervals"]) == is_resampled
+        assert r["n_undefined"] == (sum(math.isnan(v) for v in unpacked(r["resampled"])) if is_resampled else 0)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

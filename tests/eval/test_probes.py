@@ -47,9 +47,7 @@ def _labelled(n: int, d: int, kind: Kind, n_classes: int = 3, seed: int = 0) -> 
         others = torch.rand(n, n_classes, generator=torch_generator(seed, "others")) < 0.3
         return Labelled(x, torch.maximum(one_hot, others.double()), kind, n_classes)
     if kind == "segmentation":
-        fractions = (one_hot + 0.2) / (1 + 0.2 * n_classes)
-        fractions[::7] = 0.0  # patches without labels
-        return Labelled(x, fractions, kind, n_classes)
+        return Labelled(x, (one_hot + 0.2) / (1 + 0.2 * n_classes), kind, n_classes)
     return Labelled(x, labels * 10.0 + 100.0, kind, 1)
 
 
@@ -95,6 +93,17 @@ def test_a_test_sample_is_predicted_alike_whatever_the_others_are(probe: ModuleT
     torch.testing.assert_close(alone.scores, everything.scores[3:4], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(strange.scores.flip(0)[:4], everything.scores[:4], rtol=1e-6, atol=1e-6)
     assert alone.chosen == everything.chosen == strange.chosen
+
+
+@pytest.mark.parametrize(("probe", "kind"), CASES, ids=_name)
+def test_test_samples_may_come_in_parts(probe: ModuleType, kind: Kind) -> None:
+    train, test = _labelled(60, 8, kind), _labelled(20, 8, kind, seed=2).features
+    fitted, whole = probe.fit(train, None), probe.predict(train, None, test)
+    parts = [fitted.predict(part) for part in test.split(7)]
+    torch.testing.assert_close(torch.cat([part.scores for part in parts]), whole.scores)
+    for part in parts:
+        assert (part.chosen, part.threshold, fitted.n_features) == (whole.chosen, whole.threshold, 8)
+        assert (part.probabilities is None) == (whole.probabilities is None)
 
 
 @pytest.mark.parametrize("probe", [ridge, logistic, linear], ids=_name)
@@ -173,6 +182,7 @@ def test_refusals(probe: ModuleType) -> None:
         ("multilabel", torch.tensor([0, 1]), 2, r"shape \[2, 2\]"),
         ("segmentation", torch.tensor([[0.5, 0.2], [1.0, 0.0]]), 2, "fractions with the sum 1"),
         ("segmentation", torch.tensor([[1.5, -0.5], [1.0, 0.0]]), 2, "fractions with the sum 1"),
+        ("segmentation", torch.tensor([[0.0, 0.0], [1.0, 0.0]]), 2, "leave out what is not labelled"),
         ("regression", torch.tensor([0.0, float("nan")]), 1, "nan or infinity"),
         ("regression", torch.tensor([0.0, 1.0]), 2, "n_classes must be 1"),
     ],
@@ -243,9 +253,9 @@ def test_selection_scores_are_those_of_scikit_learn() -> None:
         assert selection_score(scores, val) == pytest.approx(reference(scores.numpy(), val.targets.numpy()))
         scores[0, 0] = float("nan")
         assert selection_score(scores, val) == -float("inf")
-    fractions = torch.tensor([[0.7, 0.3], [0.0, 0.0], [0.2, 0.8]])
-    patches = Labelled(torch.zeros(3, 1), fractions, "segmentation", 2)
-    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    fractions = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    patches = Labelled(torch.zeros(2, 1), fractions, "segmentation", 2)
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert selection_score(scores, patches) == pytest.approx((0.7 + 0.2) / 2)
 
 
@@ -282,15 +292,10 @@ def test_ridge_of_every_kind_equals_scikit_learn(kind: Kind) -> None:
         y = _pm1(train.targets, 3)
     elif kind == "multilabel":
         y = 2 * y - 1
-    elif kind == "segmentation":
-        labelled = y.sum(1) > 0
-        assert 0 < int((~labelled).sum()) < 60
-        x, y = x[labelled], y[labelled]
     mean, std = x.mean(0), x.std(0, correction=0)
     reference = Ridge(alpha=found.chosen["penalty"], solver="svd").fit(((x - mean) / std).numpy(), y.numpy())
     expected = reference.predict(((test - mean) / std).numpy()).reshape(20, -1)
     np.testing.assert_allclose(found.scores.numpy(), expected, rtol=1e-6, atol=1e-6)
-    assert found.chosen["n_fitted"] == len(x)
 
 
 @pytest.mark.parametrize(("n", "d"), [(40, 6), (15, 30), (20, 20)])
@@ -347,13 +352,6 @@ def test_separable_classes_are_learned_and_noise_is_not(probe: ModuleType) -> No
     noise, test_noise = torch.randn(300, 20, generator=g), torch.randn(200, 20, generator=g)
     found = probe.predict(Labelled(noise, labels, "classification", 5), None, test_noise)
     assert 0.1 < _accuracy(found.scores, test_labels) < 0.3
-
-
-def test_segmentation_without_a_label_is_refused() -> None:
-    empty = Labelled(torch.randn(5, 3, generator=torch_generator(1)), torch.zeros(5, 2), "segmentation", 2)
-    for probe in (ridge, linear):
-        with pytest.raises(ValueError, match="none of 5 rows has a labelled pixel"):
-            probe.predict(empty, None, torch.zeros(1, 3))
 
 
 # kNN
@@ -485,14 +483,12 @@ def test_the_path_ends_at_the_best_penalty_of_val(kind: Kind) -> None:
 def test_what_the_chosen_penalty_is_fitted_on() -> None:
     train, val, test = (_labelled(n, 10, "classification", 3, seed) for seed, n in enumerate((60, 40, 20)))
     exact = {"tolerance": 1e-12, "precision": "float64", "max_steps": 5000}
-    both = logistic.predict(train, val, test.features, logistic.Config(refit="train_val", **exact))
     one = logistic.predict(train, val, test.features, logistic.Config(**exact))
     alone = logistic.predict(train, None, test.features, logistic.Config(**exact))
-    assert (one.chosen["n_fitted"], both.chosen["n_fitted"], alone.chosen["n_fitted"]) == (60, 100, 60)
-    assert one.chosen["lambda"] == both.chosen["lambda"]
-    for found, fitted_on in ((both, train.joined(val)), (alone, train)):
-        again = logistic.predict(fitted_on, val, test.features, logistic.Config([found.chosen["lambda"]], **exact))
-        torch.testing.assert_close(found.scores, again.scores, rtol=1e-4, atol=1e-4)
+    for found in (one, alone):
+        assert found.chosen["penalty"] == 60 * found.chosen["lambda"]
+    again = logistic.predict(train, val, test.features, logistic.Config([alone.chosen["lambda"]], **exact))
+    torch.testing.assert_close(alone.scores, again.scores, rtol=1e-4, atol=1e-4)
 
 
 def test_several_labels_of_which_one_is_never_and_one_is_always_there() -> None:
@@ -522,8 +518,7 @@ def test_linear_equals_a_plain_loop(kind: Kind) -> None:
     """Autograd, torch's optimiser and scheduler, one learning rate at a time; the same batches."""
     train, test = _labelled(50, 6, kind), _labelled(10, 6, kind, seed=1).features
     cfg = linear.Config(lrs=[0.3, 0.01], n_epochs=4, batch_size=16, seed=3)
-    rows = train.targets.sum(1) > 0 if kind == "segmentation" else torch.ones(50, dtype=torch.bool)
-    x, y = train.features[rows], train.targets[rows].double()
+    x, y = train.features, train.targets.double()
     if kind == "classification":
         y = functional.one_hot(train.targets, 3).double()
     shift, scale = (y.mean(), y.std(correction=0)) if kind == "regression" else (0.0, 1.0)

@@ -146,7 +146,7 @@ def test_a_table_has_the_columns_of_torchgeo_bench(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({"probe": "ridge"}, {"best_c": ""}),  # a penalty of another loss
-        ({"chosen": {"lr": 0.1, "batch_size": 256}, "probe": "linear"}, {"best_lr": "0.1", "best_batch_size": "256"}),
+        ({"chosen": {"lr": 0.1}, "probe": "linear"}, {"best_lr": "0.1", "best_batch_size": "", "c_range": ""}),
         ({"intervals": {}}, {"ci_lower": "", "ci_upper": ""}),
         ({"features": "band_statistics", "model": None, "tap": "pixels"}, {"model": "band_statistics"}),
     ],

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssl_eo.eval.report import save_panel, write_report
+from ssl_eo.eval.panel import save_panel
+from ssl_eo.eval.report import write_report
 
 CONFIG = """\
 objective: {name: mae}

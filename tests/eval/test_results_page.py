@@ -202,7 +202,7 @@ def test_failures_flags_and_odd_names_are_shown(tmp_path: Path) -> None:
     page = _Page(out.read_text())
     text = _text(page)
     assert page.open == []
-    assert "3 test samples have the content of a training sample" in text
+    assert "3 of 60 test samples (5 %) have the content of a training sample" in text
     assert "a, encoder, on scenes, subset rgb, size task (failed) : OSError: <gone>" in text.replace("):", ") :")
     assert "(skipped)" in text
     assert name in text
@@ -278,6 +278,62 @@ def test_one_task_has_no_mean_over_tasks(tmp_path: Path) -> None:
     assert "There are no two tasks of which something can be said together." in _text(page)
     assert [line for line in files["markdown"].read_text().splitlines() if line.startswith("## ")] == ["## ridge"]
     assert files["latex"].read_text().count(r"\begin{table}") == 1
+
+
+def test_tasks_of_one_dataset_are_named_and_counted(tmp_path: Path) -> None:
+    of = {"optical": "places", "radar": "places", "other": None}
+    records = [record("encoder", outcome(30), task=task, dataset=dataset) for task, dataset in of.items()]
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    assert "Tasks of places count as one: optical, radar." in _text(page)
+    assert ["features", "ridge, 3 tasks of 2 datasets"] in page.rows
+    one = [r for r in records if r["dataset"]]
+    page = _Page(write_results_page([written(tmp_path / "one", one)], tmp_path / "r.html").read_text())
+    assert "There are no two tasks of which something can be said together." in _text(page)
+
+
+def test_classes_are_of_all_seeds_by_a_probe_that_no_test_score_chose(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(55 + i), probe="knn", seed=i) for i in (0, 1)]
+    records += [record("encoder", outcome(20 + 20 * i), seed=i) for i in (0, 1)]
+    html = write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text()
+    page = _Page(html)
+    assert "Classes: a, ridge, mean of 2 seeds" in _text(page)
+    assert "a, knn" not in html
+    (start,) = [i for i, row in enumerate(page.rows) if row[0] == "class"]
+    assert page.rows[start][:3] == ["class", "support", "recall %"]
+    recalls = [[r["per_class"]["recall"][k] for r in records[2:]] for k in range(3)]
+    supports = records[2]["per_class"]["support"]
+    expected = [[str(n), f"{100 * sum(of) / 2:.1f}"] for n, of in zip(supports, recalls, strict=True)]
+    assert [row[1:3] for row in page.rows[start + 1 : start + 4]] == expected
+    # The confusion is of both seeds too. Who is wrong is taken for the next class: two cells in each row.
+    matrix = html.split('aria-label="a, ridge"')[1].split("</svg>")[0]
+    shares = [int(text) for text in re.findall(r">(\d+)</text>", matrix)]
+    assert [shares[i] for i in (0, 2, 5)] == pytest.approx([50 * sum(of) for of in recalls], abs=0.51)
+
+
+def test_a_class_that_a_seed_leaves_undefined_has_the_mean_of_the_others(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(30), seed=i) for i in (0, 1)]
+    records[0]["per_class"] = {**records[0]["per_class"], "precision": [None, None, 0.5]}
+    records[1]["per_class"] = {**records[1]["per_class"], "precision": [None, 0.25, 1.0]}
+    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    (start,) = [i for i, row in enumerate(page.rows) if row[0] == "class"]
+    at = page.rows[start].index("precision %")
+    assert [row[at] for row in page.rows[start + 1 : start + 4]] == ["", "25.0", "75.0"]
+
+
+def test_published_and_nested_parts_are_drawn_apart(tmp_path: Path) -> None:
+    parts = {"0.014x": ("nested", 9), "0.10x": ("published", 20), "nested_0.10x": ("nested", 18), "1.00x": ("all", 40)}
+    records = [
+        record("encoder", outcome(n), partition=part, partition_of=origin, n_train=int(1000 * float(part[-5:-1])))
+        for part, (origin, n) in parts.items()
+    ]
+    html = write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text()
+    curves = re.findall(r'aria-label="(ridge, accuracy %, [^"]*)"', html)
+    assert curves == ["ridge, accuracy %, published parts", "ridge, accuracy %, nested parts"]
+    assert ["features", "0.014x, nested", "0.10x, published", "nested_0.10x", "1.00x"] in _Page(html).rows
+    alone = [r for r in records if r["partition_of"] != "published"]
+    html = write_results_page([written(tmp_path / "alone", alone)], tmp_path / "r.html").read_text()
+    assert "ridge, accuracy %, nested parts" not in html  # of one draw alone, which needs no name
+    assert ["features", "0.014x", "nested_0.10x", "1.00x"] in _Page(html).rows
 
 
 def test_several_versions_of_the_code_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 import torch
 from toy import scenes, tasks
 
+from ssl_eo.data.loader import worker_context
 from ssl_eo.data.plans import whole
 from ssl_eo.data.types import Sample
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.splits import LabelledBatch, Shown, Split
+from ssl_eo.eval.splits import LabelledBatch, Shown, Split, _Parts
 
 CPU = torch.device("cpu")
 SHAPES = {"classification": (), "multilabel": (3,), "segmentation": (8, 8), "regression": ()}
@@ -75,6 +78,32 @@ def test_readers_in_other_processes_change_nothing(options: dict[str, Any]) -> N
     one, two = (list(_split("segmentation", **options).stream(4, CPU, n_workers)) for n_workers in (0, 2))
     assert [b.keys for b in one] == [b.keys for b in two]
     assert _by_key(one) == _by_key(two)
+
+
+def test_readers_are_no_forks_of_a_process_that_uses_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def noted(start_method: str, on_cuda: bool) -> Any:
+        asked.append((start_method, on_cuda))
+        raise InterruptedError
+
+    monkeypatch.setattr("ssl_eo.eval.splits.worker_context", noted)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(InterruptedError):
+            next(_split().stream(4, torch.device(device), n_workers=1))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(InterruptedError):
+        next(_split().stream(4, CPU, n_workers=1))
+    assert asked == [("auto", False), ("auto", True), ("auto", True)]
+    methods = [worker_context("auto", on_cuda).get_start_method() for on_cuda in (False, True)]
+    assert methods == ["fork" if sys.platform == "linux" else "forkserver", "forkserver"]
+
+
+def test_what_readers_are_given_can_be_sent_to_them() -> None:
+    source = scenes.Source(scenes.Config(n=9))
+    parts = _Parts(source, _shown("classification", source), 4)
+    sent = pickle.loads(pickle.dumps(parts))
+    assert [sent[i].digests for i in range(3)] == [parts[i].digests for i in range(3)]
 
 
 def test_samples_are_of_one_place_where_the_source_says_so() -> None:

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ssl_eo.eval.comparison import Margin
 from ssl_eo.eval.report import write_report
-from ssl_eo.eval.summary import Margin, Summary, read_results, summarise
+from ssl_eo.eval.summary import Summary, read_task_records, summarise
 from ssl_eo.eval.table import print_summary
 
 
@@ -36,7 +37,7 @@ RESULTS = (
 def _summary(folder: Path, *records: dict[str, Any]) -> Summary:
     path = folder / "eval.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    (summary,) = summarise(read_results(path))
+    (summary,) = summarise(read_task_records(path))
     return summary
 
 
@@ -51,8 +52,8 @@ def test_rows_and_margins(tmp_path: Path) -> None:
     ]
     # Our tap is the last layer though another one is better; a rival's is its best. No rival has a kNN result.
     assert summary.margins == [
-        Margin("ridge", "accuracy", 0.60, "random encoder", 0.45),
-        Margin("ridge", "accuracy", 0.60, "band statistics", 0.55),
+        Margin("ridge", "accuracy", 0.60, "random encoder", "random", 0.45),
+        Margin("ridge", "accuracy", 0.60, "band statistics", "control", 0.55),
     ]
     together = _summary(tmp_path, *RESULTS, _probe("encoder", 20, 0.58, tap="all"))
     assert together.final is not None
@@ -67,7 +68,7 @@ def test_table_and_page_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("{}")
     html = write_report(tmp_path).read_text()
     stream = io.StringIO()
-    assert print_summary(read_results(tmp_path / "eval.jsonl"), stream)
+    assert print_summary(read_task_records(tmp_path / "eval.jsonl"), stream)
     for text in (html, stream.getvalue()):
         for row in summary.rows:
             assert row.title in text
@@ -75,7 +76,7 @@ def test_table_and_page_say_the_same(tmp_path: Path) -> None:
     closest = min(summary.margins, key=lambda m: m.gain)
     assert closest.text == "+5.0 points"
     assert f"margin over {closest.rival}: ridge {closest.text}" in stream.getvalue()
-    (verdict,) = re.findall(r'class="verdict(?: leads)?">(.*?)</p>', html, re.DOTALL)
+    (verdict,) = re.findall(r'class="verdict">(.*?)</p>', html, re.DOTALL)
     for margin in (closest, *(m for m in summary.margins if m.rival == "random encoder" and m.probe == "ridge")):
         assert f"{margin.text} over {margin.rival}" in verdict
 
@@ -103,7 +104,7 @@ def test_one_result_written_twice_counts_once_and_half_lines_never(tmp_path: Pat
     path = tmp_path / "eval.jsonl"
     lines = [json.dumps(r) for r in (_probe("encoder", 5, 0.1), {"step": 3}, _probe("encoder", 5, 0.2))]
     path.write_text("\n".join(lines) + '\n{"step": 7, "ta')
-    (record,) = read_results(path)
+    (record,) = read_task_records(path)
     assert record["accuracy"] == 0.2
 
 

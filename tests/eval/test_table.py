@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssl_eo.eval.summary import read_results
+from ssl_eo.eval.summary import read_task_records
 from ssl_eo.eval.table import print_summary
 
 
@@ -20,7 +20,7 @@ def _summary(records: list[Any]) -> tuple[str, bool]:
 def _written(path: Path, *records: dict[str, Any]) -> list[Any]:
     """What is read of the results of a training run."""
     path.write_text("".join(json.dumps({"task": "t", "kind": "probe", "tap": "last", **r}) + "\n" for r in records))
-    return list(read_results(path))
+    return list(read_task_records(path))
 
 
 def _probe(features: str, step: int, accuracy: float, **more: Any) -> dict[str, Any]:

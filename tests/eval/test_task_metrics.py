@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
-from itertools import pairwise
 from typing import Any, get_args
 
 import numpy as np
@@ -25,7 +24,13 @@ from ssl_eo.eval.metrics import (
     MultiLabelled,
     Regressed,
     Segmented,
+    best_of,
+    has_intervals,
     image_confusions,
+    is_ratio,
+    metric_text,
+    number_text,
+    score_text,
 )
 from ssl_eo.seeding import torch_generator
 
@@ -249,18 +254,6 @@ def test_image_confusions_equal_a_loop_and_leave_out_ignored_pixels() -> None:
     assert torch.equal(found, expected)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), cuts=st.lists(st.integers(1, 11), max_size=4))
-def test_parts_joined_equal_the_whole_exactly(seed: int, cuts: list[int]) -> None:
-    predicted, targets = _maps(seed)
-    whole = Segmented(image_confusions(predicted, targets, K), (0,))
-    edges = [0, *sorted(cuts), 12]
-    parts = [Segmented(image_confusions(predicted[a:b], targets[a:b], K), (0,)) for a, b in pairwise(edges)]
-    joined = Segmented.joined(parts)
-    assert torch.equal(joined.confusions, whole.confusions)
-    assert joined.scores() == whole.scores()
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 def test_regressed_equals_references(weighted: bool) -> None:
     outcome = _regressed(0)
@@ -316,6 +309,21 @@ def test_a_task_may_be_ranked_by_the_scores_of_its_kind_which_have_a_direction(k
     assert scores.keys() == set(METRICS[kind])
     assert scores.keys() <= HIGHER_IS_BETTER.keys()
     assert {m for m in HIGHER_IS_BETTER if not HIGHER_IS_BETTER[m]} == {"rmse", "mae", "ece"}
+    assert {m for m in HIGHER_IS_BETTER if not is_ratio(m)} == {"rmse", "mae", "r2"}
+    assert {m for m in HIGHER_IS_BETTER if not has_intervals(m)} == {"ece", "worst_class_recall"}
+
+
+def test_scores_are_written_in_their_unit() -> None:
+    assert [score_text(m, 0.7184) for m in ("accuracy", "ece", "rmse")] == ["71.8 %", "71.8 %", "0.718"]
+    assert [number_text(m, 0.1239, "+") for m in ("accuracy", "r2")] == ["+12.4", "+0.124"]
+    assert [metric_text(m) for m in ("macro_f1", "miou_present", "ece", "mae", "r2")] == [
+        "macro F1 %",
+        "mIoU present %",
+        "ECE %, less is better",
+        "MAE, less is better",
+        "R2",
+    ]
+    assert [best_of(m, [0.2, 0.4, 0.3], float) for m in ("accuracy", "ece", "rmse", "r2")] == [0.4, 0.2, 0.2, 0.4]
 
 
 def test_undefined_scores() -> None:
@@ -365,9 +373,6 @@ def test_what_does_not_fit_is_refused() -> None:
     _refused("1 of 2 values are not finite", lambda: Regressed(torch.tensor([1.0, float("nan")]), torch.ones(2)))
     _refused(r"confusions must be \[M, K, K\] int64", lambda: Segmented(torch.zeros(2, 3, 3)))
     _refused(r"no_data: classes must be from 0 to 6, found \[7\]", lambda: replace(_segmented(0), no_data=(7,)))
-    _refused("parts must be of one number of classes", lambda: Segmented.joined([]))
-    other = replace(_segmented(0), no_data=())
-    _refused("parts must be of one number of classes", lambda: Segmented.joined([_segmented(0), other]))
     maps = torch.full((1, 2, 2), 255)
     _refused("targets must be classes from 0 to 6, found 255 to 255", lambda: image_confusions(maps, maps, K))
     for weights in (torch.ones(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, float("nan")])):

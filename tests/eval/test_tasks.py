@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from toy import scenes
 
 from ssl_eo.data.opening import SourceConfig
+from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.tasks import Task, TaskConfig
 
 CPU = torch.device("cpu")
@@ -88,6 +91,43 @@ def test_size_and_bands_of_the_view() -> None:
     torch.testing.assert_close(inputs.pixels.mean((2, 3)), expected, atol=0.05, rtol=0)
 
 
+def test_statistics_are_measured_on_all_of_train_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    read = scenes.Source.read
+    monkeypatch.setattr(scenes.Source, "read", lambda source, i: reads.append(i) or read(source, i))
+    train = SourceConfig("toy.scenes", scenes.Config(n=40, seed=9, broken=[7]))
+    stated, measured = Task(_config(train=train)), Task(_config(train=train, statistics="measured"))
+    assert reads == list(range(40))
+    assert Task(_config(train=train, statistics="measured", bands=["R"])).schema == measured.schema
+    assert len(reads) == 40  # once, however often it is opened
+    assert stated.schema.mean == (100.0,) * 3
+    source = scenes.Source(train.options)
+    pixels = np.stack([read(source, i).tiles["rgb"].array for i in range(40) if i != 7]).astype(float)
+    np.testing.assert_allclose(measured.schema.mean, pixels.mean((0, 2, 3)))
+    np.testing.assert_allclose(measured.schema.std, pixels.std((0, 2, 3)))
+    for split in (measured.train, measured.test):
+        (batch,) = split.batches(torch.arange(3), 3, CPU)
+        raw = torch.from_numpy(np.stack([read(split._source, i).tiles["rgb"].array for i in _positions(batch.keys)]))
+        mean, std = (torch.tensor(v)[:, None, None] for v in (measured.schema.mean, measured.schema.std))
+        torch.testing.assert_close(batch.inputs.pixels, (raw.float() - mean) / std, rtol=1e-4, atol=1e-4)
+    nothing = SourceConfig("toy.scenes", scenes.Config(n=2, seed=8, broken=[0, 1]))
+    with pytest.raises(ValueError, match="task toy: statistics are measured on train, which has no readable sample of"):
+        Task(_config(train=nothing, statistics="measured"))
+
+
+def _positions(keys: list[str]) -> list[int]:
+    return [int(key.rpartition("-")[2]) for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("kind", "probes"),
+    [("classification", ["knn", "ridge"]), ("multilabel", ["knn", "ridge"]), ("segmentation", ["ridge"])],
+)
+def test_usual_probes_are_those_that_take_the_kind(kind: Kind, probes: list[str]) -> None:
+    assert _config(kind=kind).usual_probes == probes
+    assert _config(kind=kind, probes=["linear"]).usual_probes == ["linear"]
+
+
 def test_unreadable_samples_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     task = Task(_config(train=SourceConfig("toy.scenes", scenes.Config(n=20, broken=[3]))))
     assert len(task.train) == 19
@@ -124,7 +164,10 @@ def test_a_task_that_cannot_be_is_refused_at_once(changes: dict[str, Any], messa
         ({"max_val": 1}, "max_val"),
         ({"size_px": 0}, "size_px"),
         ({"probes": ["ridg"]}, "did you mean 'ridge'"),
-        ({"kind": "segmentation"}, "knn does not take segmentation; it takes classification, multilabel"),
+        (
+            {"kind": "segmentation", "probes": ["knn"]},
+            "knn does not take segmentation; it takes classification, multilabel",
+        ),
         ({"metric": "miou"}, "metric: classification has no 'miou'"),
         ({"metric": "miou_present"}, r"metric: classification has no 'miou_present' \(accuracy, macro_accuracy, "),
         ({"kind": "regression", "probes": ["ridge"], "metric": "rmsee"}, r"no 'rmsee'; did you mean 'rmse'\?"),
@@ -141,8 +184,10 @@ def test_shipped_benchmarks_load_by_name(monkeypatch: pytest.MonkeyPatch) -> Non
     from ssl_eo.config import build
     from ssl_eo.resources import resource_dir
 
-    monkeypatch.setenv("SSL_EO_SAMPLES", "/data")
-    names = sorted(p.stem for p in (resource_dir("datasets_meta") / "benchmarks").glob("*.yaml"))
+    paths = sorted((resource_dir("datasets_meta") / "benchmarks").glob("*.yaml"))
+    for variable in {name for path in paths for name in re.findall(r"oc\.env:(\w+)", path.read_text())}:
+        monkeypatch.setenv(variable, "/data")
+    names = [path.stem for path in paths]
     assert {"eurosat_rgb_geo", "synthetic_scenes"} <= set(names)
     for name in names:
         assert build(TaskConfig, name, "eval.tasks[0]").name == name

@@ -226,6 +226,47 @@ def test_a_convolution_sees_what_the_objective_shows_its_encoder(published: str,
     assert seen == [(6, n_bands, 32, 32)]
 
 
+@pytest.mark.parametrize("has_optional_bands", [True, False])
+def test_a_band_without_data_is_missing_where_that_can_be_said(has_optional_bands: bool) -> None:
+    class Gaps(scenes.Source):
+        """Of the first sample the second band is all no-data."""
+
+        def __init__(self, cfg: scenes.Config) -> None:
+            super().__init__(cfg)
+            schema = self.schema["rgb"]
+            self.schema = {"rgb": replace(schema, sensor=replace(schema.sensor, no_data=(0.0,)))}
+
+        def read(self, index: int) -> Sample:
+            sample = super().read(index)
+            tile = sample.tiles["rgb"]
+            assert isinstance(tile.pixels, np.ndarray)
+            pixels = np.maximum(tile.pixels, 1)
+            if index == 0:
+                pixels[1] = 0
+            return replace(sample, tiles={"rgb": replace(tile, pixels=pixels)})
+
+    config = scenes.Config(n=5)
+    training = replace(training_on(config), sources=[Gaps(config)], has_optional_bands=has_optional_bands)
+    seen: list[EncoderInput] = []
+
+    def encode(inputs: EncoderInput) -> list[Tokens]:
+        seen.append(inputs)
+        return [Tokens(inputs.pixels.flatten(2).mT, 0, (8, 8))]
+
+    (source,) = watched_sources(training, 5, 5, CPU)
+    source.measure(encode, ["last"], "mean")
+    (inputs,) = seen
+    first = source._order.index(0)
+    assert not inputs.pixels[first, 1].any()
+    if has_optional_bands:
+        valid = torch.ones(5, 3, dtype=torch.bool)
+        valid[first, 1] = False
+        assert inputs.channels.valid is not None
+        assert torch.equal(inputs.channels.valid, valid)
+    else:
+        assert inputs.channels.valid is None
+
+
 def test_of_tiles_that_differ_in_size_the_middle_is_shown() -> None:
     class Ragged(scenes.Source):
         def __init__(self, cfg: scenes.Config) -> None:

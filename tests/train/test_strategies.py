@@ -40,6 +40,8 @@ SHORT = (
 )
 # What a step needs to be one of the global batch: neighbours of all ranks, and no samples drawn on each rank.
 ALSO = {"dinov2": ("objective.koleo_over_ranks=true",), "panopticon": ("model.drop_path_prob=0.0",)}
+# Copies of parts, over what they are taken together: of a queue, of centers, of two groups of sensors, of statistics.
+ON_FOUR_RANKS = ("byol", "croma", "dinov2", "moco")
 # Gradients are summed in another order: float32 rounding (6e-8), grown over four steps.
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
 
@@ -78,10 +80,11 @@ def test_every_objective_is_the_same_under_every_strategy(kind: str, tmp_path: P
     _run(kind, tmp_path / "single", on_ranks, 1)
     _run(kind, tmp_path / "ddp", on_ranks, 2, "parallel.strategy=ddp")
     _run(kind, tmp_path / "fsdp", on_ranks, 2, "parallel.strategy=fsdp")
-    _run(kind, tmp_path / "hsdp", on_ranks, 4, "parallel.strategy=hsdp", "parallel.shard_size=2")
     _assert_close(kind, tmp_path / "single", tmp_path / "ddp")
     _assert_close(kind, tmp_path / "ddp", tmp_path / "fsdp")
-    _assert_close(kind, tmp_path / "fsdp", tmp_path / "hsdp")
+    if kind in ON_FOUR_RANKS:
+        _run(kind, tmp_path / "hsdp", on_ranks, 4, "parallel.strategy=hsdp", "parallel.shard_size=2")
+        _assert_close(kind, tmp_path / "fsdp", tmp_path / "hsdp")
 
 
 def test_drop_path_is_the_same_whether_weights_are_copied_or_spread(tmp_path: Path, on_ranks: OnRanks) -> None:

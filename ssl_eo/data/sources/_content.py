@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
-from ssl_eo.data.sources._side_files import evenly_spaced
+from ssl_eo.data.sources._side_files import check_regular, evenly_spaced
 
 __all__ = ["N_READ", "content_of_some"]
 
@@ -24,6 +24,7 @@ def content_of_some(n: int, path_of: Callable[[int], Path]) -> bytes:
     digest = blake2b(digest_size=16)
     for i in evenly_spaced(n, N_READ):
         try:
+            check_regular(path_of(i))
             with path_of(i).open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 ends = file.read(_END_BYTES)

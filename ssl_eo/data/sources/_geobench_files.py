@@ -24,6 +24,7 @@ from ssl_eo.components import one_line
 from ssl_eo.data.sources._geobench_card import DatasetCard, TileCard
 from ssl_eo.data.sources._geobench_folder import Label, multi_hot
 from ssl_eo.data.sources._geobench_pickle import Call, array_of, interpret
+from ssl_eo.data.sources._side_files import check_regular, writable
 
 __all__ = ["SampleFile", "open_sample"]
 
@@ -43,13 +44,15 @@ def open_sample(path: Path) -> Iterator[SampleFile]:
     import h5py
 
     try:
+        check_regular(path)
         if (size := path.stat().st_size) > _MAX_FILE_BYTES:
             raise ValueError(f"it has {size:,} bytes, expected at most {_MAX_FILE_BYTES:,}")
         with h5py.File(path, "r") as file:
             yield SampleFile(file)
     # HDF5 says of a damaged file, as it comes: OSError, RuntimeError, KeyError, TypeError, ...
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be used: {one_line(error) or type(error).__name__}") from None
+        reason = one_line(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be used: {writable(reason)}") from None
 
 
 class SampleFile:
@@ -125,12 +128,20 @@ class SampleFile:
 
     def _pickle(self) -> bytes:
         """The bytes whose text is the attribute `pickle`."""
-        if "pickle" not in self._file.attrs:
+        import h5py
+
+        attributes = self._file.attrs
+        if "pickle" not in attributes:
             raise ValueError("it has no attribute 'pickle', which holds its label")
-        text = self._file.attrs["pickle"]
-        if not isinstance(text, str) or len(text) > _MAX_TEXT:
-            found = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
-            raise ValueError(f"its attribute 'pickle' is {found}, expected text of at most {_MAX_TEXT:,}")
+        # Before it is read: many texts may be one in the file, and each takes its place in memory.
+        attribute = attributes.get_id("pickle")
+        text_type, expected = h5py.check_string_dtype(attribute.dtype), f"text of at most {_MAX_TEXT:,} characters"
+        if attribute.shape != () or text_type is None or text_type.length is not None:
+            found = f"of dtype {attribute.dtype.kind!r} and shape {attribute.shape}"
+            raise ValueError(f"its attribute 'pickle' is {found}, expected {expected} of any length")
+        text = attributes["pickle"]
+        if len(text) > _MAX_TEXT:
+            raise ValueError(f"its attribute 'pickle' has {len(text):,} characters, expected {expected}")
         if text[2:6] != r"\x80" or not _BYTES_LITERAL.fullmatch(text):
             raise ValueError(f"its attribute 'pickle' begins {text[:20]!a}, expected the text of a pickle's bytes")
         data: bytes = ast.literal_eval(text)

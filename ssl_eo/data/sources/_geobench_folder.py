@@ -135,7 +135,7 @@ def _from_map(path: Path, card: DatasetCard, keys: frozenset[str]) -> dict[str, 
     numbers = {str(n): n for n in range(len(card.classes))}
     labels: dict[str, Label] = {}
     for text, names in read_json_object(path, _MAX_BYTES, expected).items():
-        if text not in numbers or not isinstance(names, list):
+        if text not in numbers or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path} has an entry {text[:20]!r}, expected {expected}")
         for name in names:
             if name in keys and labels.setdefault(name, numbers[text]) != numbers[text]:

@@ -26,7 +26,9 @@ _MAX_BYTES = 4 << 20
 _MAX_INSTRUCTIONS = 100_000  # a sample of 13 bands takes some 600
 _MAX_STRING_BYTES = 1 << 20  # of one text; outlines of forest loss are long
 _MAX_RAW_BYTES = 1 << 16  # of one byte string: a label, a date
-_MAX_INTEGER_BYTES = 255
+_MAX_INTEGER_BYTES = 8
+_MAX_KEY = 1 << 31  # larger numbers can be chosen such that many have one hash
+_MAX_DIMENSIONS = 2
 _MAX_NESTING = 64
 _MAX_PROTOCOL = 5
 _LABEL_TYPES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])  # NumPy's codes
@@ -55,8 +57,8 @@ class Call:
 def interpret(data: bytes) -> Any:
     """The value of a pickle: None, bool, int, float, str, bytes, tuple, list, dict, `Global` or `Call`.
 
-    Keys of dicts are str or int. Raises `ValueError` for anything else, for what is not a whole pickle, and for one
-    that is larger, longer or more deeply nested than a sample's description can be.
+    Keys of dicts are str, or int below 2^31. Raises `ValueError` for anything else, for what is not a whole pickle, and
+    for one that is larger, longer or more deeply nested than a sample's description can be.
     """
     if len(data) > _MAX_BYTES:
         raise ValueError(f"the pickle has {len(data):,} bytes, expected at most {_MAX_BYTES:,}")
@@ -92,8 +94,9 @@ def array_of(value: Any) -> NDArray[Any] | None:
     _, shape, dtype, is_fortran, raw = value.state
     if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError("an array in the pickle has a shape that is none")
-    if is_fortran and len(shape) > 1:
-        raise ValueError(f"an array in the pickle has shape {shape} in column order, expected one dimension")
+    if len(shape) > (1 if is_fortran else _MAX_DIMENSIONS):
+        order = " in column order" if is_fortran else ""
+        raise ValueError(f"an array in the pickle has {len(shape)} dimensions{order}, which no label has")
     return _from_bytes(dtype, shape, raw)
 
 
@@ -105,8 +108,9 @@ def _from_bytes(dtype: Any, shape: tuple[int, ...], raw: Any) -> NDArray[Any]:
     if order not in ("<", ">", "|"):
         raise ValueError("an array in the pickle has no known byte order")
     found = np.dtype(code if order == "|" else order + code)
-    if math.prod(shape) * found.itemsize != len(raw):
-        raise ValueError(f"an array in the pickle has {len(raw)} bytes, expected those of {shape} {found}")
+    # Sizes may be numbers of any length, so they are looked at one by one first, and never shown.
+    if any(n > len(raw) for n in shape) or math.prod(shape) * found.itemsize != len(raw):
+        raise ValueError(f"an array in the pickle has {len(raw)} bytes of {found}, which are not those of its shape")
     return np.frombuffer(raw, found).reshape(shape)
 
 
@@ -230,6 +234,12 @@ def _text(layout: str) -> Callable[[_Machine], None]:
     return lambda m: m.push(m.counted(layout, _MAX_STRING_BYTES).decode("utf-8", "surrogatepass"))
 
 
+def _integer(machine: _Machine) -> None:
+    if (n := machine.number("<B")) > _MAX_INTEGER_BYTES:
+        raise ValueError(f"the pickle has an integer of {n} bytes at byte {machine.at}, expected at most 8")
+    machine.push(int.from_bytes(machine.take(n), "little", signed=True))
+
+
 def _raw(layout: str) -> Callable[[_Machine], None]:
     return lambda m: m.push(m.counted(layout, _MAX_RAW_BYTES))
 
@@ -279,9 +289,15 @@ def _set_items(machine: _Machine) -> None:
 def _fill(machine: _Machine, pairs: list[Any]) -> None:
     keys, values = pairs[::2], pairs[1::2]
     # Others could take for ever to hash: a tuple of tuples that are the same twice, and so on.
-    if len(keys) != len(values) or not all(isinstance(key, (str, int)) for key in keys):
-        raise ValueError(f"the pickle has keys that are no text or number, or no value, before byte {machine.at}")
+    if len(keys) != len(values) or not all(map(_is_key, keys)):
+        raise ValueError(
+            f"the pickle has keys that are no text or number below 2^31, or no value, before byte {machine.at}"
+        )
     machine.top(dict).update(zip(keys, values, strict=True))
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, int) and abs(value) < _MAX_KEY)
 
 
 def _global(machine: _Machine) -> None:
@@ -290,7 +306,7 @@ def _global(machine: _Machine) -> None:
         raise ValueError(f"the pickle names something by no text, before byte {machine.at}")
     if module.partition(".")[0] not in _PACKAGES:
         raise ValueError(
-            f"the pickle names {module[:80]!r}.{name[:80]!r}, which no sample is described with (known:"
+            f"the pickle names {module!r:.80}.{name!r:.80}, which no sample is described with (known:"
             f" {', '.join(_PACKAGES)}); it may have been made to do harm, and was not run"
         )
     machine.push(Global(module, name))
@@ -318,7 +334,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     pickle.BININT: lambda m: m.push(m.number("<i")),
     pickle.BININT1: lambda m: m.push(m.number("<B")),
     pickle.BININT2: lambda m: m.push(m.number("<H")),
-    pickle.LONG1: lambda m: m.push(int.from_bytes(m.counted("<B", _MAX_INTEGER_BYTES), "little", signed=True)),
+    pickle.LONG1: _integer,
     pickle.BINFLOAT: lambda m: m.push(m.number(">d")),
     pickle.SHORT_BINUNICODE: _text("<B"),
     pickle.BINUNICODE: _text("<I"),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ssl_eo.data.sources._geobench_card import Slip, TileCard
 from ssl_eo.data.sources._side_files import read_json_object
+from ssl_eo.data.statistics import LARGEST_VALUE
 from ssl_eo.sensors import Sensor
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 _MAX_BYTES = 4 << 20
-_STATISTICS = ("mean", "std", "max", "percentile_99")  # those that are used
+_STATISTICS = ("mean", "std", "min", "max", "percentile_99")  # those that are used
 
 
 class Unit(StrEnum):
@@ -64,21 +65,27 @@ _BRIGHTEST = {
     Unit.UNIT_INTERVAL: (0.0, 1.0),
     Unit.METRES: (0.0, 150.0),
 }
+_ROUNDING = 1e-3  # of statistics that were computed in single precision, as a part of the range of values
+_MAX_VALUES = 10**12  # that statistics are of
 _LEAST_MEAN_DB = -1.0  # backscatter of a whole dataset in dB is below it, a linear mean is not
 
 
 @dataclass(frozen=True)
 class BandStatistics:
-    """Of one array of the files, over the training split, in stored units. `max` is the largest value."""
+    """Of one array of the files, over the training split, in stored units."""
 
     mean: float
     std: float
+    min: float
     max: float
     percentile_99: float
 
 
 def read_band_statistics(path: Path) -> dict[str, BandStatistics]:
-    """`band_stats.json` by name of array. Raises `ValueError` where there is no table of finite numbers."""
+    """`band_stats.json` by name of array.
+
+    Raises `ValueError` where there is no table of finite numbers, or where no values can have those of an array.
+    """
     expected = f"numbers {', '.join(_STATISTICS)} for each band"
     raw = read_json_object(path, _MAX_BYTES, expected)
     table = {}
@@ -87,6 +94,8 @@ def read_band_statistics(path: Path) -> dict[str, BandStatistics]:
         if not found or not all(_is_number(value) for value in found.values()):
             raise ValueError(f"{path}: {key!r} holds {entry!r:.80}, expected {expected}; unpack the archive again")
         table[key] = BandStatistics(**{name: float(value) for name, value in found.items()})
+        if not _are_of_values(table[key]):
+            raise ValueError(f"{path}: {key!r} holds {found}, which no values have; unpack the archive again")
     return table
 
 
@@ -123,10 +132,13 @@ def unit_of(name: str, tile: TileCard, statistics: Sequence[BandStatistics], che
 
 
 def pixel_problem(pixels: NDArray[Any], unit: Unit) -> str | None:
-    """What shows that `pixels [C, H, W]` of a sample are not in `unit`; None where nothing does, or all are blank."""
-    brightest = float(np.max(pixels, initial=0.0, where=np.isfinite(pixels)))
+    """What shows that `pixels [C, H, W]` of a sample are not in `unit`; None where nothing does, as of 0 and NaN."""
+    known = pixels[np.isfinite(pixels)]
+    if not known.any():
+        return None
+    brightest = float(known.max())
     above, up_to = _BRIGHTEST.get(unit, (-math.inf, math.inf))
-    if not brightest or above < brightest <= up_to:
+    if above < brightest <= up_to:
         return None
     return (
         f"its brightest pixel is {brightest:.6g}, of {unit} expected above {above:g} and up to {up_to:g}, as"
@@ -151,4 +163,16 @@ def _agrees(unit: Unit, statistics: Sequence[BandStatistics]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST_VALUE
+
+
+def _are_of_values(s: BandStatistics) -> bool:
+    """Whether there are values with these statistics, up to rounding.
+
+    Of values between two bounds the deviation is at most half their distance, and of n values that reach both at least
+    the distance divided by the root of 2 n.
+    """
+    distance = s.max - s.min
+    slack = _ROUNDING * distance
+    is_between = all(s.min - slack <= value <= s.max + slack for value in (s.mean, s.percentile_99))
+    return is_between and distance / math.sqrt(2 * _MAX_VALUES) <= s.std <= distance / 2 + slack

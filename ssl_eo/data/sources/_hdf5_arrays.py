@@ -101,6 +101,7 @@ class HDF5Array:
         total = BandStatistics.empty(len(self.schema.bands))
         for pixels in self._readable(rows):
             total = total.merge(BandStatistics.of(pixels, self._sensor.no_data))
+        total.check_values(self.schema.bands, self.where)
         if constant := [b for b, s in zip(self.schema.bands, total.std, strict=True) if s == 0]:
             raise ValueError(
                 f"drop_bands: in {self.where} these bands have no data, or one value only, in the"

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import one_line, suggest
+from ssl_eo.data.sources._side_files import writable
 
 __all__ = ["HDF5Rows"]
 
@@ -30,6 +31,9 @@ _Codec = tuple[Callable[[], Any], type[Exception]]  # a decompressor like zlib's
 _ZLIB: _Codec = (zlib.decompressobj, zlib.error)
 _DEFLATE = 1  # HDF5's number of the filter
 _MAX_ROW_BYTES = 256 << 20  # inflated; those of MMEarth have up to half a megabyte
+_MAX_INFLATION = 2048  # of an array to the file that holds it: deflate makes at most 1,032 bytes of one
+_SMALL_BYTES = 16 << 20  # of an array that may be of one value, which some filters store as next to nothing
+_MAX_NAMED = 400  # characters of a list of names
 
 
 @dataclass
@@ -94,7 +98,8 @@ class HDF5Rows:
         if not isinstance(found, h5py.Dataset):
             known: list[str] = []
             self.open().visititems(lambda n, item: known.append(n) if isinstance(item, h5py.Dataset) else None)
-            raise ValueError(f"{self.path} has no array {name!r}{suggest(name, known)} (it has {', '.join(known)})")
+            held = writable(", ".join(known)[:_MAX_NAMED])
+            raise ValueError(f"{self.path} has no array {name!r}{suggest(name, known)} (it has {held})")
         if not found.shape:
             raise ValueError(f"{self.path}: {name} holds one value, expected an array with a row for each sample")
         if found.file.filename != self.open().filename or found.external or found.is_virtual:
@@ -104,6 +109,13 @@ class HDF5Rows:
             raise ValueError(
                 f"{self.path}: rows of {name} have shape {found.shape[1:]}, {n_bytes:,} bytes; expected at most"
                 f" {_MAX_ROW_BYTES:,}"
+            )
+        # Rows that were never written take no place in the file, and whatever is kept of each takes some in memory.
+        size, n_bytes = self.path.stat().st_size, n_bytes * len(found)
+        if n_bytes > max(_SMALL_BYTES, _MAX_INFLATION * size):
+            raise ValueError(
+                f"{self.path}: {name} says that it has {len(found):,} rows, {n_bytes:,} bytes, which a file of {size:,}"
+                " bytes cannot hold: most were never written; store only those that were"
             )
         return found
 

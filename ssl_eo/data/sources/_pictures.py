@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import one_line
+from ssl_eo.data.sources._side_files import check_regular
 
 __all__ = ["PICTURE_SUFFIXES", "picture_size", "read_picture"]
 
@@ -50,6 +51,7 @@ def _opened(path: Path) -> Iterator[Any]:
     from PIL import Image, UnidentifiedImageError
 
     try:
+        check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at before decoding
             with Image.open(path, formats=_FORMATS) as image:

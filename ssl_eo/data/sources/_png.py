@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import one_line
+from ssl_eo.data.sources._side_files import check_regular
 
 __all__ = ["PngBands"]
 
@@ -38,6 +39,7 @@ class PngBands:
 
         for path in files:
             try:
+                check_regular(path)
                 with Image.open(path, formats=["PNG"]) as image:
                     width, height = image.size
             except FileNotFoundError:
@@ -69,6 +71,7 @@ class PngBands:
 
         expected = _MODES[n_bands], *self.shape[1:]
         try:
+            check_regular(path)
             with Image.open(path, formats=["PNG"]) as image:
                 found = image.mode, image.height, image.width
                 pixels = np.asarray(image) if found == expected else None  # decodes

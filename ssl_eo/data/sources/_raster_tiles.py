@@ -102,6 +102,7 @@ class RasterTile:
                     total, n = total.merge(BandStatistics.of(tile.pixels[:, rows, columns], self.sensor.no_data)), n + 1
             if not n:
                 raise ValueError(f"statistics: no window that was looked at has tile {self.name}; name a file of them")
+            total.check_values(bands, f"tile {self.name}")
             if constant := [b for b, s in zip(bands, total.std, strict=True) if s == 0]:
                 raise ValueError(
                     f"drop_bands: these bands of tile {self.name} have no data, or one value only, in the {n} windows"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import import_extra, one_line
-from ssl_eo.data.sources._side_files import printable
+from ssl_eo.data.sources._side_files import check_regular, printable
 
 __all__ = [
     "Box",
@@ -102,6 +102,7 @@ def open_raster(path: Path) -> Any:
     """The GeoTIFF `path`, open. Raises `ValueError` or `OSError` with the path for one that cannot be used."""
     rasterio = _rasterio()
     check_utf8(path)
+    check_regular(path)
     try:
         with rasterio.Env(**_GDAL):
             file = rasterio.open(path, driver="GTiff")  # no other: a VRT may name any file or address

@@ -5,6 +5,7 @@ What a side file says is not trusted: its size is looked at before it is parsed,
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -19,6 +20,7 @@ from ssl_eo.sensors import load_sensor
 
 __all__ = [
     "card_schema",
+    "check_regular",
     "dataset_card",
     "evenly_spaced",
     "iso_date",
@@ -28,6 +30,7 @@ __all__ = [
     "read_json_object",
     "read_lines",
     "read_statistics",
+    "writable",
 ]
 
 _MAX_STATISTICS_BYTES = 4 << 20
@@ -50,6 +53,17 @@ def name_inside(root: Path, name: bytes) -> str:
 def printable(name: bytes) -> str:
     """A name as text that can be written anywhere; bytes that are not UTF-8 are written as hexadecimal."""
     return name.decode(errors="backslashreplace")
+
+
+def writable(text: str) -> str:
+    """`text` as it can be written anywhere: halves of surrogate pairs, which no encoding has, as hexadecimal."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def check_regular(path: Path) -> None:
+    """Raise `OSError` for what is there and is no file: who opens a pipe waits for someone to write into it."""
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def read_json_list(path: Path, max_bytes: int, what: str) -> list[Any]:
@@ -141,6 +155,7 @@ def _read_json(path: Path, kind: type, max_bytes: int, what: str) -> Any:
 
 def _read_text(path: Path, max_bytes: int, what: str) -> str:
     try:
+        check_regular(path)
         if (size := path.stat().st_size) > max_bytes:
             raise ValueError(f"{path} has {size:,} bytes, expected {what} of at most {max_bytes:,}")
         return path.read_bytes().decode()

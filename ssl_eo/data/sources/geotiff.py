@@ -49,6 +49,7 @@ class Config:
     tiles: list[TileConfig]  # the sensors of a place; the first leads
     window_px: int | None = None  # side of a window in pixels of the first tile; None: whole rasters
     stride_px: int | None = None  # from one window to the next; None: window_px
+    rows_ratio: tuple[float, float] = (0.0, 1.0)  # part of a raster's height: only windows that lie wholly in it
     split: Literal["train", "val", "test", "all"] = "all"  # of those of split_by; all: every place
     split_by: Literal["geography", "name"] = "geography"  # cells of latitude and longitude, or a hash of the key
     cell_deg: float = 0.5  # side of a cell of the split, degrees of latitude and of longitude
@@ -67,8 +68,11 @@ class Config:
         for key in ("window_px", "stride_px", "n_statistics_windows"):
             if (value := getattr(self, key)) is not None and value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
-        if self.stride_px is not None and self.window_px is None:
-            raise ValueError("stride_px needs window_px: rasters are not cut")
+        first, last = self.rows_ratio
+        if not 0 <= first < last <= 1:
+            raise ValueError(f"rows_ratio must rise from 0 at least to 1 at most, got {list(self.rows_ratio)}")
+        if self.window_px is None and (self.stride_px is not None or self.rows_ratio != (0.0, 1.0)):
+            raise ValueError("stride_px and rows_ratio need window_px: rasters are not cut")
         check_cell(self.cell_deg)
         ways = {"label_pattern": self.label_pattern, "label_csv": self.label_csv}
         ways["{label} in the first pattern"] = self.tiles[0].pattern if "{label}" in self.tiles[0].pattern else None
@@ -139,7 +143,7 @@ class Source:
 
     def fingerprint(self) -> str:
         # The schema holds the statistics, and so depends on the pixels, unless statistics were given.
-        windows = self._cfg.window_px, self._cfg.stride_px
+        windows = self._cfg.window_px, self._cfg.stride_px, *self._first_rows[self._first_rows > 0].tolist()
         digest = blake2b(f"{self.schema!r} {windows} {self._label_names}".encode(), digest_size=16)
         for array in (self._places, self._ends, self._keys, self._labels, self._maps, *self._names, *self._dates):
             digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
@@ -258,12 +262,25 @@ class Source:
             ground = f"cells of {cfg.cell_deg} degrees" if cfg.split_by == "geography" else "hashes of keys"
             raise ValueError(f"split: no place of {cfg.root} is in {cfg.split!r} ({ground})")
         self._grids = np.ones((n, 2), np.int64)  # rows and columns of windows: whole ones, or one of a smaller raster
+        self._first_rows = np.zeros(n, np.int64)  # of windows
         if cfg.window_px is not None:
             self._grids += np.maximum(sizes - cfg.window_px, 0) // self._stride_px
+            self._keep_rows(sizes[:, 0], cfg.window_px)
         self._ends = np.cumsum(self._grids.prod(axis=1)[self._places])
         known = sizes[sizes.any(axis=1)]
         if cfg.window_px is not None and (known >= cfg.window_px).all():
             self._fix_shapes()
+
+    def _keep_rows(self, heights: NDArray[np.int64], window_px: int) -> None:
+        """Leave out windows beyond `rows_ratio`; a raster may keep none."""
+        if self._cfg.rows_ratio == (0.0, 1.0):
+            return
+        first, last = (np.rint(ratio * heights) for ratio in self._cfg.rows_ratio)  # [N] pixels
+        self._first_rows = np.ceil(first / self._stride_px).astype(np.int64)
+        ends = np.floor((last - window_px) / self._stride_px).astype(np.int64) + 1
+        self._grids[:, 0] = np.clip(np.minimum(ends, self._grids[:, 0]) - self._first_rows, 0, None)
+        if not self._grids[self._places].prod(axis=1).any():
+            raise ValueError(f"rows_ratio: no window of {window_px} pixels lies in {list(self._cfg.rows_ratio)}")
 
     def _fix_shapes(self) -> None:
         """All windows are whole: tiles have one shape. It is that of the first place that has them."""
@@ -332,7 +349,7 @@ class Source:
         place = int(self._places[row])
         first = int(self._ends[row - 1]) if row else 0
         i, j = divmod(index - first, int(self._grids[place, 1]))
-        return place, i * self._stride_px, j * self._stride_px
+        return place, int(self._first_rows[place] + i) * self._stride_px, j * self._stride_px
 
     def _box(self, reference: Any, top: int, left: int) -> Box:
         """The window at (top, left), as far as the raster goes."""

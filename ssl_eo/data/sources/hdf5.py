@@ -8,7 +8,9 @@ N samples in the file, C bands, H W pixels.
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -23,13 +25,15 @@ from ssl_eo.components import FREE, one_line
 from ssl_eo.data.sources._content import N_READ
 from ssl_eo.data.sources._hdf5_arrays import ArrayConfig, HDF5Array, check_gsd_m, dataset_of, plain
 from ssl_eo.data.sources._hdf5_rows import HDF5Rows
-from ssl_eo.data.sources._side_files import evenly_spaced
+from ssl_eo.data.sources._side_files import evenly_spaced, writable
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.sensors import Sensor, load_sensor
 
 __all__ = ["ArrayConfig", "Config", "Source"]
 
 _RUN = 16  # samples read in a row, at least
+_BLOCK_BYTES = 16 << 20  # of a column that is read for its digest
+_BLOCK_ROWS = 1 << 16
 _CACHE_BYTES = 64 << 20  # of HDF5's chunk cache, for files whose chunks hold several samples
 
 
@@ -141,14 +145,19 @@ class Source:
         # Schemas hold the statistics, and so depend on the pixels; class maps have checksums instead. Neither covers
         # labels, nor pixels whose statistics were given.
         first, *others = self._arrays.values()
-        content = f"{first.schema!r} {self._path.stat().st_size} {self._rows.tolist()}"
+        digest = blake2b(f"{first.schema!r} {self._path.stat().st_size} [".encode(), digest_size=16)
+        for start in range(0, len(self), _BLOCK_ROWS):
+            rows = ", ".join(map(str, self._rows[start : start + _BLOCK_ROWS].tolist()))
+            digest.update(f"{', ' if start else ''}{rows}".encode())
+        content = "]"
         content += "".join(f" {array.name} {array.dataset} {array.schema!r}" for array in others)
         content += "".join(f" {array.checksum}" for array in (first, *others) if array.checksum is not None)
         if self._cfg.label_dataset is not None:
             content += f" {self._digest(self._cfg.label_dataset)} {self._label_names}"
         given = [entry for entry in self._cfg.arrays.values() if entry.statistics is not None]
         content += "".join(f" {self._digest(entry.dataset)}" for entry in given)
-        return blake2b(content.encode(), digest_size=16).hexdigest()
+        digest.update(content.encode())
+        return digest.hexdigest()
 
     def _digest(self, name: str) -> str:
         """Of the dataset `name`: of all rows of the split where a row is a number or a vector, else of some."""
@@ -156,7 +165,11 @@ class Source:
         try:
             column = self._file.open()[name]
             if column.ndim <= 2:
-                digest.update(np.ascontiguousarray(column[:][self._rows]).tobytes())
+                row_bytes = column.dtype.itemsize * math.prod(column.shape[1:])
+                n_rows = max(1, _BLOCK_BYTES // max(1, row_bytes))
+                for start in range(0, len(column), n_rows):
+                    rows = self._rows[slice(*np.searchsorted(self._rows, (start, start + n_rows)))]
+                    digest.update(np.ascontiguousarray(column[start : start + n_rows][rows - start]).tobytes())
             else:
                 for i in evenly_spaced(len(self), N_READ):
                     with suppress(OSError):  # its sample is bad
@@ -188,11 +201,22 @@ class Source:
                 )
             if cfg.label_names is None:
                 self._label_names = tuple(plain(name) for name in labels.attrs.get("classes", ()))
+            self._check_label_names(cfg.label_dataset)
         n = min(cfg.n_statistics_samples, len(self._rows))
         seen = [int(self._rows[i * len(self._rows) // n]) for i in range(n)]  # evenly spaced samples of the split
         for key, array in self._arrays.items():
             with _errors_at(key):
                 array.measure(seen)
+
+    def _check_label_names(self, dataset: str) -> None:
+        for name, n in Counter(self._label_names).items():
+            if not isinstance(name, str) or writable(name) != name:
+                raise ValueError(f"label_names: {self._where(dataset)}: {name!a} is no name of a class, expected text")
+            if n > 1:
+                raise ValueError(
+                    f"label_names: {self._where(dataset)} has {n} classes {name!r}; name each class once, in"
+                    " label_names, in the order of labels"
+                )
 
     def _add(self, key: str, array: HDF5Array) -> None:
         if any(array.name == other.name for other in self._arrays.values()):

@@ -44,6 +44,7 @@ class Config:
     no_data: list[float] | None = None  # stored values that mean nothing; None: those of the files and of the sensor
     window_px: int | None = None  # side of a window that images are cut into; None: whole images
     stride_px: int | None = None  # from one window to the next; None: window_px
+    rows_ratio: tuple[float, float] = (0.0, 1.0)  # part of an image's height: only windows that lie wholly in it
     split: Literal["train", "val", "test", "all"] = "train"  # of those of split_by; all: every image
     split_by: Literal["geography", "name"] = "geography"  # cells of latitude and longitude, or a hash of the key
     cell_deg: float = 0.5  # side of a cell of the split, degrees of latitude and of longitude
@@ -76,6 +77,7 @@ class Config:
             [tile],
             window_px=self.window_px,
             stride_px=self.stride_px,
+            rows_ratio=self.rows_ratio,
             split=self.split,
             split_by=self.split_by,
             cell_deg=self.cell_deg,

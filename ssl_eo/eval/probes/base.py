@@ -3,9 +3,11 @@
 A probe is a module of this package with `KINDS`, the kinds of targets that it takes, `Config`, its options with
 defaults that suit all encoders, and
 
+    fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fitted
     predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction
 
-Rows of `test` `[M, D]` take no part in any choice, and none has a say in the prediction of another.
+of which the second is the first and what it predicts for `test` `[M, D]`. No test sample takes part in any choice, and
+none has a say in the prediction of another, so any number of them may be predicted at once.
 
 N training samples, V validation samples, M test samples, D features, K classes.
 """
@@ -13,7 +15,7 @@ N training samples, V validation samples, M test samples, D features, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +27,7 @@ from ssl_eo.eval.kinds import Kind
 from ssl_eo.seeding import torch_generator
 
 __all__ = [
+    "Fitted",
     "Labelled",
     "Prediction",
     "Standardiser",
@@ -75,21 +78,6 @@ class Labelled:
         groups = None if self.groups is None else self.groups[index]
         return replace(self, features=self.features[index], targets=self.targets[index], groups=groups)
 
-    def joined(self, other: Labelled) -> Labelled:
-        """These samples, then those of `other`, for a last fit: places are dropped."""
-        features = torch.cat([self.features, other.features.to(self.features)])
-        targets = torch.cat([self.targets, other.targets.to(self.targets)])
-        return replace(self, features=features, targets=targets, groups=None)
-
-    def with_labels(self) -> Labelled:
-        """The rows that say anything: of segmentation, those where something is labelled."""
-        if self.kind != "segmentation":
-            return self
-        labelled = self.targets.sum(1) > 0
-        if not bool(labelled.any()):
-            raise ValueError(f"targets of segmentation: none of {len(self)} rows has a labelled pixel; give some")
-        return self.rows(labelled)
-
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
@@ -98,7 +86,7 @@ class Prediction:
     scores: Tensor  # [M, K]; [M, 1] for regression, in the unit of the targets
     probabilities: Tensor | None  # [M, K], where the probe has an idea of them
     threshold: float  # several labels a sample: a class whose score is above it is predicted
-    chosen: dict[str, float]  # what was selected and on how many samples, by name
+    chosen: dict[str, float]  # what was selected, by name
 
     def classes(self) -> Tensor:
         """The class of the highest score, `[M]`; the first of equal ones."""
@@ -107,6 +95,25 @@ class Prediction:
     def positive(self) -> Tensor:
         """The classes whose score is above the threshold, `[M, K]` bool."""
         return self.scores > self.threshold
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A probe that has been fitted: from features `[M, D]` to predictions; for the rest see `Prediction`."""
+
+    scores: Callable[[Tensor], Tensor]  # features [M, D] -> [M, K]
+    probabilities: Callable[[Tensor], Tensor] | None  # scores [M, K] -> [M, K], where the probe has an idea of them
+    threshold: float
+    chosen: dict[str, float]
+    n_features: int  # D
+
+    def predict(self, features: Tensor) -> Prediction:
+        """Raises `ValueError` where `features [M, D]` are not those of samples like the ones it was fitted on."""
+        check_features("test", features)
+        _check_width("test", features, self.n_features)
+        scores = self.scores(features)
+        probabilities = None if self.probabilities is None else self.probabilities(scores)
+        return Prediction(scores, probabilities, self.threshold, self.chosen)
 
 
 class Standardiser:
@@ -141,19 +148,21 @@ def check_features(name: str, features: Tensor) -> None:
         )
 
 
-def check_inputs(probe: str, kinds: Sequence[Kind], train: Labelled, val: Labelled | None, test: Tensor) -> None:
-    """Raise `ValueError` where `probe` does not take this kind, or where the three sets do not fit each other."""
+def check_inputs(probe: str, kinds: Sequence[Kind], train: Labelled, val: Labelled | None) -> None:
+    """Raise `ValueError` where `probe` does not take this kind, or where the sets do not fit each other."""
     if train.kind not in kinds:
         raise ValueError(f"the probe {probe} does not take {train.kind}; it takes {', '.join(kinds)}")
     if val is not None and (val.kind, val.n_classes) != (train.kind, train.n_classes):
         raise ValueError(
             f"val has {val.n_classes} classes of {val.kind}, train has {train.n_classes} of {train.kind}: give the same"
         )
-    check_features("test", test)
-    for name, features in (("val", None if val is None else val.features), ("test", test)):
-        if features is not None and features.shape[1] != train.features.shape[1]:
-            n_features = train.features.shape[1]
-            raise ValueError(f"{name} has {features.shape[1]} features a sample, train has {n_features}: give the same")
+    if val is not None:
+        _check_width("val", val.features, train.features.shape[1])
+
+
+def _check_width(name: str, features: Tensor, n_features: int) -> None:
+    if features.shape[1] != n_features:
+        raise ValueError(f"{name} has {features.shape[1]} features a sample, train has {n_features}: give the same")
 
 
 def indicators(train: Labelled) -> Tensor:
@@ -239,8 +248,7 @@ def _wrong_targets(labelled: Labelled) -> str | None:
         return None
     if labelled.kind == "multilabel":
         return None if bool(((targets == 0) | (targets == 1)).all()) else "must be 0 or 1; found other values"
-    sums = targets.double().sum(1)  # [N]
-    fits = ((sums - 1).abs() <= _SUM_TOLERANCE) | (sums == 0)
+    fits = (targets.double().sum(1) - 1).abs() <= _SUM_TOLERANCE  # [N]
     if bool((targets >= 0).all()) and bool(fits.all()):
         return None
-    return f"must be fractions with the sum 1, or 0 where nothing is labelled; got {targets[~fits][:1].tolist()}"
+    return f"must be fractions with the sum 1: leave out what is not labelled; got {targets[~fits][:1].tolist()}"

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.probes.base import Labelled, Prediction, check_inputs, indicators
+from ssl_eo.eval.probes.base import Fitted, Labelled, Prediction, check_inputs, indicators
 
-__all__ = ["KINDS", "Config", "predict"]
+__all__ = ["KINDS", "Config", "fit", "predict"]
 
 KINDS: tuple[Kind, ...] = ("classification", "multilabel")
 
@@ -38,24 +38,32 @@ class Config:
 
 
 def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction:
+    """See `fit`."""
+    return fit(train, val, cfg).predict(test)
+
+
+def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fitted:
     """Weighted nearest neighbours by cosine similarity s, each voting exp(s / temperature) (Wu et al. 2018).
 
     Scores and probabilities are the share of the votes that a class gets; of several labels, those above one half are
     predicted. Of neighbours that are equally near, the first in `train` are taken. `val` is not used.
     """
     cfg = cfg or Config()
-    check_inputs("knn", KINDS, train, val, test)
+    check_inputs("knn", KINDS, train, val)
     n_neighbors = min(cfg.n_neighbors, len(train))
     bank, targets = _unit_rows(train.features), indicators(train)  # [N, D], [N, K]
-    shares = []
-    for queries in torch.split(_unit_rows(test), cfg.chunk_size):
-        cosine = (queries @ bank.T).mul_(_STEPS_OF_COSINE).round_().div_(_STEPS_OF_COSINE)  # [m, N]
-        nearest, index = _first_of_the_nearest(cosine, n_neighbors)  # [m, k]
-        weights = ((nearest - nearest.amax(1, keepdim=True)) / cfg.temperature).exp()  # the nearest has 1: no overflow
-        weights = weights / weights.sum(1, keepdim=True)
-        shares.append((weights[:, None] @ targets[index]).squeeze(1))  # [m, K]
-    scores = torch.cat(shares) if shares else targets.new_zeros(0, train.n_classes)
-    return Prediction(scores, scores, threshold=0.5, chosen={"n_neighbors": n_neighbors})
+
+    def scores(features: Tensor) -> Tensor:
+        shares = []
+        for queries in torch.split(_unit_rows(features), cfg.chunk_size):
+            cosine = (queries @ bank.T).mul_(_STEPS_OF_COSINE).round_().div_(_STEPS_OF_COSINE)  # [m, N]
+            nearest, index = _first_of_the_nearest(cosine, n_neighbors)  # [m, k]
+            weights = ((nearest - nearest.amax(1, keepdim=True)) / cfg.temperature).exp()  # the nearest has 1
+            weights = weights / weights.sum(1, keepdim=True)
+            shares.append((weights[:, None] @ targets[index]).squeeze(1))  # [m, K]
+        return torch.cat(shares) if shares else targets.new_zeros(0, train.n_classes)
+
+    return Fitted(scores, lambda found: found, 0.5, {"n_neighbors": n_neighbors}, bank.shape[1])
 
 
 def _unit_rows(features: Tensor) -> Tensor:

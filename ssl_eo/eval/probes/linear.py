@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.probes.base import (
+    Fitted,
     Labelled,
     Prediction,
     Standardiser,
@@ -29,7 +31,7 @@ from ssl_eo.eval.probes.base import (
 )
 from ssl_eo.seeding import torch_generator
 
-__all__ = ["KINDS", "Config", "predict"]
+__all__ = ["KINDS", "Config", "fit", "predict"]
 
 KINDS: tuple[Kind, ...] = ("classification", "multilabel", "segmentation", "regression")
 
@@ -57,18 +59,22 @@ class Config:
 
 
 def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction:
+    """See `fit`."""
+    return fit(train, val, cfg).predict(test)
+
+
+def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fitted:
     """A linear head trained with momentum, a cosine schedule down to 0 and no weight decay, from zero weights.
 
-    The loss is cross-entropy (of fractions for segmentation, where rows without labels are left out; binary for several
-    labels) or the squared error of standardised targets. The learning rate is the one whose last head is best on `val`,
-    the smallest of equal ones. Without `val` it is chosen on a tenth of `train` that is held out, then used on all.
+    The loss is cross-entropy (of fractions for segmentation; binary for several labels) or the squared error of
+    standardised targets. The learning rate is the one whose last head is best on `val`, the smallest of equal ones.
+    Without `val` it is chosen on a tenth of `train` that is held out, then used on all.
 
-    Raises `ValueError` where every learning rate diverges.
+    Raises `ValueError` where every learning rate diverges, and in predicting where the head does.
     """
     cfg = cfg or Config()
-    check_inputs("linear", KINDS, train, val, test)
-    train = train.with_labels()
-    fitted_on, judged_on = hold_out(train, cfg.seed) if val is None else (train, val.with_labels())
+    check_inputs("linear", KINDS, train, val)
+    fitted_on, judged_on = hold_out(train, cfg.seed) if val is None else (train, val)
     lrs = sorted(cfg.lrs)
     heads = _Heads(fitted_on, lrs, cfg)
     found = [selection_score(scores, judged_on) for scores in heads.scores(judged_on.features)]  # [L]
@@ -77,17 +83,17 @@ def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | N
         raise ValueError(
             f"linear: training diverged at every one of lrs {lrs}; add smaller ones, or standardise the features"
         )
-    if val is None:
-        fitted_on, heads = train, _Heads(train, [lrs[best]], cfg)
-        scores = heads.scores(test)[0]
-    else:
-        scores = heads.scores(test)[best]
-    if not bool(scores.isfinite().all()):
-        raise ValueError(f"linear: scores at the learning rate {lrs[best]:g} are not finite; take smaller lrs")
-    probabilities = None if train.kind == "regression" else mean_response(train.kind, scores)
-    chosen = {"lr": lrs[best], "n_epochs": cfg.n_epochs, "n_fitted": len(fitted_on)}
-    chosen["at_edge"] = is_at_edge(lrs[best], lrs)
-    return Prediction(scores, probabilities, threshold=0.0, chosen=chosen)
+    chosen_heads, at = (_Heads(train, [lrs[best]], cfg), 0) if val is None else (heads, best)
+
+    def scores(features: Tensor) -> Tensor:
+        of_best = chosen_heads.scores(features)[at]  # [M, K]
+        if not bool(of_best.isfinite().all()):
+            raise ValueError(f"linear: scores at the learning rate {lrs[best]:g} are not finite; take smaller lrs")
+        return of_best
+
+    probabilities = None if train.kind == "regression" else partial(mean_response, train.kind)
+    chosen = {"lr": lrs[best], "n_epochs": cfg.n_epochs, "at_edge": is_at_edge(lrs[best], lrs)}
+    return Fitted(scores, probabilities, 0.0, chosen, train.features.shape[1])
 
 
 class _Heads:

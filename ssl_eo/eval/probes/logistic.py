@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.probes._likelihood import Curvatures, Problem
 from ssl_eo.eval.probes.base import (
+    Fitted,
     Labelled,
     Prediction,
     check_inputs,
@@ -32,7 +34,7 @@ from ssl_eo.eval.probes.base import (
 )
 from ssl_eo.eval.probes.ridge import RidgePath
 
-__all__ = ["KINDS", "Config", "predict"]
+__all__ = ["KINDS", "Config", "fit", "predict"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,6 @@ class Config:
     # Of the mean loss + lambda |W|^2 / 2, strong to weak; that is C = 1 / (lambda * N) of others.
     lambdas: list[float] = field(default_factory=lambda: [10.0 ** (-0.5 * e) for e in range(-4, 13)])
     patience: int = 2  # penalties worse than the best on val before the path ends; 0 for all of them
-    refit: Literal["train", "train_val"] = "train"  # what the chosen penalty is fitted on for the test set
     tolerance: float = 1e-5  # part of the loss that a further step could gain, where a fit ends
     max_steps: int = 500  # of a fit
     precision: Literal["float32", "float64"] = "float32"
@@ -67,31 +68,32 @@ class Config:
 
 
 def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction:
+    """See `fit`."""
+    return fit(train, val, cfg).predict(test)
+
+
+def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fitted:
     """Multinomial logistic regression, or a binary one for each of several labels, on standardised features.
 
     lambda is the one of the best accuracy (one label) or micro average precision (several) on `val`, the strongest of
-    equal ones. Without `val` it is chosen on a tenth of `train` that is held out, then fitted on all of `train`. With
-    `val`, `refit: train_val` fits once more on both, as linear probes are often reported.
+    equal ones. Without `val` it is chosen on a tenth of `train` that is held out, then fitted on all of `train`.
 
     Scores are log-odds up to a constant of the sample, and log-odds with the threshold 0 for several labels. A class
     that no sample of the fit has gets minus infinity, one that all of them have (several labels) plus infinity.
     """
     cfg = cfg or Config()
-    check_inputs("logistic", KINDS, train, val, test)
+    check_inputs("logistic", KINDS, train, val)
     fitted_on, judged_on = hold_out(train, cfg.seed) if val is None else (train, val)
-    fit = _Fit(fitted_on, cfg)
-    value = fit.choose(judged_on)
-    if val is None or cfg.refit == "train_val":
-        fitted_on = train if val is None else train.joined(val)
-        fit = _Fit(fitted_on, cfg)
-        fit.solve(value)
-    scores = fit.scores(test)
-    chosen = {"lambda": value, "penalty": value * len(fitted_on), "n_fitted": len(fitted_on)}
-    chosen["at_edge"] = is_at_edge(value, cfg.lambdas)
-    return Prediction(scores, mean_response(train.kind, scores), threshold=0.0, chosen=chosen)
+    path = _Path(fitted_on, cfg)
+    value = path.choose(judged_on)
+    if val is None:
+        path = _Path(train, cfg)
+        path.solve(value)
+    chosen = {"lambda": value, "penalty": value * len(train), "at_edge": is_at_edge(value, cfg.lambdas)}
+    return Fitted(path.scores, partial(mean_response, train.kind), 0.0, chosen, train.features.shape[1])
 
 
-class _Fit:
+class _Path:
     """The path of penalties on one training set."""
 
     def __init__(self, train: Labelled, cfg: Config) -> None:
@@ -111,7 +113,7 @@ class _Fit:
         self._shrinkage = self._at.weights.new_zeros(self._at.weights.shape[1])  # [R + 1], of the last fit
 
     def choose(self, val: Labelled) -> float:
-        """Go down the path until `val` has had enough; the best lambda, whose weights are then those of this fit."""
+        """Go down the path until `val` has had enough; the best lambda, whose weights are then kept."""
         x = self._coordinates(val.features)  # [V, R + 1]
         best, best_value, best_at, n_worse = -math.inf, self._cfg.lambdas[0], self._at, 0
         for value in self._cfg.lambdas:

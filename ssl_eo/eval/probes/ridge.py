@@ -6,14 +6,15 @@ N training samples, M test samples, D features, K classes, R rank of the feature
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.probes.base import Labelled, Prediction, Standardiser, check_inputs, indicators, is_at_edge
+from ssl_eo.eval.probes.base import Fitted, Labelled, Prediction, Standardiser, check_inputs, indicators, is_at_edge
 
-__all__ = ["KINDS", "Config", "RidgePath", "predict"]
+__all__ = ["KINDS", "Config", "RidgePath", "fit", "predict"]
 
 KINDS: tuple[Kind, ...] = ("classification", "multilabel", "segmentation", "regression")
 
@@ -31,15 +32,19 @@ class Config:
 
 
 def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | None = None) -> Prediction:
+    """See `fit`."""
+    return fit(train, val, cfg).predict(test)
+
+
+def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fitted:
     """Ridge regression on standardised features; lambda by generalised cross-validation on the training set.
 
-    Targets are -1 and 1 for each class (one or several labels), fractions of a patch (segmentation; rows without labels
-    are left out) or the values themselves. `val` is not used: what cross-validation chooses needs no other samples. It
-    leaves out one sample at a time, in closed form, and so cannot leave out whole places.
+    Targets are -1 and 1 for each class (one or several labels), fractions of a patch (segmentation) or the values
+    themselves. `val` is not used: what cross-validation chooses needs no other samples. It leaves out one sample at a
+    time, in closed form, and so cannot leave out whole places.
     """
     cfg = cfg or Config()
-    check_inputs("ridge", KINDS, train, val, test)
-    train = train.with_labels()
+    check_inputs("ridge", KINDS, train, val)
     targets = indicators(train)  # [N, K]
     if train.kind in ("classification", "multilabel"):
         targets = targets * 2.0 - 1.0
@@ -47,10 +52,8 @@ def predict(train: Labelled, val: Labelled | None, test: Tensor, cfg: Config | N
     penalties = torch.tensor(cfg.lambdas, dtype=torch.float64, device=targets.device) * len(train)
     best = int(path.gcv(penalties).argmin())
     penalty = float(penalties[best])
-    scores = path.predict(test, penalty)
-    chosen = {"lambda": penalty / len(train), "penalty": penalty, "n_fitted": len(train)}
-    chosen["at_edge"] = is_at_edge(cfg.lambdas[best], cfg.lambdas)
-    return Prediction(scores, None, threshold=0.0, chosen=chosen)
+    chosen = {"lambda": penalty / len(train), "penalty": penalty, "at_edge": is_at_edge(cfg.lambdas[best], cfg.lambdas)}
+    return Fitted(partial(path.predict, penalty=penalty), None, 0.0, chosen, train.features.shape[1])
 
 
 class RidgePath:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssl_eo.eval.bootstrap import resampled_scores
+from ssl_eo.eval.bootstrap import FEWEST_GROUPS, resampled_scores
 from ssl_eo.eval.metrics import Classified, Regressed
 from ssl_eo.eval.records import RESULTS, packed
 
@@ -29,6 +29,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
     """What an evaluation writes of one result, as far as reports read it."""
     of_encoder = features in ("encoder", "random_encoder")
     metric = "accuracy" if isinstance(found_by, Classified) else "rmse"
+    is_resampled = changes.get("n_groups", N_TEST) >= FEWEST_GROUPS
     found = {
         "kind": "result",
         "task": "scenes",
@@ -42,6 +43,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
         "classes": ["sea", "wood", "town"] if metric == "accuracy" else [],
         "data": {"train": "x", "test": "y"},
         "partition": "1.00x",
+        "partition_of": _origin(changes.get("partition", "1.00x")),
         "subset": "all",
         "size": "task",
         "tap": "last" if of_encoder else "pixels",
@@ -63,7 +65,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
         "scores": found_by.scores(),
         "intervals": {},
         "n_resamples": N_RESAMPLES,
-        "resampled": packed(resampled_scores(found_by, None, N_RESAMPLES)[metric]),
+        "resampled": packed(resampled_scores(found_by, None, N_RESAMPLES)[metric]) if is_resampled else None,
         "chosen": {},
         "n_features": 8,
         "date": "2026-01-01T00:00:00+00:00",
@@ -75,6 +77,11 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
     place = ("task", "features", "model", "weights", "partition", "subset", "size", "tap", "pool", "probe", "seed")
     key = json.dumps([*(found[name] for name in (*place, "date", "version")), sorted(changes)])
     return {"key": key, "job": json.dumps([found["task"], features, model]), **found}
+
+
+def _origin(partition: str) -> str:
+    """Where a part of the training set comes from, of a dataset that has all but `nested_...` published."""
+    return "nested" if partition.startswith("nested_") else "all" if partition == "1.00x" else "published"
 
 
 def problem(kind: str, error: str, **changes: Any) -> dict[str, Any]:

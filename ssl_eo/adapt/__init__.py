@@ -1,0 +1,1 @@
+"""Encoders trained on labels: protocols, losses, decoders on top, dense prediction, studies, ensembles of encoders."""

@@ -1,0 +1,91 @@
+"""What training a model takes: floating point operations and memory of a step, and energy where it is measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ssl_eo.adapt.model import TaskModel
+from ssl_eo.components import import_extra
+from ssl_eo.models.vit import EncoderInput
+from ssl_eo.train.tracing import Ledger
+
+__all__ = ["Energy", "StepCost", "energy_of", "step_cost"]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one sample forward, and of a whole training step; two operations a multiply-add."""
+
+    forward_gflop: float
+    step_gflop: float  # of a sample, forward and backward
+    memory_gb: float  # weights, gradients, AdamW's moments, and what is alive in a step at its worst moment
+
+
+@dataclass
+class Energy:
+    """What was used, once it is known; None where it is not measured."""
+
+    kwh: float | None = None
+    co2_kg: float | None = None
+
+
+def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int]) -> StepCost:
+    """The cost of training `model` on `inputs`, backbone included, whether or not its features were kept.
+
+    One step runs, whose gradients are thrown away. Attention is taken apart into its products, so memory is an upper
+    bound where a fused kernel would do it.
+    """
+    was_training, n_samples = model.training, len(inputs.pixels)
+    model.train()
+    weights = list(model.parameters())
+    with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), Ledger() as ledger:
+        ledger.leave_out([*weights, *model.buffers(), inputs.pixels])
+        with ledger.phase("forward"):
+            logits = model(inputs, size)
+        with ledger.phase("backward"):
+            logits.float().square().mean().backward()
+    gradients = [p.grad for p in weights if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    state = _bytes(weights) + 2 * _bytes(gradients)  # AdamW keeps two moments; gradients are in the peak
+    peak = max(alive.total for alive in ledger.peaks.values())
+    flop = ledger.flop
+    return StepCost(
+        flop["forward"] / n_samples / 1e9,
+        (flop["forward"] + flop["backward"]) / n_samples / 1e9,
+        (state + peak) / 1e9,
+    )
+
+
+@contextmanager
+def energy_of(country: str | None) -> Iterator[Energy]:
+    """Measure what runs inside by codecarbon, at the carbon intensity of `country`; nothing where that is None.
+
+    Where a machine does not tell its power, codecarbon estimates it from the kind of processor.
+    """
+    found = Energy()
+    if country is None:
+        yield found
+        return
+    codecarbon: Any = import_extra("energy", "codecarbon", "study.country (energy and CO2)")
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)  # which tells of itself before it reads log_level
+    options = {"save_to_file": False, "log_level": "error", "allow_multiple_runs": True}
+    tracker = codecarbon.OfflineEmissionsTracker(country_iso_code=country, **options)
+    tracker.start()
+    try:
+        yield found
+    finally:
+        found.co2_kg = tracker.stop()
+        found.kwh = tracker.final_emissions_data.energy_consumed
+
+
+def _bytes(tensors: list[nn.Parameter] | list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,134 @@
+"""Which samples a model is trained, chosen and scored on: as a task has them, split anew, or thinned to a long tail.
+
+N samples, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.probes.base import Labelled, hold_out
+from ssl_eo.eval.tasks import Task
+from ssl_eo.seeding import derive_seed, torch_generator
+
+__all__ = ["SampleRows", "SamplesConfig", "choose_rows", "long_tail_rows", "stratified_rows"]
+
+
+@dataclass
+class SamplesConfig:
+    """Changes to the splits of a task of one class a sample."""
+
+    # Parts of train, val and test of what the task calls train, which are drawn of every class apart, so that each
+    # part has its rare classes. None: the splits of the task. Samples of one place may then be in two parts.
+    stratified: list[float] | None = None
+    # The largest class over the smallest: class sizes fall geometrically, in the order of the classes' sizes, in every
+    # split alike. None: as they are.
+    long_tail_ratio: float | None = None
+    fewest: int = 2  # samples of a class that every split keeps, as far as it has them
+    seed: int = 0  # of what is drawn
+
+    def __post_init__(self) -> None:
+        if self.stratified is not None:
+            parts = self.stratified
+            if len(parts) != 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+                raise ValueError(f"stratified takes three positive parts that sum to 1, got {parts}")
+        if self.long_tail_ratio is not None and self.long_tail_ratio < 1:
+            raise ValueError(f"long_tail_ratio must be at least 1, got {self.long_tail_ratio}")
+        if self.fewest < 1:
+            raise ValueError(f"fewest must be at least 1, got {self.fewest}")
+
+
+# For `train`, `val` and `test`: which split of the task they are taken from, and positions in it.
+SampleRows = dict[str, tuple[str, Tensor]]
+
+
+def choose_rows(task: Task, cfg: SamplesConfig) -> SampleRows:
+    """The samples of `task` as `cfg` has them. Raises `ValueError` where it asks for classes, and there are none."""
+    changes = cfg.stratified is not None or cfg.long_tail_ratio is not None
+    if changes and task.cfg.kind != "classification":
+        raise ValueError(
+            f"task {task.name}: samples.stratified and samples.long_tail_ratio are for classification, and it is"
+            f" {task.cfg.kind}"
+        )
+    if cfg.stratified is not None:
+        train, val, test = stratified_rows(task.train.labels, cfg.stratified, cfg.seed)
+        rows = {"train": ("train", train), "val": ("train", val), "test": ("train", test)}
+    elif task.val is None:
+        train, val = _held_out(task, cfg.seed)
+        rows = {"train": ("train", train), "val": ("train", val), "test": ("test", torch.arange(len(task.test)))}
+    else:
+        splits = {"train": task.train, "val": task.val, "test": task.test}
+        rows = {name: (name, torch.arange(len(split))) for name, split in splits.items()}
+    return rows if cfg.long_tail_ratio is None else _thinned(task, rows, cfg)
+
+
+def stratified_rows(labels: Tensor, parts: Sequence[float], seed: int = 0) -> list[Tensor]:
+    """Rows of `labels [N]` in `parts`, of every class in these parts, and of every class at least one in each.
+
+    Raises `ValueError` for a class with fewer samples than there are parts.
+    """
+    found: list[list[Tensor]] = [[] for _ in parts]
+    for c in sorted(set(labels.tolist())):
+        rows = (labels == c).nonzero()[:, 0]
+        if len(rows) < len(parts):
+            raise ValueError(f"class {c} has {len(rows)} samples, too few for {len(parts)} splits")
+        rows = rows[torch.randperm(len(rows), generator=torch_generator(seed, "stratified", c))]
+        for of_part, some in zip(found, torch.split(rows, _counts(len(rows), parts)), strict=True):
+            of_part.append(some)
+    return [torch.cat(of_part).sort().values for of_part in found]
+
+
+def long_tail_rows(labels: Tensor, order: Sequence[int], ratio: float, fewest: int, seed: int = 0) -> Tensor:
+    """Rows of `labels [N]` of which the first class of `order` keeps all, the last so many that it is `ratio` rarer.
+
+    Between them sizes fall geometrically. A class keeps `fewest` of its samples, and never more than it has.
+    """
+    most = int((labels == order[0]).sum())
+    kept = []
+    for position, c in enumerate(order):
+        wanted = round(most * ratio ** (-position / max(1, len(order) - 1)))
+        rows = (labels == c).nonzero()[:, 0]
+        drawn = rows[torch.randperm(len(rows), generator=torch_generator(seed, "long tail", c))]
+        kept.append(drawn[: max(wanted, fewest)])
+    return torch.cat(kept).sort().values
+
+
+def _thinned(task: Task, rows: SampleRows, cfg: SamplesConfig) -> SampleRows:
+    assert cfg.long_tail_ratio is not None
+    splits = {"train": task.train, "val": task.val, "test": task.test}
+    sizes = torch.bincount(task.train.labels[rows["train"][1]], minlength=task.n_classes)
+    order = sizes.argsort(descending=True, stable=True).tolist()
+    thinned = {}
+    for name, (of, some) in rows.items():
+        split = splits[of]
+        assert split is not None
+        seed = derive_seed(cfg.seed, name)
+        kept = long_tail_rows(split.labels[some], order, cfg.long_tail_ratio, cfg.fewest, seed)
+        thinned[name] = of, some[kept]
+    return thinned
+
+
+def _held_out(task: Task, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows for training, and a tenth for validation, as probes hold it out: of places of its own, of each class."""
+    split, is_of_classes = task.train, task.cfg.kind == "classification"
+    numbers: dict[str, int] = {}
+    places = torch.tensor([numbers.setdefault(group, len(numbers)) for group in split.groups])
+    rows = torch.arange(len(split), dtype=torch.float64)[:, None]
+    targets = split.labels if is_of_classes else torch.zeros(len(split))
+    kind: Kind = "classification" if is_of_classes else "regression"
+    n_classes = task.n_classes if is_of_classes else 1
+    train, val = hold_out(Labelled(rows, targets, kind, n_classes, places), seed)
+    return train.features[:, 0].long(), val.features[:, 0].long()
+
+
+def _counts(n: int, parts: Sequence[float]) -> list[int]:
+    """`n` in `parts`, each at least 1; what rounding leaves goes to the first."""
+    counts = [max(1, round(n * part)) for part in parts[1:]]
+    while sum(counts) >= n:
+        counts[counts.index(max(counts))] -= 1
+    return [n - sum(counts), *counts]

@@ -1,0 +1,135 @@
+"""A model that was trained on labels, as a folder: its encoder as a bundle, its decoder, and what both were told.
+
+    encoder.json encoder.safetensors   a bundle (`ssl_eo.hub`), with the statistics of the training images
+    decoder.safetensors task.json      decoder, taps, classes
+
+Nothing is unpickled on the way in.
+
+B images, C channels, H W pixels, K outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.adapt.backbone import EncoderBackbone
+from ssl_eo.adapt.lora import lora_config, merge_lora
+from ssl_eo.adapt.model import TaskModel
+from ssl_eo.bundles import BundleEncoder, SensorInput
+from ssl_eo.components import one_line
+from ssl_eo.eval.decoders import build_decoder
+from ssl_eo.eval.tasks import Task
+from ssl_eo.files import atomic_write
+from ssl_eo.hub import load_bundle, write_bundle
+from ssl_eo.tensor_files import read_tensors, write_tensors
+
+__all__ = ["SavedModel", "load_model", "save_model"]
+
+_FORMAT = 1
+_KEYS = ("decoder", "options", "taps", "n_outputs", "kind", "classes", "bands", "sha256")
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A trained model in eval mode: `logits` of images as they are stored."""
+
+    model: TaskModel
+    bundle: BundleEncoder
+    facts: Mapping[str, Any]  # of task.json
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.facts["classes"])
+
+    @property
+    def input(self) -> SensorInput:
+        """What it takes: a sensor, bands in order, statistics."""
+        return next(iter(self.bundle.inputs.values()))
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """`[B, K, H, W]` or `[B, K]` of images `[B, C, H, W]` of stored values, NaN where nothing was measured.
+
+        Numbers (of regression) are in the unit of labels.
+        """
+        return self.model.values(self.model(self.bundle.prepare(images)))
+
+
+def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, Any]) -> None:
+    """Write `model`, which was trained on `task`; adapters are merged into the weights of its encoder.
+
+    `facts` are `decoder`, `options` and `taps` of it, and further plain values. Raises `ValueError` for a backbone that
+    is no vision transformer.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, EncoderBackbone):
+        raise ValueError("a model without an encoder of its own (the UNet, ensembles) cannot be saved as a bundle")
+    encoder = backbone.encoder
+    if lora_config(encoder) is not None:
+        encoder = copy.deepcopy(encoder)
+        merge_lora(encoder)
+    schema, plan = task.schema, task.shown.plan
+    chosen = range(len(schema.bands)) if plan.bands is None else plan.bands
+    mean, std = (tuple(values[i] for i in chosen) for values in (schema.mean, schema.std))
+    gsd_m = schema.gsd_m * (1.0 if schema.shape is None else schema.shape[0] / plan.size[0])
+    known = SensorInput(schema.sensor, tuple(task.bands), mean, std, gsd_m)
+    write_bundle(folder, encoder, {schema.sensor.name: known}, {"step": 0, **facts})
+    decoder = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+    sha256 = write_tensors(folder / "decoder.safetensors", decoder)
+    page = {
+        "format": _FORMAT,
+        "task": task.name,
+        "kind": task.cfg.kind,
+        "classes": list(task.class_names),
+        "bands": list(task.bands),
+        "size_px": plan.size[0],
+        "n_outputs": 1 if task.cfg.kind == "regression" else task.n_classes,
+        "sha256": sha256,
+        **facts,
+    }
+    atomic_write(folder / "task.json", json.dumps(page, indent=1))
+
+
+def load_model(folder: Path) -> SavedModel:
+    """What `save_model` wrote. Raises `ValueError` for anything that is not a whole model."""
+    page = _read_page(folder / "task.json")
+    bundle = load_bundle(folder)
+    if not isinstance(bundle, BundleEncoder) or not bundle.inputs:
+        raise ValueError(f"{folder}/encoder.json: a trained model has one encoder, and statistics for its images")
+    try:
+        backbone = EncoderBackbone(bundle.encoder, page["taps"])
+        decoder: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
+        model = TaskModel(backbone, decoder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder}/task.json: {one_line(error)}") from None
+    tensors = read_tensors(folder / "decoder.safetensors", page["sha256"])
+    expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("backbone.")}
+    found = {name: value.shape for name, value in tensors.items()}
+    if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        raise ValueError(
+            f"{folder}/decoder.safetensors: {len(wrong)} tensors do not fit the decoder {page['decoder']}, the first is"
+            f" {wrong[0]}"
+        )
+    model.load_state_dict(tensors, strict=False)
+    return SavedModel(model.requires_grad_(False).eval(), bundle, page)
+
+
+def _read_page(path: Path) -> dict[str, Any]:
+    try:
+        page = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.parent}: not a trained model ({path.name}: {one_line(error)})") from None
+    if not isinstance(page, dict) or page.get("format") != _FORMAT:
+        found = page.get("format") if isinstance(page, dict) else "none"
+        raise ValueError(f"{path}: format {found}, this version reads {_FORMAT}; update ssl_eo")
+    if missing := [key for key in _KEYS if key not in page]:
+        raise ValueError(f"{path}: key {missing[0]!r} is missing")
+    return page

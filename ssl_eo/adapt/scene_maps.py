@@ -1,0 +1,262 @@
+"""A whole scene through a model: classes of its pixels, or features of its patches, panel by panel.
+
+Memory is bounded by the window and the panel, not by the scene: `tiling.panel_bytes`, beside 64 MB of GDAL's and what
+the model takes. A finished panel is kept in the folder `OUT.panels` until the outputs are whole: a run that was killed
+goes on after the last of them, and panels of another scene, model or tiling are refused. Outputs are written under
+another name, `OUT.partial`, and renamed at the end: a file `OUT` is always a whole one.
+
+C bands, s side of a window in pixels, p side of a patch, B windows, K values of a cell, D features, h w cells of a
+panel.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ssl_eo.adapt.scene_outputs import Output, TableOutput, class_map, value_map
+from ssl_eo.adapt.scenes import Scene
+from ssl_eo.adapt.tiling import Box, Tiling, WindowModel, blend_box, count_windows, panel_side, panels
+from ssl_eo.components import one_line
+from ssl_eo.files import atomic_file, atomic_write, locked_folder, sync
+
+__all__ = ["SceneRun", "embed_scene", "map_scene", "predict_scene"]
+
+_FORMAT = "panels 1"
+
+
+@dataclass(frozen=True)
+class SceneRun:
+    """What holds for any output: `facts` say which model it is, as plain JSON types (its SHA-256).
+
+    `progress` is told (windows done, all of them) after each batch. `memory_bytes` are for a panel.
+    """
+
+    facts: Mapping[str, Any]
+    overwrite: bool = False
+    progress: Callable[[int, int], None] | None = None
+    memory_bytes: int = 1 << 30
+
+
+def predict_scene(
+    scene: Scene,
+    model: WindowModel,
+    class_names: Sequence[str],
+    out: Path,
+    tiling: Tiling,
+    run: SceneRun,
+    probabilities: Path | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write the GeoTIFF `out` with the class of each pixel of `scene`, and with `probabilities` one of a band a class.
+
+    `model` makes logits `[B, K, s, s]` of stored values `[B, C, s, s]`, NaN where nothing was measured (as
+    `BundleEncoder.prepare` takes them); their softmax is blended. Pixels of which no band was measured have no class.
+    Raises as `map_scene` does.
+    """
+    outputs: list[Output] = [class_map(out, class_names, tags or {})]
+    if probabilities is not None:
+        outputs.append(value_map(probabilities, len(class_names), "float32", class_names, tags or {}))
+    map_scene(scene, model, len(class_names), outputs, tiling, run, softmax=True)
+
+
+def embed_scene(
+    scene: Scene,
+    model: WindowModel,
+    n_features: int,
+    out: Path,
+    tiling: Tiling,
+    run: SceneRun,
+    dtype: Literal["float16", "float32"] = "float32",
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Write features of the patches of `scene`: a `.tif` of D bands, or a `.parquet` file with a row a patch.
+
+    `model` makes features `[B, D, s / p, s / p]` of stored values `[B, C, s, s]`, and `tiling.cell_px` is p. Patches of
+    which nothing was measured are NaN, and have no row. Raises as `map_scene` does.
+    """
+    output: Output
+    if out.suffix == ".parquet":
+        output = TableOutput(out, n_features, dtype, tags or {})
+    elif out.suffix in (".tif", ".tiff"):
+        output = value_map(out, n_features, dtype, (), tags or {})
+    else:
+        raise ValueError(f"{out}: features are written to a .tif or a .parquet file")
+    map_scene(scene, model, n_features, [output], tiling, run)
+
+
+def map_scene(
+    scene: Scene,
+    model: WindowModel,
+    n_values: int,
+    outputs: Sequence[Output],
+    tiling: Tiling,
+    run: SceneRun,
+    softmax: bool = False,
+) -> None:
+    """Write all `outputs` from the `n_values` values that `model` gives for each cell of `scene`.
+
+    Raises `ValueError` for paths that are taken, a model that gives something else, too little memory, and panels of a
+    killed run with another scene, model, tiling or memory; `OSError` for a scene that cannot be read and a disk that is
+    full. Finished panels stay then, and the same call goes on with them.
+    """
+    _check_paths(scene.path, [output.path for output in outputs], run.overwrite)
+    side = panel_side(scene.shape, tiling, scene.n_bands, n_values, run.memory_bytes)
+    folder = outputs[0].path.with_name(f"{outputs[0].path.name}.panels")
+    with locked_folder(folder, "write to another path"):
+        kept = _Panels(folder, panels(scene.grid.coarser(tiling.cell_px).shape, side))
+        try:
+            kept.begin(_inputs(scene, outputs, tiling, run, softmax, side))
+            _make_panels(kept, scene, model, n_values, outputs, tiling, run, softmax)
+            _write_outputs(kept, scene, outputs, tiling, side)
+        except BaseException:
+            if not kept.has_any:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder)
+
+
+def _make_panels(
+    kept: _Panels,
+    scene: Scene,
+    model: WindowModel,
+    n_values: int,
+    outputs: Sequence[Output],
+    tiling: Tiling,
+    run: SceneRun,
+    softmax: bool,
+) -> None:
+    """Make the panels that are not there yet."""
+    n_windows = [count_windows(scene.shape, box, tiling) for box in kept.boxes]
+    done, total = 0, sum(n_windows)
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        if run.progress is not None:
+            run.progress(done, total)
+
+    def make(i: int, box: Box) -> None:
+        values = blend_box(scene.read, scene.shape, box, model, tiling, softmax, advance)  # [K, h, w]
+        if values is None:
+            values = torch.full((n_values, *box[2:]), torch.nan)
+        if values.shape[0] != n_values:
+            raise ValueError(f"the model gives {values.shape[0]} values of a cell, expected {n_values}")
+        for o, output in enumerate(outputs):
+            kept.save(o, i, output.panel(values))
+
+    for i, box in enumerate(kept.boxes):
+        if kept.has(i, len(outputs)):
+            advance(n_windows[i])
+        else:
+            make(i, box)
+
+
+def _write_outputs(kept: _Panels, scene: Scene, outputs: Sequence[Output], tiling: Tiling, side: int) -> None:
+    grid = scene.grid.coarser(tiling.cell_px)
+    unfinished = [output.path.with_name(f"{output.path.name}.partial") for output in outputs]
+    try:
+        for i, (output, path) in enumerate(zip(outputs, unfinished, strict=True)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            output.write(path, grid, partial(kept.load, i), side)
+            sync(path)
+        for output, path in zip(outputs, unfinished, strict=True):
+            path.replace(output.path)
+            sync(path.parent)
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+
+
+class _Panels:
+    """The finished panels of a run, in a folder that says what they were made of."""
+
+    def __init__(self, folder: Path, boxes: Sequence[Box]) -> None:
+        self.boxes = boxes
+        self._folder, self._inputs = folder, folder / "inputs.json"
+
+    @property
+    def has_any(self) -> bool:
+        return any(self._folder.glob("*.npy"))
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Raise `ValueError` where there are panels that were made of something else."""
+        if not self.has_any:
+            atomic_write(self._inputs, json.dumps(inputs, indent=1))
+        else:
+            try:
+                found = json.loads(self._inputs.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{self._inputs} cannot be read ({one_line(error)}): remove {self._folder}") from None
+            for key, value in inputs.items():
+                if found.get(key) != value:
+                    raise ValueError(
+                        f"{self._folder} holds panels of a run with another {key} ({_shown(found.get(key))}, now"
+                        f" {_shown(value)}): give what it was begun with, or remove the folder to begin anew"
+                    )
+
+    def has(self, i: int, n_outputs: int) -> bool:
+        return all(self._path(o, i).exists() for o in range(n_outputs))
+
+    def save(self, output: int, i: int, values: NDArray[Any]) -> None:
+        values = np.ascontiguousarray(values)
+        with atomic_file(self._path(output, i)) as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(values))
+            file.write(values.data.cast("B"))
+
+    def load(self, output: int) -> Iterator[tuple[Box, NDArray[Any]]]:
+        for i, box in enumerate(self.boxes):
+            path = self._path(output, i)
+            try:
+                values: NDArray[Any] = np.load(path, allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise ValueError(f"{path} is damaged ({one_line(error)}): remove it, and run again") from None
+            yield box, values
+
+    def _path(self, output: int, i: int) -> Path:
+        return self._folder / f"{output}_{i:06d}.npy"
+
+
+def _inputs(
+    scene: Scene, outputs: Sequence[Output], tiling: Tiling, run: SceneRun, softmax: bool, side: int
+) -> dict[str, Any]:
+    """What panels depend on, as plain JSON types."""
+    cut = {key: value for key, value in asdict(tiling).items() if key != "batch_size"}
+    return {
+        "format": _FORMAT,
+        "scene": scene.digest(),
+        "bands": list(scene.channels),
+        "no_data": list(scene.no_data),
+        "model": json.loads(json.dumps(dict(run.facts))),
+        "tiling": {**cut, "softmax": softmax},
+        "outputs": [output.facts() for output in outputs],
+        "panel_side": side,
+    }
+
+
+def _check_paths(scene: Path, paths: Sequence[Path], overwrite: bool) -> None:
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError(f"outputs must differ, got {', '.join(map(str, paths))}")
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if path.samefile(scene):
+                raise ValueError(f"{path} is the scene itself: give another path")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give the path of a file")
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists already; give another path, or overwrite it")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,183 @@
+"""A scene: a GeoTIFF of any size that is read box by box, and where its cells lie on the ground.
+
+C bands that are read, H W pixels of the scene, h w pixels of a box.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ssl_eo.adapt.tiling import Box, grid_of
+from ssl_eo.components import import_extra, suggest
+from ssl_eo.data.sources._rasters import open_raster, read_box
+from ssl_eo.sensors import Sensor
+
+__all__ = ["Grid", "Scene"]
+
+_MAX_VALUES = 1 << 26  # read at once, in the stored dtype; more are read some bands after the others
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cells of a raster: how many (h, w), and where they lie.
+
+    `crs` is rasterio's, None without one; `transform` has the six coefficients a to f of the affine map from
+    (column, row) to coordinates.
+    """
+
+    shape: tuple[int, int]
+    crs: Any
+    transform: tuple[float, float, float, float, float, float]
+
+    def coarser(self, cell_px: int) -> Grid:
+        """The grid whose cells are `cell_px` of these wide, from the same corner on, and reach to the edges."""
+        a, b, c, d, e, f = self.transform
+        wide = (a * cell_px, b * cell_px, c, d * cell_px, e * cell_px, f)
+        return Grid(grid_of(self.shape, cell_px), self.crs, wide)
+
+    def centres(self, rows: NDArray[Any], columns: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Coordinates x and y of the centres of cells."""
+        a, b, c, d, e, f = self.transform
+        right, down = columns + 0.5, rows + 0.5
+        return a * right + b * down + c, d * right + e * down + f
+
+
+class Scene:
+    """The GeoTIFF `path`, and those of its bands that a model takes. Close it, or use it in a `with`.
+
+    `bands` are what is read, in this order: names, or numbers of bands in the file as GDAL counts them, from 1; None
+    for all. The file's bands are called as `file_bands` says, in file order; else as the file describes them; else as
+    the bands of `sensor`, where it has as many. They are never guessed. `no_data` are stored values that mean nothing;
+    None: those of the file and of the sensor. NaN and infinity always mean nothing.
+
+    Raises `ValueError` or `OSError` with the path for a file or bands that cannot be used, and warns of a scene without
+    a reference system, whose outputs have none either.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        bands: Sequence[str | int] | None = None,
+        sensor: Sensor | None = None,
+        file_bands: Sequence[str] | None = None,
+        no_data: Sequence[float] | None = None,
+    ) -> None:
+        self.path = path
+        rasterio = import_extra("geo", "rasterio", "reading a scene")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # ours says more
+            self._file = open_raster(path)
+        try:
+            names = _names_of(self._file, file_bands, sensor)
+            wanted = bands if bands is not None else range(1, self._file.count + 1)
+            self.channels = tuple(_channel(path, band, names, self._file.count) for band in wanted)
+            if not self.channels:
+                raise ValueError(f"bands: none of {path} is named")
+        except ValueError:
+            self.close()
+            raise
+        self.bands = tuple(names[i] if names else str(i + 1) for i in self.channels)
+        transform = self._file.transform
+        coefficients = (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
+        self.grid = Grid(self._file.shape, self._file.crs, coefficients)
+        own = [float(v) for v in self._file.nodatavals if v is not None]
+        of_sensor = () if sensor is None else sensor.no_data
+        given = (*own, *of_sensor) if no_data is None else no_data
+        self.no_data = tuple(dict.fromkeys(float(v) for v in given if not math.isnan(v)))
+        if self.grid.crs is None:
+            warnings.warn(f"{path} has no coordinate reference system: what is made of it has none", stacklevel=2)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.grid.shape
+
+    @property
+    def n_bands(self) -> int:
+        """C, the number of bands that are read."""
+        return len(self.channels)
+
+    def read(self, box: Box) -> Tensor:
+        """Stored values `[C, h, w]` of a box of pixels as float32, NaN where nothing was measured.
+
+        Raises `OSError` with the path for pixels that cannot be decoded.
+        """
+        values = np.empty((self.n_bands, *box[2:]), np.float32)
+        n_at_once = max(1, _MAX_VALUES // (box[2] * box[3]))
+        for first in range(0, self.n_bands, n_at_once):
+            some = slice(first, first + n_at_once)
+            stored = read_box(self._file, self.channels[some], box)  # [n, h, w]
+            with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and so not measured
+                values[some] = stored
+                for value in self.no_data:
+                    values[some][stored == value] = np.nan
+        values[np.isinf(values)] = np.nan
+        return torch.from_numpy(values)
+
+    def digest(self) -> str:
+        """A digest of all bytes of the file."""
+        found = blake2b(digest_size=16)
+        with self.path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                found.update(chunk)
+        return found.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _names_of(file: Any, file_bands: Sequence[str] | None, sensor: Sensor | None) -> tuple[str, ...]:
+    """Names of the bands of an open file in its order; none where nothing says them."""
+    if file_bands is not None:
+        names = tuple(file_bands)
+        if len(names) != file.count:
+            raise ValueError(
+                f"{file.name} holds {file.count} bands, file_bands names {len(names)}: name all, in file order"
+            )
+    elif all(file.descriptions):
+        names = tuple(file.descriptions)
+    elif sensor is not None and len(sensor.bands) == file.count:
+        names = sensor.band_names
+    else:
+        names = ()
+    return names
+
+
+def _channel(path: Path, band: str | int, names: tuple[str, ...], count: int) -> int:
+    """Which band of the file, from 0, a name or a number from 1 means."""
+    if isinstance(band, int):
+        if not 1 <= band <= count:
+            raise ValueError(f"{path} has no band {band}: it holds bands 1 to {count}")
+        return band - 1
+    if not names:
+        raise ValueError(
+            f"{path} holds {count} bands and does not say which; name them all, in file order, in file_bands"
+            f" (needed is {band!r})"
+        )
+    if band not in names:
+        shown = ", ".join(names[:16]) + (f", ... {count} in all" if count > 16 else "")
+        raise ValueError(f"{path} has no band {band!r}{suggest(band, list(names))} (it holds {shown})")
+    if names.count(band) > 1:
+        raise ValueError(f"{path} has several bands {band!r}: tell them apart by file_bands, or by their numbers")
+    return names.index(band)

@@ -1,0 +1,247 @@
+"""Ensembles on disk: a folder with `ensemble.json` and a safetensors file for each encoder of it.
+
+Nothing is unpickled on the way in. `ensemble.json` says of each encoder, a *specialist*, what it is called, how it is
+built, which file of weights it belongs to (by SHA-256), and which sensors it knows, with their bands and statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.adapt.backbone import Backbone, EncoderBackbone
+from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
+from ssl_eo.eval.decoders import TapMaps, TapShape
+from ssl_eo.files import atomic_write
+from ssl_eo.hub import (
+    _check_blocks,
+    _count_or_none,
+    _dataclass_from,
+    _faults_of,
+    _fill,
+    _input_from,
+    _page_of,
+    load_bundle,
+    read_tensors,
+    write_tensors,
+)
+from ssl_eo.models.convnext import ConvNeXt, ConvNeXtConfig
+from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
+
+__all__ = [
+    "FORMAT",
+    "PyramidBackbone",
+    "Specialist",
+    "export_ensemble",
+    "load_ensemble",
+    "specialist_of",
+    "write_ensemble",
+]
+
+FORMAT = 1
+_PAGE = "ensemble.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # also that of a file
+_CONFIGS: Mapping[str, type] = {"vit": EncoderConfig, "convnextv2": ConvNeXtConfig}  # by kind
+
+
+class PyramidBackbone(Backbone):
+    """A ConvNeXt as decoders see it. What is known of its channels is not looked at."""
+
+    def __init__(self, encoder: ConvNeXt) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.shape = TapShape(encoder.cfg.widths, encoder.cfg.strides_px)
+
+    def forward(self, inputs: EncoderInput) -> TapMaps:
+        """Maps `[B, D, h, w]` of each level."""
+        return TapMaps(self.encoder(inputs.pixels))
+
+    def layers(self) -> Sequence[tuple[str, nn.Module]]:
+        """The stem, then the stages."""
+        stages = [(f"encoder.stages.{i}.", stage) for i, stage in enumerate(self.encoder.stages)]
+        return [("encoder.stem.", self.encoder.stem), *stages]
+
+
+@dataclass(frozen=True, eq=False)
+class Specialist:
+    """An encoder of an ensemble, with the sensors it was trained on; none where only their number of bands is known."""
+
+    name: str
+    backbone: EncoderBackbone | PyramidBackbone
+    inputs: Mapping[str, SensorInput] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # plain values, where it is from
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"a specialist is named by up to 100 letters, digits, - and _, beginning with none of these two; got"
+                f" {self.name!r}"
+            )
+
+    @property
+    def encoder(self) -> Encoder | ConvNeXt:
+        return self.backbone.encoder
+
+    @property
+    def kind(self) -> str:
+        return "vit" if isinstance(self.backbone, EncoderBackbone) else "convnextv2"
+
+    @property
+    def n_channels(self) -> int | None:
+        """How many channels it takes; None for an encoder of any sensor."""
+        encoder = self.encoder
+        if isinstance(encoder, Encoder) and encoder.cfg.patch_embed != "conv":
+            return None
+        return encoder.n_channels
+
+
+def specialist_of(
+    name: str, encoder: Encoder | ConvNeXt, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]
+) -> Specialist:
+    """The specialist `name`, in eval mode.
+
+    Raises `ValueError` for a name that is none, or a transformer of too few blocks for four levels.
+    """
+    backbone: EncoderBackbone | PyramidBackbone
+    backbone = EncoderBackbone(encoder) if isinstance(encoder, Encoder) else PyramidBackbone(encoder)
+    return Specialist(name, backbone.eval(), dict(inputs), dict(facts))
+
+
+def write_ensemble(folder: Path, specialists: Sequence[Specialist], overwrite: bool = False) -> None:
+    """Write the ensemble `folder`.
+
+    Raises `ValueError` for no specialists, two of one name, and a folder that holds an ensemble already, unless it may
+    be overwritten. `ensemble.json` comes last, so that after a kill the folder holds the old ensemble or none that
+    `load_ensemble` takes.
+    """
+    _check_names([specialist.name for specialist in specialists])
+    if (folder / _PAGE).exists() and not overwrite:
+        raise ValueError(f"{folder} holds an ensemble already; give another folder, or overwrite it")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for specialist in specialists:
+        encoder: Any = specialist.encoder
+        sha256 = write_tensors(_weights(folder, specialist.name), encoder.state_dict())
+        head = {"name": specialist.name, "kind": specialist.kind, "sha256": sha256}
+        entries.append({**head, **_page_of(encoder, specialist.inputs), "facts": dict(specialist.facts)})
+    atomic_write(folder / _PAGE, json.dumps({"format": FORMAT, "specialists": entries}, indent=1))
+
+
+def load_ensemble(folder: str | Path) -> list[Specialist]:
+    """The specialists of an ensemble folder, in eval mode. Raises `ValueError` for anything that is not a whole one."""
+    folder = Path(folder)
+    where = folder / _PAGE
+    try:
+        page = json.loads(where.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder}: not an ensemble ({_PAGE}: {error})") from None
+    if not isinstance(page, dict) or not isinstance(page.get("specialists"), list):
+        raise ValueError(f"{folder}: not an ensemble ({_PAGE} holds no object with a list of specialists)")
+    if page.get("format") != FORMAT:
+        raise ValueError(f"{where}: ensemble format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
+    with _faults_of(where):
+        _check_names([entry["name"] for entry in page["specialists"]])
+    return [_load_specialist(folder, entry) for entry in page["specialists"]]
+
+
+def export_ensemble(
+    folder: Path, out: Path, export_run: Callable[[Path, Path], object] | None = None, overwrite: bool = False
+) -> list[str]:
+    """Write the ensemble `out` of all runs and encoder bundles that lie in `folder`; returns the specialists' names.
+
+    They are called as their folders; a bundle of two encoders gives `<folder>-optical` and `<folder>-radar`. A run is
+    exported by `export_run(run, bundle)` (`ssl_eo.train.export.export_encoder`). Other folders are left alone. Raises
+    `ValueError` where there is nothing to export, and what `load_bundle`, `export_run` and `write_ensemble` raise.
+    """
+    specialists = list(_specialists_in(folder, export_run))
+    if not specialists:
+        raise ValueError(f"{folder}: neither runs (folders with config.yaml) nor bundles (with encoder.json) lie in it")
+    write_ensemble(out, specialists, overwrite)
+    return [specialist.name for specialist in specialists]
+
+
+def _specialists_in(folder: Path, export_run: Callable[[Path, Path], object] | None) -> Iterator[Specialist]:
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    for path in found:
+        if (path / "encoder.json").is_file():
+            yield from _specialists_of(path.name, load_bundle(path))
+        elif (path / "config.yaml").is_file():
+            if export_run is None:
+                raise ValueError(f"{path}: a run; export its encoder as a bundle first")
+            with TemporaryDirectory() as scratch:
+                export_run(path, Path(scratch, "bundle"))
+                yield from _specialists_of(path.name, load_bundle(Path(scratch, "bundle")))
+
+
+def _specialists_of(name: str, bundle: BundleEncoder | BundlePair) -> list[Specialist]:
+    if isinstance(bundle, BundlePair):
+        parts = {f"{name}-optical": bundle.optical, f"{name}-radar": bundle.radar}
+    else:
+        parts = {name: bundle}
+    return [specialist_of(part, found.encoder, found.inputs, found.facts) for part, found in parts.items()]
+
+
+def _load_specialist(folder: Path, entry: Mapping[str, Any]) -> Specialist:
+    where, path = folder / _PAGE, _weights(folder, entry["name"])
+    with _faults_of(where):
+        kind, sha256, facts = entry["kind"], str(entry["sha256"]), dict(entry["facts"])
+        if kind not in _CONFIGS:
+            raise ValueError(f"specialist {entry['name']}: kind {kind!r}, this version knows {', '.join(_CONFIGS)}")
+        cfg = _dataclass_from(_CONFIGS[kind], entry["encoder"])
+        n_channels = _count_or_none("n_channels", entry["n_channels"])
+        inputs = {name: _input_from(name, raw) for name, raw in entry["inputs"].items()}
+    tensors = _read_weights(path, sha256)
+    # On the meta device no size that a damaged file may state takes memory; a number of blocks takes time.
+    with _faults_of(where), torch.device("meta"):
+        encoder = _on_meta(cfg, n_channels, tensors)
+        specialist = specialist_of(entry["name"], encoder, inputs, facts)
+    _fill(path, encoder, tensors)
+    return specialist
+
+
+def _on_meta(cfg: EncoderConfig | ConvNeXtConfig, n_channels: int | None, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(cfg, EncoderConfig):
+        _check_blocks(cfg.n_blocks, tensors)
+        return Encoder(cfg, n_channels)
+    _check_blocks(sum(cfg.depths), tensors)
+    return ConvNeXt(cfg, n_channels or 0)
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if found != sha256:
+        raise ValueError(f"{path}: its SHA-256 is not that of {_PAGE}, one of the two was changed; export again")
+    return read_tensors(path)
+
+
+def _weights(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _check_names(names: Sequence[Any]) -> None:
+    """Names become files, so none may lead out of the folder, and none may come twice on a disk without cases."""
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a specialist: up to 100 letters, digits, - and _")
+    folded = [name.lower() for name in names]
+    if not names:
+        raise ValueError("an ensemble needs one specialist at least")
+    for i, name in enumerate(folded):
+        if name in folded[:i]:
+            raise ValueError(f"two specialists are called {names[i]}: give each a name of its own")

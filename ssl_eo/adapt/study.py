@@ -1,0 +1,105 @@
+"""What a study compares: encoders x decoders x protocols x trainings on tasks, each cell of which is a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from ssl_eo.adapt.lora import LoraConfig
+from ssl_eo.adapt.protocols import check_protocol
+from ssl_eo.adapt.samples import SamplesConfig
+from ssl_eo.adapt.training import TrainingConfig
+from ssl_eo.components import check_names
+from ssl_eo.eval.decoders import decoder_config, kinds_of
+from ssl_eo.eval.tasks import TaskConfig
+
+__all__ = ["UNET", "Cell", "EncoderChoice", "StudyConfig"]
+
+UNET = "unet"  # the control that no pretraining and no decoder is part of
+
+
+@dataclass
+class EncoderChoice:
+    """An encoder of a study."""
+
+    # A run, a bundle folder, NAME=FILE for released weights, or NAME alone: that architecture, for random weights.
+    model: str
+    taps: list[float] | None = None  # ratios of the depth that decoders are given; None: 1/3, 1/2, 2/3 and 1
+
+
+@dataclass
+class StudyConfig:
+    """What is compared with what."""
+
+    tasks: list[TaskConfig]  # names of shipped ones, or their keys
+    encoders: dict[str, EncoderChoice]  # by a name of yours
+    decoders: dict[str, dict[str, Any]]  # by name, with options; those of images and of maps, as tasks need them
+    # frozen, finetune, lora, retrain_input, random_frozen, random_trained
+    protocols: list[str] = field(default_factory=lambda: ["frozen"])
+    # Ways to train that are compared, by a name of yours; more than one is an axis of the study.
+    trainings: dict[str, TrainingConfig] = field(default_factory=lambda: {"default": TrainingConfig()})
+    seeds: list[int] = field(default_factory=lambda: [0])  # of decoders, batches, and random encoders
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    unet: bool = True  # beside encoders of maps, a UNet that is trained from scratch
+    n_resamples: int = 1000  # of the test samples, for intervals; 0: none
+    save_models: bool = False  # each as a folder that ssl-eo predict takes, models/<cell> in that of the study
+    country: str | None = None  # three letters (ISO 3166): codecarbon measures energy, and CO2 by its carbon intensity
+    device: str | None = None  # None: a GPU where there is one
+
+    def __post_init__(self) -> None:
+        check_names("tasks", [task.name for task in self.tasks])
+        for key in ("encoders", "decoders", "trainings"):
+            check_names(key, list(getattr(self, key)))
+        check_names("protocols", self.protocols)
+        check_names("seeds", [str(seed) for seed in self.seeds])
+        for protocol in self.protocols:
+            check_protocol(protocol)
+        for task in self.tasks:
+            if not any(task.kind in kinds_of(decoder) for decoder in self.decoders):
+                raise ValueError(f"decoders: none of {', '.join(self.decoders)} is for {task.kind}, as {task.name} is")
+        for decoder, options in self.decoders.items():
+            decoder_config(decoder, options)
+        kinds = {task.kind for task in self.tasks}
+        for decoder in self.decoders:
+            if not kinds & set(kinds_of(decoder)):
+                raise ValueError(f"decoders: {decoder} is for {', '.join(kinds_of(decoder))}, and no task is of these")
+        if UNET in self.encoders:
+            raise ValueError(
+                f"encoders: {UNET!r} is the name of the control; give another, or leave it out (unset unet)"
+            )
+        if self.n_resamples < 0:
+            raise ValueError(f"n_resamples must be at least 0, got {self.n_resamples}")
+        if self.country is not None and (len(self.country) != 3 or not self.country.isalpha()):
+            raise ValueError(f"country takes three letters, such as FRA, got {self.country!r}")
+
+    def cells(self) -> Iterator[Cell]:
+        """All cells, in an order in which neighbours share most."""
+        for task in self.tasks:
+            decoders = [name for name in self.decoders if task.kind in kinds_of(name)]
+            for encoder, protocol, seed in product(self.encoders, self.protocols, self.seeds):
+                for decoder, training in product(decoders, self.trainings):
+                    yield Cell(task.name, encoder, protocol, decoder, training, seed)
+            if self.unet and task.kind == "segmentation":
+                for training, seed in product(self.trainings, self.seeds):
+                    yield Cell(task.name, UNET, "random_trained", UNET, training, seed)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model that is trained."""
+
+    task: str
+    encoder: str
+    protocol: str
+    decoder: str
+    training: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For messages and claims."""
+        parts = (self.task, self.encoder, self.protocol, self.decoder, self.training, str(self.seed))
+        return "-".join(parts).replace("/", "_")

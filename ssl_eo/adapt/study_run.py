@@ -1,0 +1,198 @@
+"""Running a study: every cell is trained, chosen on validation, scored on test, and leaves a record.
+
+A study is a folder. Any number of processes may work on it; a cell whose record is there is not trained again, so the
+same command goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ssl_eo
+from ssl_eo.adapt.backbone import DEFAULT_TAPS
+from ssl_eo.adapt.cost import energy_of, step_cost
+from ssl_eo.adapt.saved import save_model
+from ssl_eo.adapt.study import UNET, Cell, StudyConfig
+from ssl_eo.adapt.training import Fitted, fit, predict
+from ssl_eo.adapt.workbench import OpenedTask, Workbench
+from ssl_eo.eval.bootstrap import interval_of, resampled_scores
+from ssl_eo.eval.claims import Claim, work_through
+from ssl_eo.eval.failures import failure
+from ssl_eo.eval.metrics import Classified, Outcome, Segmented
+from ssl_eo.eval.provenance import code_digest, task_facts
+from ssl_eo.eval.records import key_of, packed
+from ssl_eo.jsonl import JsonLines, read_jsonl
+from ssl_eo.seeding import derive_seed
+
+__all__ = ["RECORDS", "read_study", "run_study"]
+
+logger = logging.getLogger(__name__)
+
+RECORDS = "study.jsonl"
+_MAX_DEATHS = 2  # of processes at one cell, after which it counts as failed
+
+
+def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
+    """Train all cells of `cfg` that have no result in `out`, together with other processes that do the same.
+
+    Returns the records of all its cells, in their order. What fails is a record, and the rest goes on; the next call
+    tries it again. Raises `ValueError` where an encoder cannot be opened, before anything is trained.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    runner = _Runner(cfg, out)
+    cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in cfg.cells()}
+    work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
+    found = read_study(out)
+    return [found[key] for key in map(runner.key_of, cells.values()) if key in found]
+
+
+def read_study(folder: Path) -> dict[str, dict[str, Any]]:
+    """The newest record of each cell in a folder, by key; that of a failure gives way to any result."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in read_jsonl(folder / RECORDS):
+        if not {"key", "kind", "cell"} <= record.keys():
+            continue
+        if record["kind"] == "result" or found.get(record["key"], {}).get("kind") != "result":
+            found[record["key"]] = record
+    return found
+
+
+class _Runner:
+    """Works on cells, one after another."""
+
+    def __init__(self, cfg: StudyConfig, out: Path) -> None:
+        self._cfg, self._out = cfg, out
+        self._bench = Workbench(cfg)
+        self._tasks = {task.name: task for task in cfg.tasks}
+
+    def key_of(self, cell: Cell) -> str:
+        """The hash of all that is asked of a cell."""
+        return key_of(self._facts(cell))
+
+    def work(self, cell: Cell, claim: Claim) -> None:
+        """Train a cell, unless there is a result of it."""
+        key = self.key_of(cell)
+        if read_study(self._out).get(key, {}).get("kind") == "result":
+            return
+        if claim.n_before >= _MAX_DEATHS:
+            problem = f"{claim.n_before} processes have ended while they were at it (out of memory?)"
+            found: dict[str, Any] = {"kind": "error", "error": problem}
+        else:
+            try:
+                found = {"kind": "result", **self._measure(cell)}
+            except Exception as error:
+                found = failure(logger, error, "%s could not be trained", cell.name)
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        self._append({"key": key, "cell": asdict(cell), **found, "asked": self._facts(cell), "date": date})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with (self._out / f".{RECORDS}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with JsonLines(self._out / RECORDS) as file:
+                file.write(record)
+
+    def _facts(self, cell: Cell) -> dict[str, Any]:
+        cfg = self._cfg
+        is_unet = cell.encoder == UNET
+        return {
+            "task": task_facts(self._tasks[cell.task]),
+            "samples": asdict(cfg.samples),
+            "weights": None if is_unet else self._bench.weights_of(cell.encoder),
+            "encoder": None if is_unet else asdict(self._bench.model(cell.encoder).encoder.cfg),
+            "taps": None if is_unet else cfg.encoders[cell.encoder].taps,
+            "decoder": cell.decoder,
+            "options": cfg.decoders.get(cell.decoder, {}),
+            "protocol": cell.protocol,
+            "lora": asdict(cfg.lora) if cell.protocol == "lora" else None,
+            "training": asdict(cfg.trainings[cell.training]),
+            "seed": cell.seed,
+            "n_resamples": cfg.n_resamples,
+            "version": ssl_eo.__version__,
+            "code": code_digest(),
+            "torch": torch.__version__,
+        }
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        bench, training = self._bench, self._cfg.trainings[cell.training]
+        opened = bench.task(cell.task)
+        make_model = bench.maker_of(cell)
+        samples = bench.samples_of(cell, make_model(), training)
+        with energy_of(self._cfg.country) as energy:
+            fitted = fit(make_model, opened.labels, samples["train"], samples["val"], training, cell.seed)
+        start = time.perf_counter()
+        outcome = predict(fitted.model, opened.labels, samples["test"], training)
+        seconds = time.perf_counter() - start
+        if self._cfg.save_models and cell.encoder != UNET:
+            self._save(cell, fitted, opened)
+        train = opened.splits["train"]
+        inputs, _ = train.batch(torch.arange(min(training.batch_size, len(train))))
+        return {
+            **self._scored(opened, outcome),
+            **_trained(fitted),
+            **asdict(step_cost(fitted.model, inputs, train.size)),
+            "energy_kwh": energy.kwh,
+            "co2_kg": energy.co2_kg,
+            "missing_bands": list(fitted.model.backbone.missing_bands),
+            "has_kept_features": samples["train"].features is not None,
+            "test_samples_per_s": round(len(outcome) / seconds, 2),
+            "n_samples": {name: len(split) for name, split in opened.splits.items()},
+            "device": bench.device.type,
+        }
+
+    def _save(self, cell: Cell, fitted: Fitted, opened: OpenedTask) -> None:
+        options = self._cfg.decoders[cell.decoder]
+        taps = self._cfg.encoders[cell.encoder].taps or list(DEFAULT_TAPS)
+        facts = {"decoder": cell.decoder, "options": options, "taps": taps, "cell": asdict(cell)}
+        save_model(self._out / "models" / cell.name, fitted.model, opened.task, facts)
+
+    def _scored(self, opened: OpenedTask, outcome: Outcome) -> dict[str, Any]:
+        """Scores on the test samples with their intervals, by classes, and what was taken for what."""
+        labels, groups = opened.labels, opened.splits["test"].groups
+        scores = outcome.scores()
+        if not math.isfinite(scores.get(labels.headline, math.nan)):
+            raise ValueError(f"{labels.headline} is undefined for the test samples of {opened.task.name}")
+        # The same draws for all cells of a task, so that differences are of pairs.
+        seed, n = derive_seed(0, "bootstrap", opened.task.name), self._cfg.n_resamples
+        resampled = resampled_scores(outcome, groups, n, seed) if n else {}
+        bounds = {name: interval_of(values) for name, values in resampled.items()}
+        return {
+            "metric": labels.headline,
+            "classes": list(opened.task.class_names),
+            "scores": {name: value for name, value in scores.items() if math.isfinite(value)},
+            "intervals": {k: [b.low, b.high] for k, b in bounds.items() if math.isfinite(b.low + b.high)},
+            "resampled": packed(resampled[labels.headline]) if resampled else None,
+            "n_groups": len(set(groups)),
+            "per_class": {name: _plain(column) for name, column in outcome.per_class().items()},
+            "confusion": outcome.confusion.tolist() if isinstance(outcome, (Classified, Segmented)) else None,
+        }
+
+
+def _trained(fitted: Fitted) -> dict[str, Any]:
+    return {
+        "lr": fitted.lr,
+        "step": fitted.step,
+        "curves": [{"lr": lr, "scores": _finite(scores)} for lr, scores in fitted.curves.items()],
+        "n_trained": fitted.n_trained,
+        "n_parameters": sum(p.numel() for p in fitted.model.parameters()),
+        "seconds_train": round(fitted.seconds, 3),
+    }
+
+
+def _plain(column: Tensor) -> list[float | None]:
+    return _finite(column.tolist())
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    """Numbers as JSON knows them: null where undefined."""
+    return [value if math.isfinite(value) else None for value in values]

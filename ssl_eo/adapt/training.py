@@ -1,0 +1,259 @@
+"""Training on labels: a model for each learning rate, the best on validation is kept.
+
+N training samples, B of a batch, K outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssl_eo.adapt.examples import Examples, Features
+from ssl_eo.adapt.losses import LossConfig, LossName, build_loss
+from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.sampling import balanced_rows, class_counts
+from ssl_eo.adapt.scoring import Scorer
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, Outcome
+from ssl_eo.eval.splits import Shown
+from ssl_eo.schedules import WarmupCosine
+from ssl_eo.seeding import derive_seed, torch_generator
+from ssl_eo.train.optim import OptimConfig, param_groups, set_hyper_parameters
+
+__all__ = ["Fitted", "Labels", "Samples", "TrainingConfig", "autocast", "fit", "predict"]
+
+logger = logging.getLogger(__name__)
+
+_WARMUP_RATIO = 0.1
+_USUAL_LOSS: dict[Kind, LossName] = {
+    "classification": "ce",
+    "multilabel": "bce",
+    "segmentation": "ce",
+    "regression": "mse",
+}
+
+
+@dataclass
+class TrainingConfig:
+    """How a model is trained on labels: AdamW, a short warm-up, a cosine to 0."""
+
+    n_steps: int = 1000  # of each learning rate
+    batch_size: int = 8  # samples of a step
+    # Peaks that are tried; the best on validation is kept, so that no width of encoder is favoured.
+    lrs: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
+    encoder_lr_ratio: float = 0.1  # lr of what trains of the encoder, over that of the decoder
+    layer_decay: float = 0.75  # of the encoder: lr of block i is multiplied by layer_decay ** (depth - i)
+    weight_decay: float = 0.05  # of AdamW; not of biases, norms and tokens
+    clip_grad_norm: float | None = 1.0  # one global norm over all that trains
+    n_evaluations: int = 4  # on validation, evenly over the steps; the weights of the best are kept
+    sampling: Literal["natural", "balanced"] = "natural"  # balanced: every class as often as the others
+    symmetries: bool = False  # turn and flip samples at random
+    precision: Literal["float32", "bfloat16"] = "float32"  # of matmuls; weights stay in float32
+    features_gb: float = 4.0  # features of a frozen encoder are computed once where they take no more
+    loss: LossConfig | None = None  # None: cross-entropy, for several labels a sample bce, for numbers mse
+
+    def __post_init__(self) -> None:
+        for key in ("n_steps", "batch_size", "n_evaluations"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if not self.lrs or min(self.lrs) <= 0 or len(set(self.lrs)) < len(self.lrs):
+            raise ValueError(f"lrs must name one at least, positive and each once, got {self.lrs}")
+        if self.n_evaluations > self.n_steps:
+            raise ValueError(f"n_evaluations {self.n_evaluations} exceeds n_steps {self.n_steps}")
+        if self.encoder_lr_ratio <= 0 or not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                "encoder_lr_ratio must be positive and layer_decay in (0, 1], got"
+                f" {self.encoder_lr_ratio} and {self.layer_decay}"
+            )
+        if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
+            raise ValueError(f"clip_grad_norm must be positive or null, got {self.clip_grad_norm}")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is predicted, and by which metric the best is found. `no_data` are classes of a map that mean unknown."""
+
+    shown: Shown
+    headline: str
+    no_data: tuple[int, ...] = ()
+
+    @property
+    def n_outputs(self) -> int:
+        return 1 if self.shown.kind == "regression" else self.shown.n_classes
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one split, and what a frozen backbone makes of them, where that is known."""
+
+    examples: Examples
+    features: Features | None = None
+
+    def logits(self, model: TaskModel, rows: Tensor, symmetries: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Those of the samples `rows`, and their labels."""
+        examples = self.examples
+        if self.features is not None and symmetries is None:
+            labels = examples.labels[rows.to(examples.labels.device)]
+            return model.decode(self.features.at(rows), examples.shown, examples.size), labels
+        inputs, labels = examples.batch(rows, symmetries)
+        return model(inputs, examples.size), labels
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The model with the best weights, in eval mode, and how it came to be.
+
+    `curves` holds for each learning rate the headline on validation at each evaluation, nan from where it diverged.
+    """
+
+    model: TaskModel
+    lr: float
+    step: int  # of the weights
+    curves: dict[float, list[float]]
+    seconds: float  # of all learning rates
+    n_trained: int  # weights that were trained
+
+
+def fit(
+    make_model: Callable[[], TaskModel],
+    labels: Labels,
+    train: Samples,
+    val: Samples,
+    cfg: TrainingConfig,
+    seed: int = 0,
+) -> Fitted:
+    """Train a model of `make_model` at each learning rate on `train`, and keep what is best on `val`.
+
+    All models begin with the same weights, and see the same batches. Raises `ValueError` where every learning rate
+    diverges.
+    """
+    start = time.perf_counter()
+    best = -math.inf, math.nan, 0
+    kept: dict[str, Tensor] = {}
+    curves: dict[float, list[float]] = {}
+    sign = 1 if HIGHER_IS_BETTER[labels.headline] else -1
+    for lr in cfg.lrs:
+        with torch.random.fork_rng():
+            torch.manual_seed(derive_seed(seed, "adapt", labels.shown.task))
+            model = make_model()
+            curves[lr] = []
+            for step, score in _evaluated(model, labels, train, val, cfg, lr, seed):
+                curves[lr].append(score)
+                if math.isfinite(score) and sign * score > best[0]:
+                    best, kept = (sign * score, lr, step), _changed_state(model)
+    if not kept:
+        raise ValueError(
+            f"task {labels.shown.task}: at every learning rate of {cfg.lrs} training diverged, or {labels.headline} is"
+            " undefined on validation; try smaller ones"
+        )
+    model.load_state_dict(kept, strict=False)
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Fitted(model.eval(), best[1], best[2], curves, time.perf_counter() - start, n_trained)
+
+
+def predict(model: TaskModel, labels: Labels, samples: Samples, cfg: TrainingConfig) -> Outcome:
+    """What `model` predicts for `samples`, beside their labels."""
+    model.eval()
+    scorer = Scorer(labels.shown, labels.no_data)
+    with torch.no_grad():
+        for rows in torch.split(torch.arange(len(samples.examples)), cfg.batch_size):
+            with autocast(samples.examples.device, cfg):
+                logits, truth = samples.logits(model, rows)
+            scorer.add(model.values(logits.float()), truth)
+    return scorer.outcome()
+
+
+def _evaluated(
+    model: TaskModel, labels: Labels, train: Samples, val: Samples, cfg: TrainingConfig, lr: float, seed: int
+) -> Iterator[tuple[int, float]]:
+    """Train, and give (steps done, headline on `val`) at each evaluation; the weights are those of that step then."""
+    shown, truth = labels.shown, train.examples.labels
+    optimizer, parameters = _optimizer(model, cfg)
+    schedule = WarmupCosine(lr, 0.0, cfg.n_steps, round(_WARMUP_RATIO * cfg.n_steps))
+    counts = None
+    if shown.kind == "regression":
+        model.measure_outputs(truth)
+    else:
+        counts = class_counts(truth, shown.kind, shown.n_classes, shown.ignore)
+    loss = LossConfig(_USUAL_LOSS[shown.kind]) if cfg.loss is None else cfg.loss
+    loss_of = build_loss(loss, shown.kind, labels.n_outputs, counts, shown.ignore).to(truth.device)
+    due = {round(cfg.n_steps * (i + 1) / cfg.n_evaluations) for i in range(cfg.n_evaluations)}
+    is_finite = torch.ones((), device=truth.device, dtype=torch.bool)
+    model.train()
+    for step, rows in enumerate(_batches(train.examples, labels, cfg, seed), start=1):
+        set_hyper_parameters(optimizer, schedule(step - 1), cfg.weight_decay, step)
+        symmetries = None
+        if cfg.symmetries:
+            generator = torch_generator(seed, "symmetries", shown.task, step)
+            symmetries = train.examples.drawn_symmetries(len(rows), generator)
+        with autocast(train.examples.device, cfg):
+            logits, some = train.logits(model, rows, symmetries)
+        value = loss_of(logits.float(), model.targets(some))
+        is_finite &= value.isfinite()
+        value.backward()
+        if cfg.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, cfg.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in due:
+            if not bool(is_finite):  # read here alone: it waits for the device
+                logger.warning("task %s: training diverged at lr %g before step %d", shown.task, lr, step)
+                yield step, math.nan
+                return
+            yield step, predict(model, labels, val, cfg).scores().get(labels.headline, math.nan)
+            model.train()
+
+
+def _batches(examples: Examples, labels: Labels, cfg: TrainingConfig, seed: int) -> Iterator[Tensor]:
+    """Rows of each step, epoch after epoch, each in an order of its own; the rest of an epoch begins the next batch."""
+    shown = labels.shown
+    left = torch.empty(0, dtype=torch.long)
+    epoch = 0
+    for _ in range(cfg.n_steps):
+        while len(left) < cfg.batch_size:
+            address = (seed, "adapt", shown.task, epoch)
+            if cfg.sampling == "balanced":
+                truth = examples.labels.cpu()
+                rows = balanced_rows(truth, shown.kind, shown.n_classes, shown.ignore, derive_seed(*address))
+            else:
+                rows = torch.randperm(len(examples), generator=torch_generator(*address))
+            left, epoch = torch.cat([left, rows]), epoch + 1
+        rows, left = left[: cfg.batch_size], left[cfg.batch_size :]
+        yield rows
+
+
+def _optimizer(model: TaskModel, cfg: TrainingConfig) -> tuple[torch.optim.AdamW, list[nn.Parameter]]:
+    """AdamW over what trains: the decoder at its rate, the backbone at less, by depth."""
+    named = [(name.removeprefix("backbone."), p) for name, p in model.named_parameters() if p.requires_grad]
+    of_backbone = {} if model.is_frozen else {"^(?!decoder\\.)": cfg.encoder_lr_ratio}
+    of_adapters = (
+        {"\\.lora_": 0.0} if any(".lora_" in name for name, _ in named) else {}
+    )  # decay would only shrink them
+    rules = OptimConfig(
+        weight_decay=cfg.weight_decay,
+        betas=(0.9, 0.999),
+        layer_decay=cfg.layer_decay,
+        lr_multipliers=of_backbone,
+        weight_decay_multipliers=of_adapters,
+    )
+    groups = param_groups(named, model.backbone.depth, rules)
+    return torch.optim.AdamW(groups, betas=rules.betas, eps=rules.eps, fused=True), [p for _, p in named]
+
+
+def autocast(device: torch.device, cfg: TrainingConfig) -> torch.autocast:
+    """The precision of matmuls."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16")
+
+
+def _changed_state(model: TaskModel) -> dict[str, Tensor]:
+    """A copy of what training changes: all of the decoder, and of a backbone that trains."""
+    state = model.state_dict()
+    kept = [name for name in state if not (model.is_frozen and name.startswith("backbone."))]
+    return {name: state[name].detach().clone() for name in kept}

@@ -1,0 +1,112 @@
+"""The commands `ssl-eo study` and `ssl-eo predict`. Everything heavy is imported inside them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ssl_eo.cluster import EXIT_DONE, EXIT_FAILURE, read_launch
+
+if TYPE_CHECKING:
+    from ssl_eo.adapt.study import StudyConfig
+
+__all__ = ["add_predict", "add_study"]
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Add what `ssl-eo study` takes."""
+    parser.add_argument("config", help="a YAML file, or a name below configs/ such as eval/decoder_study")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance trainings.default.n_steps=100")
+    parser.add_argument("--out", required=True, help="folder of the study; several processes may share it")
+    parser.set_defaults(run=_study)
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """Add what `ssl-eo predict` takes."""
+    parser.add_argument("scene", metavar="SCENE.tif", help="a GeoTIFF of any size")
+    parser.add_argument("--model", required=True, help="folder of a model of a study (STUDY/models/...)")
+    parser.add_argument("--out", required=True, metavar="CLASSES.tif", help="the class of every pixel")
+    parser.add_argument("--probabilities", metavar="FILE.tif", default=None, help="also write a band for each class")
+    parser.add_argument(
+        "--bands", nargs="+", default=None, help="the model's bands in the file: names, or numbers from 1"
+    )
+    parser.add_argument("--window", type=int, default=None, help="side of a window in pixels; default: as in training")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows; default 0.5")
+    parser.add_argument("--blend", choices=["cosine", "gaussian"], default="cosine", help="how windows are joined")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of a forward pass")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=_predict)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from ssl_eo.adapt.study import StudyConfig
+    from ssl_eo.adapt.study_page import print_study, write_study_page
+    from ssl_eo.adapt.study_run import run_study
+    from ssl_eo.config import build, find_config, read_yaml
+
+    path = find_config(arguments.config)
+    cfg = build(StudyConfig, read_yaml(path, arguments.overrides), "")
+    out = Path(arguments.out)
+    records = run_study(_on_own_gpu(cfg), out)
+    if read_launch(os.environ).rank != 0:
+        return EXIT_DONE
+    print_study(records, sys.stdout)
+    for written in write_study_page(records, out, path.stem.replace("_", " ")):
+        print(written)
+    return EXIT_DONE if all(record["kind"] == "result" for record in records) else EXIT_FAILURE
+
+
+def _on_own_gpu(cfg: StudyConfig) -> StudyConfig:
+    """Processes of a node take one GPU each, unless the study says where."""
+    from dataclasses import replace
+
+    import torch
+
+    if cfg.device is not None or not torch.cuda.is_available():
+        return cfg
+    return replace(cfg, device=f"cuda:{read_launch(os.environ).local_rank % torch.cuda.device_count()}")
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ssl_eo.adapt.saved import load_model
+    from ssl_eo.adapt.scene_maps import SceneRun, predict_scene
+    from ssl_eo.adapt.scenes import Scene
+    from ssl_eo.adapt.tiling import Tiling
+    from ssl_eo.progress import progress
+
+    saved = load_model(Path(arguments.model))
+    if saved.facts["kind"] != "segmentation":
+        raise ValueError(
+            f"--model: {arguments.model} was trained on {saved.facts['kind']}, and predict needs segmentation"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    saved.model.to(device)
+    known = saved.input
+    bands = [int(band) if band.isdecimal() else band for band in arguments.bands or known.bands]
+    if len(bands) != len(known.bands):
+        raise ValueError(f"--bands: the model takes {len(known.bands)}, {', '.join(known.bands)}; got {len(bands)}")
+    patch_px = max(saved.model.backbone.shape.strides_px)
+    window = arguments.window or -(-int(saved.facts["size_px"]) // patch_px) * patch_px
+    tiling = Tiling(window, arguments.overlap, arguments.blend, patch_px, batch_size=arguments.batch_size)
+    with Scene(Path(arguments.scene), bands, known.sensor) as scene, progress("windows") as tell:
+        predict_scene(
+            scene,
+            lambda images: saved.logits(images.to(device)).cpu(),
+            saved.classes,
+            Path(arguments.out),
+            tiling,
+            SceneRun(
+                {"encoder": saved.bundle.facts.get("sha256"), "decoder": saved.facts["sha256"]},
+                arguments.overwrite,
+                tell,
+            ),
+            None if arguments.probabilities is None else Path(arguments.probabilities),
+            {"model": str(saved.facts["task"])},
+        )
+    print(f"wrote {arguments.out}")
+    return EXIT_DONE

@@ -1,0 +1,133 @@
+"""The commands `ssl-eo study` and `ssl-eo predict`, from a config to a map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from toy_study import SENSOR, bundle, source, task
+
+from ssl_eo.adapt.saved import load_model
+from ssl_eo.cli import main
+from ssl_eo.config import build
+from ssl_eo.data.opening import SourceConfig, open_source
+
+pytest.importorskip("rasterio")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study by the command, of one cell, with its model."""
+    root = tmp_path_factory.mktemp("cli")
+    config = {
+        "tasks": [task()],
+        "encoders": {"tiny": {"model": str(bundle(root / "tiny")), "taps": [0.34, 1.0]}},
+        "decoders": {"linear": {}},
+        "trainings": {"default": {"n_steps": 9, "batch_size": 4, "lrs": [1e-2], "n_evaluations": 1}},
+        "unet": False,
+        "save_models": True,
+        "n_resamples": 0,
+        "device": "cpu",
+    }
+    (root / "my_study.yaml").write_text(yaml.safe_dump(config))
+    command = ["study", str(root / "my_study.yaml"), "--out", str(root / "out"), "trainings.default.n_steps=4"]
+    assert main(command) == 0
+    return root
+
+
+def scene(path: Path, n: int = 0) -> np.ndarray:  # type: ignore[type-arg]
+    """One scene of the world as a GeoTIFF with named bands, in another order than the model takes them."""
+    import rasterio
+
+    opened = open_source(build(SourceConfig, source("landcover", "test", 4, extent_m=410.0), ""))
+    (tile,) = opened.read(n).tiles.values()
+    stored = tile.array.astype(np.float32)
+    stored[:, :3, :5] = np.nan
+    profile = {"count": 4, "height": stored.shape[1], "width": stored.shape[2], "dtype": "float32"}
+    place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(6e5, 5e6, 10, 10)}
+    with rasterio.open(path, "w", driver="GTiff", **profile, **place) as file:
+        file.write(stored[::-1])
+        for i, band in enumerate(reversed(tile.bands), 1):
+            file.set_band_description(i, band)
+    return stored
+
+
+def test_the_command_writes_records_and_pages(studied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = studied / "out"
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
+        "study.jsonl", "study.html", "study.md", "study.tex", "models",
+    }  # fmt: skip
+    (record,) = [json.loads(line) for line in (out / "study.jsonl").read_text().splitlines()]
+    assert record["asked"]["training"]["n_steps"] == 4
+    again = ["study", str(studied / "my_study.yaml"), "--out", str(out), "trainings.default.n_steps=4"]
+    assert main(again) == 0
+    said = capsys.readouterr().out
+    assert "tiny, frozen" in said
+    assert "study.html" in said
+    assert len((out / "study.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path) -> None:
+    """Bands are found by name; a window of the whole scene gives what the model gives; CRS and no-data are kept."""
+    import rasterio
+
+    stored = scene(tmp_path / "scene.tif")
+    model = studied / "out" / "models" / "scenes-tiny-frozen-linear-default-0"
+    names = ["--bands", *load_model(model).input.bands]
+    out, likely = tmp_path / "classes.tif", tmp_path / "likely.tif"
+    command = ["predict", str(tmp_path / "scene.tif"), "--model", str(model), "--out", str(out), *names]
+    assert main([*command, "--probabilities", str(likely), "--window", "44", "--overlap", "0"]) == 0
+    with rasterio.open(out) as file, rasterio.open(likely) as other:
+        classes, probabilities = file.read(1), other.read()
+        assert file.crs.to_epsg() == 32632
+        assert file.transform == rasterio.transform.from_origin(6e5, 5e6, 10, 10)
+        assert (classes[:3, :5] == file.nodata).all()
+    assert classes.shape == stored.shape[1:] == (41, 41)
+    np.testing.assert_allclose(probabilities[:, 3:].sum(0), 1.0, atol=1e-5)
+    saved = load_model(model)
+    expected = saved.logits(torch.from_numpy(stored)[None])[0].argmax(0).numpy()
+    measured = np.isfinite(stored[0])
+    assert (classes == expected)[measured].mean() > 0.9  # the window is padded by other pixels
+    assert main([*command]) == 2  # it is there
+    assert main([*command, "--overwrite", "--window", "8", "--blend", "gaussian"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bands", "1", "2"], "--bands: the model takes 4, "),
+        (["--bands", "1", "2", "3", "9"], "9"),
+        (["--window", "7"], "multiple of the patch"),
+        (["--overlap", "1"], "overlap_ratio must be"),
+        (["--model", "gone"], "gone: not a trained model"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    options: list[str], message: str, studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene(tmp_path / "scene.tif")
+    model = ["--model", str(studied / "out" / "models" / "scenes-tiny-frozen-linear-default-0")]
+    if "--model" in options:
+        model = []
+    bands = [] if "--bands" in options else ["--bands", "4", "3", "2", "1"]
+    command = ["predict", str(tmp_path / "scene.tif"), *model, "--out", str(tmp_path / "out.tif"), *bands, *options]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "out.tif").exists()
+
+
+def test_what_is_no_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "eval/decoder_studi", "--out", str(tmp_path)]) == 2
+    assert "did you mean 'eval/decoder_study'" in capsys.readouterr().err
+
+
+def test_the_sensor_of_the_toy_has_four_bands() -> None:
+    """What the tests above count on."""
+    from ssl_eo.sensors import load_sensor
+
+    assert len(load_sensor(SENSOR).bands) == 4

@@ -1,0 +1,115 @@
+"""Encoders by what a user writes, the bands that stand for theirs, and what training them takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from toy_study import bundle, encoder, opened_task, study, task
+
+from ssl_eo.adapt.backbone import EncoderBackbone, fixed_bands
+from ssl_eo.adapt.cost import energy_of, step_cost
+from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.opening import open_model
+from ssl_eo.adapt.study_run import run_study
+from ssl_eo.bundles import SensorInput
+from ssl_eo.eval.decoders import build_decoder
+from ssl_eo.hub import write_bundle
+from ssl_eo.models.vit import EncoderInput
+from ssl_eo.sensors import load_sensor
+
+
+def known_of(sensor: str, *bands: str, clip_std: float | None = None) -> SensorInput:
+    n = len(bands)
+    return SensorInput(load_sensor(sensor), bands, (0.0,) * n, (1.0,) * n, 10.0, clip_std)
+
+
+def test_bands_of_a_fixed_encoder_are_found_by_what_they_measure() -> None:
+    """Whatever their names and order; what is missing is 0, the mean of standardised values."""
+    hls = load_sensor("hls")
+    bands = fixed_bands(known_of("sentinel2_l2a", "B04", "B05", "B8A", "B02"), hls.channel_meta())
+    assert bands.picks == (2, None, 3, 0)
+    assert bands.missing == ("B05",)
+    pixels = torch.randn(2, 6, 4, 4)
+    shown = bands(EncoderInput(pixels, hls.channel_meta()))
+    assert torch.equal(shown.pixels[:, [0, 2, 3]], pixels[:, [2, 3, 0]])
+    assert not shown.pixels[:, 1].any()
+    assert shown.channels.n_channels == 4
+
+
+def test_what_authors_bring_to_0_and_1_is_brought_there() -> None:
+    conv = encoder(patch_embed="conv") if False else None
+    assert conv is None
+    seen: list[torch.Tensor] = []
+    model = EncoderBackbone(encoder(), (1.0,), clip_std=2.0)
+    model.encoder.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    meta = load_sensor("sentinel1_grd").channel_meta()
+    model(EncoderInput(torch.tensor([-5.0, -1.0, 0.0, 3.0]).view(1, 4, 1, 1).expand(1, 4, 4, 4), meta))
+    assert seen[0][0, :, 0, 0].tolist() == [0.0, 0.25, 0.5, 1.0]
+
+
+def test_a_bundle_of_fixed_bands_is_trained_on_other_images_and_says_what_it_lacked(tmp_path: Path) -> None:
+    from ssl_eo.models.vit import Encoder, EncoderConfig
+
+    conv = Encoder(EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=4, patch_embed="conv"), 3)
+    conv.init_weights()
+    s1 = load_sensor("sentinel1_grd")
+    known = known_of("sentinel1_grd", *(band.name for band in s1.bands[:2]))
+    other = known_of("sentinel2_l2a", "B02", "B03", "B04")
+    write_bundle(tmp_path / "conv", conv, {"sentinel2_l2a": other, "sentinel1_grd": known}, {"step": 0})
+    cell = {"encoders": {"conv": {"model": str(tmp_path / "conv"), "taps": [1.0]}}, "tasks": [task(n=4)]}
+    (record,) = run_study(study(tmp_path, **cell), tmp_path / "out")
+    assert record["kind"] == "error"
+    assert "no band of task scenes is like one of B02, B03, B04" in record["error"]
+    mixed = SensorInput(s1, (s1.bands[1].name, s1.bands[0].name, s1.bands[2].name), (0.0,) * 3, (1.0,) * 3, 10.0)
+    write_bundle(tmp_path / "conv", conv, {"sentinel1_grd": mixed}, {"step": 0})
+    (record,) = run_study(study(tmp_path, **cell), tmp_path / "out")
+    assert record["kind"] == "result", record
+    assert record["missing_bands"] == []
+
+
+def test_what_a_user_may_write(tmp_path: Path) -> None:
+    assert open_model(str(bundle(tmp_path / "mine"))).name == "mine"
+    bare = open_model("dinov2_vits14")
+    assert not bare.is_trained
+    for text, message in (
+        ("weights.pth", "a file of released weights is given as NAME=weights.pth"),
+        ("runs/gone", "there is no such run or bundle"),
+        ("dinov2_vits15", "did you mean"),
+        ("dinov2_vits14=gone.pth", r"gone\.pth"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_model(text)
+
+
+def test_the_cost_of_a_step_is_that_of_its_products() -> None:
+    """A closed form: one linear layer a patch, forward, and twice that backward where the encoder trains."""
+    opened = opened_task(n=4)
+    backbone = EncoderBackbone(encoder(depth=1), (1.0,))
+    model = TaskModel(backbone, build_decoder("linear", {"norm": "layer"}, backbone.shape, opened.n_classes))
+    meta = opened.schema.sensor.channel_meta(opened.bands)
+    few, more = (step_cost(model, EncoderInput(torch.randn(n, 4, 16, 16), meta), (16, 16)) for n in (1, 4))
+    head = 2 * 16 * 16 * opened.n_classes  # 16 patches of 16 features
+    qkv_mlp = 2 * 16 * 17 * (3 * 16 + 16 + 4 * 16 + 4 * 16)
+    attention = 2 * 2 * 17 * 17 * 16
+    assert head + qkv_mlp + attention < 1e9 * more.forward_gflop < 4 * (head + qkv_mlp + attention)
+    assert few.forward_gflop >= more.forward_gflop  # the embedding is generated once a batch
+    assert 2.4 < more.step_gflop / more.forward_gflop < 3.2
+    backbone.requires_grad_(False)
+    frozen = step_cost(model, EncoderInput(torch.randn(4, 4, 16, 16), meta), (16, 16))
+    assert frozen.forward_gflop == more.forward_gflop
+    assert frozen.step_gflop < 1.5 * frozen.forward_gflop
+    assert frozen.memory_gb < more.memory_gb
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_energy_is_measured_where_a_country_is_named() -> None:
+    with energy_of(None) as nothing:
+        pass
+    assert (nothing.kwh, nothing.co2_kg) == (None, None)
+    with energy_of("FRA") as found:
+        sum(i * i for i in range(100_000))
+    assert found.kwh is not None
+    assert found.co2_kg is not None
+    assert 0 < found.co2_kg < found.kwh  # France: less than 0.1 kg a kWh

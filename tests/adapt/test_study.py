@@ -1,0 +1,195 @@
+"""A study: its cells, records that make the same command go on, failures that stop nothing, pages, saved models."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_study import bundle, opened_task, study, task
+
+from ssl_eo.adapt.examples import Examples
+from ssl_eo.adapt.saved import load_model
+from ssl_eo.adapt.study_page import models_of, print_study, study_tables, write_study_page
+from ssl_eo.adapt.study_run import RECORDS, read_study, run_study
+from ssl_eo.jsonl import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, list[dict[str, Any]]]:
+    """A study of all protocols, two decoders and two seeds, beside a UNet."""
+    out = tmp_path_factory.mktemp("study")
+    cfg = study(
+        tiny,
+        decoders={"linear": {}, "fcn": {"channels": 8, "n_convs": 1}},
+        protocols=["frozen", "finetune", "lora", "random_frozen"],
+        seeds=[0, 1],
+        unet=True,
+        save_models=True,
+    )
+    return cfg, out, run_study(cfg, out)
+
+
+def test_every_cell_is_trained_once(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
+    cfg, out, records = done
+    assert [r["kind"] for r in records] == ["result"] * (4 * 2 * 2 + 2), [r.get("error") for r in records]
+    assert [tuple(r["cell"].values()) for r in records] == [tuple(vars(cell).values()) for cell in cfg.cells()]
+    assert len(read_jsonl(out / RECORDS)) == len(records)
+    for record in records:
+        assert record["n_samples"] == {"train": 12, "val": 12, "test": 12}
+        assert sum(map(sum, record["confusion"])) == 12 * 16 * 16
+        assert 0 < record["forward_gflop"] < record["step_gflop"]
+        assert record["memory_gb"] > 0
+        assert record["has_kept_features"] == (record["cell"]["protocol"] in ("frozen", "random_frozen"))
+
+
+def test_the_same_command_finds_nothing_to_do_and_another_does_what_is_new(
+    done: tuple[Any, Path, list[dict[str, Any]]], tiny: Path
+) -> None:
+    cfg, out, records = done
+    before = (out / RECORDS).read_bytes()
+    assert run_study(cfg, out) == records
+    assert (out / RECORDS).read_bytes() == before
+    more = study(tiny, decoders={"linear": {}}, protocols=["frozen", "retrain_input"])
+    assert [r["kind"] for r in run_study(more, out)] == ["result"] * 2
+    assert (out / RECORDS).read_bytes().startswith(before)
+    assert len(read_jsonl(out / RECORDS)) == len(records) + 1
+
+
+def test_costs_are_those_of_what_trains(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
+    by_protocol = {r["cell"]["protocol"]: r for r in done[2] if r["cell"]["decoder"] == "linear"}
+    frozen, tuned = by_protocol["frozen"], by_protocol["finetune"]
+    assert frozen["n_trained"] < by_protocol["lora"]["n_trained"] < tuned["n_trained"] == tuned["n_parameters"]
+    assert frozen["forward_gflop"] == pytest.approx(tuned["forward_gflop"])
+    assert frozen["step_gflop"] < 2 * frozen["forward_gflop"] < tuned["step_gflop"]
+    assert frozen["memory_gb"] < tuned["memory_gb"]
+
+
+def test_a_saved_model_predicts_what_was_scored(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
+    """Of stored values, through its own statistics; adapters are merged."""
+    _, out, records = done
+    opened = opened_task(n=12)
+    examples = Examples(opened.test, torch.arange(12), torch.device("cpu"))
+    source = opened.test._source
+    stored = torch.stack([torch.from_numpy(source.read(i).tiles["sentinel1_grd"].array.copy()) for i in range(12)])
+    of_key = {source.read(i).key: i for i in range(12)}
+    for protocol in ("frozen", "lora", "finetune"):
+        record = next(r for r in records if r["cell"]["protocol"] == protocol and r["cell"]["decoder"] == "fcn")
+        name = f"scenes-tiny-{protocol}-fcn-default-0"
+        saved = load_model(out / "models" / name)
+        logits = saved.logits(stored[[of_key[key] for key in examples.keys]].float())
+        accuracy = float((logits.argmax(1) == examples.labels).double().mean())
+        assert accuracy == pytest.approx(record["scores"]["accuracy"], abs=2e-3), protocol
+
+
+def test_a_model_that_is_damaged_is_refused(done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    import shutil
+
+    def copy_of(name: str) -> Path:
+        shutil.copytree(done[1] / "models" / "scenes-tiny-frozen-linear-default-0", tmp_path / name)
+        return tmp_path / name
+
+    with pytest.raises(ValueError, match=r"not a trained model \(task\.json"):
+        load_model(tmp_path)
+    cut = copy_of("cut") / "decoder.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"decoder\.safetensors"):
+        load_model(cut.parent)
+    page = json.loads(((other := copy_of("other")) / "task.json").read_text())
+    for change, message in (
+        ({"format": 9}, "format 9, this version reads 1"),
+        ({"decoder": "linaer"}, "did you mean 'linear'"),
+        ({"n_outputs": 3}, "tensors do not fit the decoder linear"),
+        ({"taps": [2.0]}, "taps are ratios of the depth"),
+        ({"options": {"width": 3}}, "no option 'width'"),
+    ):
+        (other / "task.json").write_text(json.dumps({**page, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_model(other)
+
+
+def test_pages_and_tables_hold_every_model(
+    done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path, capsys: Any
+) -> None:
+    import sys
+
+    records = done[2]
+    models = models_of(records)
+    assert Counter(len(m.records) for m in models) == {2: 9}
+    scores, side, classes, costs = study_tables(models, "scenes")
+    assert [row.title for row in scores.rows][-1] == "UNet from scratch"
+    assert sum(cell.is_best for row in scores.rows for cell in row.cells) == 1
+    assert len(side.rows) == len(classes.rows) == len(costs.rows) == 9
+    html, markdown, latex = write_study_page(records, tmp_path, "a study")
+    text = html.read_text()
+    assert text.count("<svg") >= 3
+    assert "src=" not in text
+    assert "tiny, finetune, fcn" in text
+    assert markdown.read_text().count("\n## ") == 3
+    assert r"\toprule" in latex.read_text()
+    print_study(records, sys.stdout)
+    assert "UNet from scratch" in capsys.readouterr().out
+
+
+def test_what_fails_is_a_record_and_is_tried_again(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    gone = task(
+        name="gone", train={"name": "raster_masks", "root": "gone", "sensor": "sentinel1_grd", "classes": ["a", "b"]}
+    )
+    cfg = study(tiny, tasks=[gone, task()])
+    records = run_study(cfg, tmp_path)
+    assert [r["kind"] for r in records] == ["error", "result"]
+    assert "gone" in records[0]["error"]
+    assert len(run_study(cfg, tmp_path)) == 2
+    assert [r["kind"] for r in read_jsonl(tmp_path / RECORDS)] == ["error", "result", "error"]
+    assert [r["kind"] for r in read_study(tmp_path).values()].count("error") == 1
+    write_study_page(records, tmp_path, "a study")
+    assert "gone" in (tmp_path / "study.html").read_text()
+
+
+def test_an_architecture_without_weights_is_for_random_protocols(tmp_path: Path) -> None:
+    cfg = study(
+        tmp_path,
+        encoders={"bare": {"model": "dinov2_vits14"}},
+        protocols=["frozen"],
+        trainings={"default": {"n_steps": 1, "n_evaluations": 1, "lrs": [1e-3]}},
+    )
+    (record,) = run_study(cfg, tmp_path / "out")
+    assert record["kind"] == "error"
+    assert "dinov2_vits14 has no weights for protocol frozen; write dinov2_vits14=FILE" in record["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoders": {"identity": {}}}, "none of identity is for segmentation"),
+        ({"decoders": {"linear": {}, "mlp": {}}}, "mlp is for classification.* and no task is of these"),
+        ({"decoders": {"lineer": {}}}, "did you mean 'linear'"),
+        ({"decoders": {"linear": {"dropout": 0.5}}}, "no option 'dropout'; did you mean 'dropout_prob'"),
+        ({"protocols": ["frozn"]}, "no protocol 'frozn'; did you mean 'frozen'"),
+        ({"encoders": {"unet": {"model": "x"}}}, "is the name of the control"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"country": "France"}, "three letters"),
+        ({"trainings": {"a": {"n_step": 3}}}, r"trainings\.a\.n_step: unknown key; did you mean 'n_steps'"),
+    ],
+)
+def test_wrong_studies_are_refused(changes: dict[str, Any], message: str, tiny: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        study(tiny, **changes)
+
+
+def test_an_encoder_that_is_not_there_is_named_before_anything_is_trained(tiny: Path, tmp_path: Path) -> None:
+    for model, message in (
+        ("runs/gone", "encoders.lost: runs/gone: there is no such run or bundle"),
+        ("panoptikon_vitb14", "no published encoder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_study(study(tiny, encoders={"lost": {"model": model}}), tmp_path)
+    assert not (tmp_path / RECORDS).exists()
