@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_eo import __version__, cli_adapt, cli_data, cli_doctor, cli_embed, cli_eval
+from ssl_eo import __version__, cli_adapt, cli_data, cli_eval
 from ssl_eo.cluster import (
     EXIT_FAILURE,
     EXIT_RESUMABLE,
@@ -164,12 +164,6 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="classes of all pixels of a scene, by a model of a study")
     cli_adapt.add_predict(predict)
-
-    embed = commands.add_parser("embed", help="features of all patches of a scene, by any encoder")
-    cli_embed.add_embed(embed)
-
-    doctor = commands.add_parser("doctor", help="look at this machine and installation, with advice")
-    cli_doctor.add_doctor(doctor)
 
     data = commands.add_parser("data", help="pack, index, measure and check data")
     cli_data.add_commands(data)

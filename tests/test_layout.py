@@ -83,7 +83,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "train.sealing", "weights._reading", *LAYER_0),
     "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
-ANYTHING = ("cli", "cli_adapt", "cli_data", "cli_doctor", "cli_embed", "cli_eval", "__main__")
+ANYTHING = ("cli", "cli_adapt", "cli_data", "cli_eval", "__main__")
 
 
 def _name(path: Path) -> str:

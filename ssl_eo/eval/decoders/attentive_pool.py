@@ -26,7 +26,7 @@ KINDS: tuple[Kind, ...] = ("classification", "multilabel", "regression")
 class Config:
     """Attention, then a linear layer on what all queries found."""
 
-    n_queries: int = 1
+    n_queries: int = 1  # learned, each of which attends to all patches
     n_heads: int = 8  # of attention; divides the width of the last tap
     dropout_prob: float = 0.0  # of what queries found
 

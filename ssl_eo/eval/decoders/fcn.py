@@ -30,11 +30,11 @@ _Upsampling = Literal["bilinear", "shuffle"]
 class Config:
     """Convolutions of 3 x 3, what they were given beside what they made, logits."""
 
-    channels: int = 512
-    n_convs: int = 4
-    upsampling: _Upsampling = "bilinear"
+    channels: int = 512  # width of its convolutions
+    n_convs: int = 4  # of 3 x 3
+    upsampling: _Upsampling = "bilinear"  # shuffle: the last layer makes the pixels of a patch
     dropout_prob: float = 0.1  # of whole channels of an image
-    norm: Norm = "batch"
+    norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
         check_counts(self, "channels", "n_convs")

@@ -24,8 +24,8 @@ KINDS: tuple[Kind, ...] = ("classification", "multilabel", "regression")
 class Config:
     """By default the mean of the last tap's patches; with `taps: all` what `mlp` sees, without its hidden layer."""
 
-    pool: Pool = "mean"
-    taps: Taps = "last"
+    pool: Pool = "mean"  # of patches, the CLS token, or both
+    taps: Taps = "last"  # or all, side by side
     dropout_prob: float = 0.0  # of pooled features
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ class Config:
     """Defaults are those of DINOv3. With norm `batch` or `layer` a token is judged by itself."""
 
     dropout_prob: float = 0.1  # of whole channels of an image
-    norm: Norm = "batch"
+    norm: Norm = "batch"  # batch, group or layer, of tokens
 
     def __post_init__(self) -> None:
         check_probs(self, "dropout_prob")

@@ -28,8 +28,8 @@ class Config:
     """Linear, GELU, linear."""
 
     hidden_dim: int | None = None  # that of the last tap where None
-    pool: Pool = "mean"
-    taps: Taps = "all"
+    pool: Pool = "mean"  # of patches, the CLS token, or both
+    taps: Taps = "all"  # side by side, or last alone
     dropout_prob: float = 0.0  # of the hidden layer
 
     def __post_init__(self) -> None:

@@ -28,11 +28,11 @@ _Taps = Literal["all", "last"]
 class Config:
     """Defaults are those of PANGAEA's decoder study; SegFormer itself has 256 or 768 channels."""
 
-    channels: int = 512
+    channels: int = 512  # width of its convolutions
     taps: _Taps = "all"  # last: all levels are made of the last tap
     neck: NeckWidths = "kept"  # of encoders whose taps are no pyramid
     dropout_prob: float = 0.1  # of whole channels of an image
-    norm: Norm = "batch"
+    norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
         check_counts(self, "channels")

@@ -28,11 +28,11 @@ KINDS: tuple[Kind, ...] = ("segmentation",)
 class Config:
     """Defaults are those of PANGAEA."""
 
-    channels: int = 512
+    channels: int = 512  # width of its convolutions
     pools: list[int] = field(default_factory=lambda: [1, 2, 3, 6])  # cells a side of what the top is averaged to
     neck: NeckWidths = "kept"  # of encoders whose taps are no pyramid
     dropout_prob: float = 0.1  # of whole channels of an image
-    norm: Norm = "batch"
+    norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
         check_counts(self, "channels")

@@ -1,4 +1,4 @@
-"""A UNet that sees nothing but the labels: what a pretrained encoder has to beat.
+"""A UNet that sees nothing but the labels: what a pretrained encoder has to beat. It is a decoder of pixels.
 
 B images, C channels, H W pixels, K outputs.
 """
@@ -6,14 +6,46 @@ B images, C channels, H W pixels, K outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, conv_norm, halved, resized
+from ssl_eo.eval.decoders._options import check_choice
+from ssl_eo.eval.decoders.base import TapMaps, TapShape
+from ssl_eo.eval.kinds import Kind
 
-__all__ = ["UNet"]
+__all__ = ["KINDS", "Config", "Decoder", "UNet"]
+
+KINDS: tuple[Kind, ...] = ("segmentation",)
+
+
+@dataclass
+class Config:
+    """The default is PANGAEA's."""
+
+    widths: list[int] = field(default_factory=lambda: [64, 128, 256, 512])  # of its levels, from the image down
+    norm: Norm = "batch"  # batch, group or layer, of its convolutions
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.widths, list) or not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths must name one at least, all positive, got {self.widths}")
+        check_choice("norm", self.norm, get_args(Norm))
+
+
+class Decoder(nn.Module):
+    """`[B, K, *size]` of pixels, or of the finest tap."""
+
+    def __init__(self, cfg: Config, shape: TapShape, n_outputs: int) -> None:
+        super().__init__()
+        self.unet = UNet(shape.widths[0], n_outputs, cfg.widths, cfg.norm)
+
+    def forward(self, taps: TapMaps, size: tuple[int, int]) -> Tensor:
+        """Logits `[B, K, *size]`."""
+        return resized(self.unet(taps.maps[0]), size)
 
 
 class UNet(nn.Module):

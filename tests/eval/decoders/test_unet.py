@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssl_eo.adapt.unet import UNet
+from ssl_eo.eval.decoders.unet import UNet
 
 WIDTHS = (8, 12, 16)
 
