@@ -474,7 +474,7 @@ def test_weights_and_description_of_two_exports_are_refused(bundle: Path, tmp_pa
     encoder = _encoder("conv")
     torch.nn.init.ones_(encoder.cls_token)
     write_tensors(folder / "encoder.safetensors", encoder.state_dict())
-    with pytest.raises(ValueError, match=r"encoder\.safetensors: its SHA-256 is not that of encoder\.json"):
+    with pytest.raises(ValueError, match=r"encoder\.safetensors: its SHA-256 is not that of the JSON file"):
         load_bundle(folder)
 
 
