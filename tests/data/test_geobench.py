@@ -445,7 +445,8 @@ def test_so2sat_may_be_in_either_unit_and_the_scale_says_which(copied: Callable[
 
 def test_backscatter_in_decibels_is_refused(copied: Callable[[str], Written]) -> None:
     written = copied("m-so2sat")
-    edit_json(written.folder / "band_stats.json", lambda s: s["05 - VH.LEE Filtered"].update(mean=-17.0))
+    of_decibels = {"mean": -17.0, "std": 3.0, "min": -40.0, "max": 2.0, "percentile_99": -8.0}
+    edit_json(written.folder / "band_stats.json", lambda s: s["05 - VH.LEE Filtered"].update(of_decibels))
     with pytest.raises(ValueError, match=r"so2sat_sentinel1 bands .* means from -17.* expected linear_amplitude"):
         open_dataset(written, "m-so2sat")
 
@@ -462,7 +463,7 @@ def test_bytes_as_fractions_have_their_scale(archive: Callable[[str], Written]) 
         (lambda s: s.pop("04 - Red"), r"has no statistics of 04 - Red"),
         (lambda s: s["04 - Red"].pop("std"), r"'04 - Red' holds .* expected numbers mean, std"),
         (lambda s: s["04 - Red"].update(mean=math.nan), r"'04 - Red' holds"),
-        (lambda s: s["04 - Red"].update(std=0.0), r"band_stats\.json: statistics of sentinel2_l1c must be .* positive"),
+        (lambda s: s["04 - Red"].update(std=0.0), r"'04 - Red' holds .* which no values have"),
     ],
 )
 def test_damaged_statistics_are_refused(change: Any, reason: str, copied: Callable[[str], Written]) -> None:
@@ -601,7 +602,8 @@ def test_a_class_may_be_stored_in_many_ways(label: Any, copied: Callable[[str], 
         ("m-eurosat", True, "its label is bool"),
         ("m-eurosat", None, "its label is NoneType"),
         ("m-eurosat", np.array([3]), "its label is ndarray"),
-        ("m-eurosat", 2**1000, "its label is 1071508"),
+        ("m-eurosat", 2**60, "its label is 1152921504606846976"),
+        ("m-eurosat", 2**1000, "an integer of 126 bytes at byte .*, expected at most 8"),
         ("m-bigearthnet", [0] * 42, r"its label has shape \(42,\), expected 0 or 1 for each of 43"),
         ("m-bigearthnet", [0.5] * 43, "its label has shape"),
         ("m-bigearthnet", [math.nan] * 43, "its label has shape"),
@@ -876,7 +878,7 @@ def test_a_folder_without_any_good_sample_is_refused(copied: Callable[[str], Wri
 # --- the interpreter against pickle itself ----------------------------------------------------------------------------
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**900), 2**900) | st.floats() | st.text() | st.binary(max_size=300),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text() | st.binary(max_size=300),
     lambda inner: (
         st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(-99, 99), inner)
     ),
