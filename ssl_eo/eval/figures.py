@@ -176,6 +176,7 @@ def label_ends(axes: Any, lines: Sequence[Line], height_inches: float) -> None:
 
 
 def _embed(svg: str, name: str, title: str) -> str:
+    assert re.fullmatch(r"[\w-]+", name), "names go into the page as they are: none may come from data"
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
@@ -186,7 +187,7 @@ def _embed(svg: str, name: str, title: str) -> str:
         svg,
         count=1,
     )
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', lambda match: f"{match[1]}{name}-", svg)
     svg = re.sub(r"font: ([^;\"]*?)([\d.]+px) [^;\"]*", r"font-size: \2", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")

@@ -39,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
         subtitle=run.subtitle,
         facts=_facts(run),
         verdicts=[v for summary in summaries if (v := _verdict(summary)) is not None],
-        tables=[_table(run, summary) for summary in summaries],
+        tables=[_table(run, summary, f"task{i}") for i, summary in enumerate(summaries)],
         errors=[r for r in run.probed if r["kind"] == "error"],
         health=[_health(run, i, name) for i, name in enumerate(dict.fromkeys(str(r["source"]) for r in run.health))],
         put_off=[f"Step {r['step']:,}: {r['what']} put off: {r['reason']}" for r in run.put_off],
@@ -103,8 +103,11 @@ def _verdict(summary: Summary) -> dict[str, str] | None:
     return {**out, "gains": ", ".join(gains)}
 
 
-def _table(run: Run, summary: Summary) -> dict[str, Any]:
-    """One row for each row of `summary` and one column a measure, without the measures that no row has."""
+def _table(run: Run, summary: Summary, name: str) -> dict[str, Any]:
+    """One row for each row of `summary` and one column a measure, without the measures that no row has.
+
+    `name` is that of its charts, in the page.
+    """
     probes = sorted(summary.probes)
     columns = [
         *((probe, summary.metric, [row.scores.get(probe) for row in summary.rows]) for probe in probes),
@@ -123,7 +126,7 @@ def _table(run: Run, summary: Summary) -> dict[str, Any]:
         }
         for i, row in enumerate(summary.rows)
     ]
-    charts = draw_all(f"{summary.task}-", probe_charts(run, summary.task))
+    charts = draw_all(f"{name}-", probe_charts(run, summary.task))
     shown = {"columns": [title for title, _ in measured], "rows": rows, "charts": charts}
     return {"task": summary.task, "metric": summary.metric, **shown}
 

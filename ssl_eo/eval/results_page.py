@@ -15,7 +15,7 @@ from ssl_eo.eval.entrants import Entrant, identity_of
 from ssl_eo.eval.experiments import Score
 from ssl_eo.eval.figures import SERIES, Chart, Line, draw
 from ssl_eo.eval.metrics import in_unit, metric_text
-from ssl_eo.eval.page import render
+from ssl_eo.eval.page import check_written, render
 from ssl_eo.eval.partitions import parse_partition
 from ssl_eo.eval.records import RESULTS, Record, write_csv
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points, short
@@ -60,11 +60,14 @@ def write_results_page(
     markdown: Path | None = None,
     latex: Path | None = None,
 ) -> Path:
-    """Write the page `out` about the results in `folders`, and beside it their scores with the ending `.csv`.
+    """Write the page `out` about the results in `folders`, and beside it their scores, `<out>-scores.csv`.
 
     `runs` add curves of their probes while training. `markdown` and `latex` are files for the tables. Raises
-    `ValueError` where a folder has no results, or the files `normalizer` no range of a task.
+    `ValueError` where a folder has no results, or the files `normalizer` no range of a task, and where a file that is
+    to be written is no page, is asked for twice, or holds what was measured.
     """
+    scores_csv = out.with_name(f"{out.stem}-scores.csv")
+    check_written([out, scores_csv, *filter(None, (markdown, latex))])
     comparison = Comparison.read(folders)
     if not comparison.results and not comparison.problems:
         raise ValueError(f"{', '.join(map(str, folders))}: nothing was measured, there is nothing to report")
@@ -90,7 +93,7 @@ def write_results_page(
         setup=_setup(comparison),
     )
     atomic_write(out, page)
-    write_csv(out.with_suffix(".csv"), comparison.results)
+    write_csv(scores_csv, comparison.results)
     margins = [margin_table(comparison, task) for task in comparison.tasks]
     margins = [Table(f"Margins on {t}", *_rest(m)) for t, m in zip(comparison.tasks, margins, strict=True) if m.rows]
     tables = [*means, *scores, *margins]

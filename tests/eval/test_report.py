@@ -217,3 +217,14 @@ def test_a_panel_stretches_each_sample_but_not_noise(tmp_path: Path) -> None:
 def test_a_panel_refuses_other_shapes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[n, H, W, 3\]"):
         save_panel(tmp_path / "a.png", [("input", np.zeros((2, 3, 8, 8)))])
+
+
+@pytest.mark.parametrize("name", ['"><script>alert(1)</script>', "a\\q", "a b/c", "\\1"])
+def test_names_of_tasks_are_text_and_nothing_else(name: str, run_dir: Path) -> None:
+    records = [json.loads(line) | {"task": name} for line in (run_dir / "eval.jsonl").read_text().splitlines()]
+    _write(run_dir / "eval.jsonl", records)
+    html = write_report(run_dir).read_text()
+    page = _Page(html)
+    assert {link for link in page.links if not link.startswith(("#", "data:"))} == set()
+    assert "<script" not in html
+    assert [found for found in page.ids if not re.fullmatch(r"[\w.-]+", found)] == []

@@ -20,6 +20,7 @@ from ssl_eo.cli import main
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.offline import Evaluation, Model, evaluate
+from ssl_eo.eval.records import RESULTS
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
 from ssl_eo.eval.results_page import write_results_page
 
@@ -174,7 +175,7 @@ def test_scores_are_written_in_three_more_forms(results: list[Path], tmp_path: P
     out, markdown, latex = (tmp_path / name for name in ("report.html", "tables.md", "tables.tex"))
     write_results_page(results, out, markdown=markdown, latex=latex)
     comparison = Comparison.read(results)
-    with (tmp_path / "report.csv").open() as file:
+    with (tmp_path / "report-scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(comparison.results)
     assert {row["dataset"] for row in rows} == set(comparison.tasks)
@@ -529,3 +530,24 @@ def test_a_browser_that_complains_is_heard(chromium: str, tmp_path: Path) -> Non
     page.write_text("<!DOCTYPE html><script>undefined.x</script>")
     done = _browse(chromium, page, tmp_path / "profile", "--dump-dom")
     assert any(":CONSOLE" in line for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"out": "results.jsonl"}, "is to be a page, so its name ends in .html"),
+        ({"out": "page.html", "markdown": "results.jsonl"}, "holds what was measured, and is not replaced"),
+        ({"out": "page.html", "markdown": "page.html"}, "each is to be a file of its own"),
+        ({"out": "page.html", "latex": "page-scores.csv"}, "each is to be a file of its own"),
+    ],
+)
+def test_what_was_measured_is_not_replaced(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    (folder / RESULTS).write_text(json.dumps(record("encoder", outcome(50))) + "\n")
+    before = (folder / RESULTS).read_bytes()
+    with pytest.raises(ValueError, match=message):
+        write_results_page([folder], **{name: folder / file for name, file in files.items()})  # type: ignore[arg-type]
+    assert (folder / RESULTS).read_bytes() == before
+    write_results_page([folder], tmp_path / "new" / "page.html")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"page.html", "page-scores.csv"}
