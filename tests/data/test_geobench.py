@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import pickletools
 import shutil
+import types
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -417,6 +419,23 @@ def test_all_samples_that_are_looked_at_must_be_in_one_unit(tmp_path: Path) -> N
     open_dataset(written, "m-eurosat", check_units=False)
 
 
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [(lambda v: -v, True), (lambda v: v * 0, False), (lambda v: v * np.nan, False), (lambda v: v, False)],
+    ids=["negative", "blank", "nan", "as it was"],
+)
+def test_of_a_sample_only_what_is_blank_may_be_dark(
+    change: Any, is_refused: bool, copied: Callable[[str], Written]
+) -> None:
+    written = copied("m-bigearthnet")
+    mend_samples(written, lambda arrays: arrays.update({k: change(v) for k, v in arrays.items()}), ["id_0001"])
+    if not is_refused:
+        open_dataset(written, "m-bigearthnet")
+        return
+    with pytest.raises(ValueError, match=r"id_0001\.hdf5, sentinel2_l2a: its brightest pixel is -[\d.]+, of digital_num"):
+        open_dataset(written, "m-bigearthnet")
+
+
 def _rescale(statistics: Any, factor: float) -> None:
     for key, entry in statistics.items():
         statistics[key] = {name: value * factor for name, value in entry.items()}
@@ -463,7 +482,24 @@ def test_bytes_as_fractions_have_their_scale(archive: Callable[[str], Written]) 
         (lambda s: s.pop("04 - Red"), r"has no statistics of 04 - Red"),
         (lambda s: s["04 - Red"].pop("std"), r"'04 - Red' holds .* expected numbers mean, std"),
         (lambda s: s["04 - Red"].update(mean=math.nan), r"'04 - Red' holds"),
-        (lambda s: s["04 - Red"].update(std=0.0), r"'04 - Red' holds .* which no values have"),
+        *(
+            (lambda s, change=change: s["04 - Red"].update(change), r"'04 - Red' holds .* which no values have")
+            for change in (
+                {"std": 0.0},
+                {"std": 1e-300},
+                {"std": 1e14},
+                {"std": 3000.0},  # above half of what lies between the least and the largest value
+                {"mean": -1e14},
+                {"mean": 5000.0},
+                {"percentile_99": 5000.0},
+                {"min": 5000.0, "max": 300.0},
+            )
+        ),
+        *(
+            (lambda s, mean=mean: s["04 - Red"].update(mean=mean), r"'04 - Red' holds .*expected numbers mean")
+            for mean in (10**400, 1e300, True)
+        ),
+        (lambda s: s["04 - Red"].pop("min"), r"'04 - Red' holds .*expected numbers mean"),
     ],
 )
 def test_damaged_statistics_are_refused(change: Any, reason: str, copied: Callable[[str], Written]) -> None:
@@ -557,6 +593,8 @@ def test_lists_of_labels_come_first(dataset: str, tmp_path: Path) -> None:
     [
         ("m-eurosat", lambda m: m["2"].clear(), r"label_map\.json has no label for 1 of 4 samples, such as 'id_2'"),
         ("m-eurosat", lambda m: m["1"].append("id_2"), r"lists 'id_2' in classes 1 and 2"),
+        ("m-eurosat", lambda m: m["1"].append(["id_2"]), r"has an entry '1', expected lists of sample names"),
+        ("m-eurosat", lambda m: m["1"].append(None), r"has an entry '1', expected lists of sample names"),
         ("m-eurosat", lambda m: m.update({"10": ["id_2"]}), r"has an entry '10', expected lists .* '0' to '9'"),
         ("m-bigearthnet", lambda m: m.pop("id_0001"), r"label_stats\.json has no label for 1 of 4"),
         ("m-bigearthnet", lambda m: m["id_0001"].append(1), r"label_stats\.json: 'id_0001' holds"),
@@ -644,7 +682,39 @@ def _doubled(n: int) -> bytes:
     return b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(n))
 
 
+def _array(shape: bytes, order: bytes = b"\x89") -> bytes:
+    """A description whose label is an array of one byte, of the shape that instructions make."""
+
+    def text(value: str) -> bytes:
+        return b"\x8c%c%s" % (len(value), value.encode())
+
+    dtype = text("numpy") + text("dtype") + b"\x93" + text("f8") + b"\x85R"
+    begun = text("numpy.core.multiarray") + text("_reconstruct") + b"\x93)R"
+    return b"\x80\x04}" + text("label") + begun + b"(K\x01" + shape + dtype + order + b"C\x01at" + b"bs."
+
+
+def _sizes(first: bytes, n: int) -> bytes:
+    """A tuple of n sizes: `first`, and it again and again."""
+    return b"(" + first + b"q\x01" + b"h\x01" * (n - 1) + b"t"
+
+
+_MANY = b"\x8a\x08" + b"\xff" * 7 + b"\x7f"  # 2^63 - 1
+_LONG = b"\x8a\xff" + b"\xff" * 254 + b"\x7f"  # an integer of 255 bytes
+
 HOSTILE = {
+    "many sizes": (lambda t: _array(_sizes(_MANY, 40_000)), "has 40000 dimensions, which no label has"),
+    "no size": (lambda t: _array(_sizes(b"K\x00", 40_000)), "has 40000 dimensions, which no label has"),
+    "large size": (lambda t: _array(_sizes(_MANY, 2)), "has 1 bytes of float64, which are not those of its shape"),
+    "column order": (lambda t: _array(_sizes(_MANY, 2), b"\x88"), "has 2 dimensions in column order"),
+    "integer": (lambda t: _array(_sizes(_LONG, 2)), "has an integer of 255 bytes at byte .*, expected at most 8"),
+    "one hash": (lambda t: b"\x80\x04}\x8a\x08" + (2**61 - 1).to_bytes(8, "little") + b"Ns.", "below 2"),
+    "unprintable name": (
+        lambda t: pickle.dumps(Runs(types.SimpleNamespace), 4).replace(
+            b"\x8c\x05types\x94\x8c\x0fSimpleNamespace",
+            2 * (b"X\x90\x01\x00\x00" + "\U000e0001".encode() * 100 + b"\x94"),
+        ),
+        "which no sample is described with",
+    ),
     "builtins.eval": (lambda t: pickle.dumps({"label": Runs(eval, f"open({str(t)!r}, 'w')")}, 4), "names 'builtins'"),
     "os.system": (
         lambda t: b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c%c%s\x85R." % (len(f"touch {t}"), f"touch {t}".encode()),
@@ -729,6 +799,27 @@ def test_an_attribute_of_another_type_is_refused(value: Any, copied: Callable[[s
         file.attrs["pickle"] = value
     with pytest.raises(ValueError, match=r"its attribute 'pickle' is .*, expected text of at most"):
         open_dataset(written, "m-eurosat").read(0)
+
+
+def test_an_attribute_of_many_texts_is_refused_before_it_is_read(
+    copied: Callable[[str], Written], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file they may all be one of a megabyte."""
+    written = copied("m-eurosat")
+    read, source = h5py.AttributeManager.__getitem__, open_dataset(written, "m-eurosat")
+    names: list[str] = []
+    monkeypatch.setattr(h5py.AttributeManager, "__getitem__", lambda self, name: names.append(name) or read(self, name))
+    source.read(0)
+    assert names == ["pickle"]  # so the rest of the test is of something
+    for value in (np.array(["a"] * 50, object), np.zeros(1000)):
+        with h5py.File(first_file(written), "r+") as file:
+            del file.attrs["pickle"]
+            dtype = h5py.string_dtype() if value.dtype == object else None
+            file.attrs.create("pickle", value, dtype=dtype)
+        names.clear()
+        with pytest.raises(ValueError, match=r"its attribute 'pickle' is of dtype .* shape \(\d+,\), expected text"):
+            source.read(0)
+        assert names == []
 
 
 @pytest.mark.parametrize("dataset", [name for name, layout in LAYOUTS.items() if layout.kind == "segmentation"])
@@ -845,6 +936,20 @@ def test_a_damaged_file_is_one_bad_sample(name: str, copied: Callable[[str], Wri
     assert str(first_file(written)) in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert source.read(1).label == 1
+
+
+@pytest.mark.timeout(30)  # without a look at what it is, the pipe is waited for
+def test_a_pipe_is_no_sample_and_no_list(copied: Callable[[str], Written]) -> None:
+    written = copied("m-eurosat")
+    source = open_dataset(written, "m-eurosat")
+    for path in (first_file(written), written.folder / "band_stats.json"):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"id_0\.hdf5 cannot be used: .*it is no regular file"):
+        source.read(0)
+    assert source.fingerprint()
+    with pytest.raises(ValueError, match=r"band_stats\.json cannot be read \(it is no regular file\), expected"):
+        open_dataset(written, "m-eurosat")
 
 
 @pytest.mark.parametrize(
