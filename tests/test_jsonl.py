@@ -57,5 +57,29 @@ def test_lines_of_several_writers_do_not_mix(tmp_path: Path) -> None:
     assert sorted((r["rank"], r["step"]) for r in found) == [(rank, step) for rank in range(4) for step in range(100)]
 
 
+def test_odd_lines_are_left_out_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "results.jsonl"
+    lines = [
+        '{"step": 0}',
+        "[" * 200_000,
+        '{"a": ' + "9" * 5000 + "}",
+        "[1]",
+        '{"text": "\u2028"}',
+        '{"step": 1}',
+        '{"st',
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert read_jsonl(path) == [{"step": 0}, {"text": "\u2028"}, {"step": 1}]
+    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2 and 2 more: no record of this file; left out"]
+    caplog.clear()
+    path.write_text('{"step": 0}\n{"step": "x"}\n{"st\n')
+    assert read_jsonl(path, lambda record: isinstance(record["step"], int)) == [{"step": 0}]
+    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2: no record of this file; left out"]
+    caplog.clear()
+    path.write_text('{"step": 0}\n{"st')
+    assert read_jsonl(path) == [{"step": 0}]
+    assert caplog.text == ""  # a killed run is nothing to be warned of
+
+
 def test_a_file_that_is_not_there_has_no_records(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "none.jsonl") == []

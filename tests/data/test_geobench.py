@@ -432,7 +432,9 @@ def test_of_a_sample_only_what_is_blank_may_be_dark(
     if not is_refused:
         open_dataset(written, "m-bigearthnet")
         return
-    with pytest.raises(ValueError, match=r"id_0001\.hdf5, sentinel2_l2a: its brightest pixel is -[\d.]+, of digital_num"):
+    with pytest.raises(
+        ValueError, match=r"id_0001\.hdf5, sentinel2_l2a: its brightest pixel is -[\d.]+, of digital_num"
+    ):
         open_dataset(written, "m-bigearthnet")
 
 

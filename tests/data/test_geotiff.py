@@ -257,6 +257,31 @@ def test_no_data_is_that_of_the_file_and_of_the_sensor(tmp_path: Path) -> None:
     assert make(tmp_path, {**tile, "no_data": [0, -1, -9999]}).read(2).tiles
 
 
+def test_no_data_that_nobody_declared_is_named(tmp_path: Path) -> None:
+    pixels = tile_pixels(0, (2, 8, 8)).astype("float32") / -100
+    pixels[1, 3, 3] = -3.4028235e38
+    write_raster(tmp_path / "a.tif", pixels, descriptions=("VH", "VV"))
+    tile = {"sensor": "sentinel1_grd"}
+    with pytest.raises(
+        ValueError,
+        match=r"^tiles\[0\]\.sensor: band VV of tile sentinel1_grd holds -3\.40\d+e\+38, .* declare it in no_data",
+    ):
+        make(tmp_path, tile)
+    schema = make(tmp_path, {**tile, "no_data": [-3.4028234663852886e38]}).schema["sentinel1_grd"]
+    assert schema.mean[1] == pytest.approx(np.delete(pixels[1], 3 * 8 + 3).mean(), rel=1e-4)
+
+
+@pytest.mark.timeout(30)  # without a look at what it is, the pipe is waited for
+def test_a_pipe_is_no_raster(tmp_path: Path) -> None:
+    naip_folder(tmp_path)
+    (tmp_path / "scene0.tif").unlink()
+    os.mkfifo(tmp_path / "scene0.tif")
+    source = make(tmp_path, {"sensor": "naip"})
+    with pytest.raises(OSError, match=r"it is no regular file: '.*scene0\.tif'"):
+        source.read(0)
+    assert source.read(1).key == "scene1"
+
+
 def test_statistics_are_measured_on_a_fixed_draw_or_given(tmp_path: Path) -> None:
     naip_folder(tmp_path, n=6)
     everything = np.stack([tile_pixels(i, (4, 40, 40)).astype("uint8") for i in range(6)]).astype(float)

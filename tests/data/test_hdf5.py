@@ -16,7 +16,7 @@ from ssl_eo.data.loader import Loader
 from ssl_eo.data.opening import DataConfig, open_sources
 from ssl_eo.data.pack import pack
 from ssl_eo.data.plans import whole
-from ssl_eo.data.sources import shards
+from ssl_eo.data.sources import hdf5, shards
 from ssl_eo.data.sources.hdf5 import Config, Source
 from ssl_eo.data.stacking import check_sample, cut_to_views, stack
 from ssl_eo.data.types import Batch, Sample
@@ -217,6 +217,82 @@ def test_bands_without_data_are_named(path: Path) -> None:
     with pytest.raises(ValueError, match=r"no data, or one value only.*: B03, B04; list them in drop_bands"):
         Source(config(path))
     assert len(Source(config(path, drop_bands=["B03", "B04"])).schema["sentinel2_l2a"].bands) == C - 2
+
+
+@pytest.mark.parametrize("value", [-3.4028235e38, -1e30, 1e20])
+def test_no_data_that_nobody_declared_is_named(path: Path, value: float, tmp_path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        pixels = file["sentinel2"][:].astype(np.float32)
+        pixels[3, 2, :, 0] = value
+        file["measured"] = pixels
+    with pytest.raises(ValueError, match=r"^sensor: band B03 of measured in .*declare it in no_data") as refusal:
+        Source(config(path, dataset="measured"))
+    named = next(word for word in str(refusal.value).replace(",", "").split() if "e+" in word)
+    sensor = load_sensor("sentinel2_l2a").to_dict()
+    declared = tmp_path / "declared.yaml"
+    declared.write_text(json.dumps({**sensor, "no_data": [*sensor["no_data"], float(named)]}))
+    (schema,) = Source(config(path, dataset="measured", sensor=str(declared))).schema.values()
+    assert schema.mean == pytest.approx(pixels.clip(0).mean((0, 2, 3)), rel=0.05)
+
+
+def test_rows_that_were_never_written_are_refused(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file.create_dataset("endless", (200_000_000, 3, 8, 8), "u1", chunks=(1, 3, 8, 8))
+        file.create_dataset("vectors", (N, 100_000_000), "u1", chunks=(1, 1000))
+        file.create_dataset("few", (N, C, 4, 4), "u1", chunks=(1, C, 4, 4))[0] = 7
+    with pytest.raises(
+        ValueError, match=r"^dataset: .*endless says that it has 200,000,000 rows, 38,400,000,000 bytes"
+    ):
+        Source(config(path, dataset="endless"))
+    with pytest.raises(ValueError, match=r"^label_dataset: .*vectors says that it has 10 rows, 1,000,000,000 bytes"):
+        Source(config(path, label_dataset="vectors"))
+    with pytest.raises(ValueError, match="drop_bands: .* no data"):  # so few of them are nobody's mistake
+        Source(config(path, dataset="few"))
+
+
+def test_the_fingerprint_is_the_same_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> set[str]:
+        return {Source(config(path, label_dataset="label", split=s)).fingerprint() for s in ("train", "test", None)}
+
+    whole = found()
+    monkeypatch.setattr(hdf5, "_BLOCK_ROWS", 3)
+    monkeypatch.setattr(hdf5, "_BLOCK_BYTES", 4)
+    assert len(whole) == 3
+    assert found() == whole
+
+
+def test_the_digest_of_a_column_is_read_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Source(config(path, label_dataset="label"))
+    read, asked = h5py.Dataset.__getitem__, []
+
+    def watched(self: Any, part: Any) -> Any:
+        asked.append(part)
+        return read(self, part)
+
+    monkeypatch.setattr(hdf5, "_BLOCK_BYTES", 4)
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", watched)
+    source.fingerprint()
+    assert asked == [slice(0, 4), slice(4, 8), slice(8, 12)]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["field", "field"], r"label in .* has 2 classes 'field'; name each class once"),
+        ([b"field", b"\xff"], r"'\\udcff' is no name of a class"),
+        ([1, 2], r"1 is no name of a class, expected text"),
+    ],
+    ids=["twice", "surrogate", "number"],
+)
+def test_names_of_classes_are_texts_that_differ(path: Path, names: Any, message: str) -> None:
+    with h5py.File(path, "a") as file:
+        is_text = isinstance(names[0], bytes)
+        file["label"].attrs.create("classes", names, dtype=h5py.string_dtype() if is_text else None)
+    with pytest.raises(ValueError, match=f"^label_names: .*{message}"):
+        Source(config(path, label_dataset="label"))
+    assert Source(config(path, label_dataset="label", label_names=["a", "b"])).label_names == ("a", "b")
+    with pytest.raises(ValueError, match=r"^label_names: .* has 2 classes 'a'"):
+        Source(config(path, label_dataset="label", label_names=["a", "a"]))
 
 
 def test_runs_are_whole_chunks_of_the_file(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,20 @@ def test_named_classes_keep_their_numbers(tmp_path: Path) -> None:
     assert {source.read(i).label for i in range(5)} == {2}
     with pytest.raises(ValueError, match=r"classes: .* has a folder 'c' \(classes: a, b\)"):
         open_folder(root, split="all", classes=["a", "b"])
+
+
+@pytest.mark.timeout(30)  # without a look at what it is, the pipe is waited for
+def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
+    write_pictures(tmp_path)
+    (tmp_path / "Forest" / "Forest 0.png").unlink()
+    os.mkfifo(tmp_path / "Forest" / "Forest 0.png")
+    statistics = tmp_path / "statistics.json"
+    statistics.write_text('{"bands": ["R", "G", "B"], "mean": [0, 0, 0], "std": [1, 1, 1]}')
+    source = open_folder(tmp_path, split="all", statistics=str(statistics))
+    with pytest.raises(OSError, match=r"Forest 0\.png is not a readable JPEG or PNG: .*it is no regular file"):
+        source.read(0)
+    assert source.read(1).key == "Forest/Forest 1"
+    assert source.fingerprint()  # looks into some of the files
 
 
 def test_what_is_no_image_is_passed_over(tmp_path: Path) -> None:

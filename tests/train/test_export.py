@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from launching import ROOT
 from ssl_eo.cli import main
 from ssl_eo.config import build
 from ssl_eo.data.opening import WeightedSourceConfig, open_source
-from ssl_eo.hub import load_bundle
+from ssl_eo.hub import load_bundle, write_bundle
+from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.train.export import _inputs, open_encoder
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
@@ -50,6 +52,37 @@ def test_sources_with_other_bands_of_one_sensor_are_all_known(bundle: Path) -> N
 def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
     run = bundle.parent / "debug_mae"
     assert open_encoder(bundle)[1:] == open_encoder(run)[1:] == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ({"step": True}, "step must be a whole number from 0, got True"),
+        ({"step": -1}, "step must be a whole number from 0, got -1"),
+        ({"step": 1.0}, "step must be a whole number from 0, got 1.0"),
+        ({}, "step must be a whole number from 0, got None"),
+        *(
+            ({"step": 1, "features": features}, "features must be a pool and a list of numbers, taps, got ")
+            for features in (7, None, "mean", [["pool", "cls"]], {"taps": 1}, {"taps": [True]}, {"pool": ["cls"]})
+        ),
+    ],
+)
+def test_facts_of_a_bundle_that_are_none_are_refused(facts: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    write_bundle(tmp_path, _tiny(), {}, facts)
+    with pytest.raises(ValueError, match=rf"encoder\.json: {problem}"):
+        open_encoder(tmp_path)
+
+
+def test_a_bundle_says_how_features_are_read_and_not_what_is_asked(tmp_path: Path) -> None:
+    asked = {"controls": False, "seeds": [1, 2], "partitions": ["0.10x"], "n_resamples": 0}
+    write_bundle(tmp_path, _tiny(), {}, {"step": 0, "features": {"pool": "mean", "taps": [0.5, 1], **asked}})
+    assert open_encoder(tmp_path)[1:] == (0, {"pool": "mean", "taps": [0.5, 1]})
+
+
+def _tiny() -> Encoder:
+    encoder = Encoder(EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=8), None)
+    encoder.init_weights()
+    return encoder
 
 
 def test_dates_of_a_sensor_are_one_input_and_class_maps_are_none() -> None:

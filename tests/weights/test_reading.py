@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import struct
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -140,8 +142,63 @@ def test_the_arguments_of_a_training_are_left_out(tmp_path: Path) -> None:
     assert found.keys() == {f"model.{name}" for name in ENCODER}
 
 
+def _shared(n: int) -> Any:
+    """A dictionary that holds the one before twice, n times: small in a file, and 2^n tensors to walk."""
+    content: Any = {"w": torch.zeros(2)}
+    for _ in range(n):
+        content = {"a": content, "b": content}
+    return content
+
+
+def test_a_dictionary_may_have_two_names_and_not_without_end(tmp_path: Path) -> None:
+    assert len(read_state_dict(saved(tmp_path / "twice.pth", _shared(3)))) == 8
+    within: dict[str, Any] = {"w": torch.zeros(2)}
+    within["self"] = within
+    contents = {"deep": _shared(30), "within": within, "wide": {str(n): _shared(12) for n in range(100)}}
+    for name, content in contents.items():
+        with pytest.raises(ValueError, match=r"its dictionaries are nested 16 deep, or hold 200,000 entries"):
+            read_state_dict(saved(tmp_path / f"{name}.pth", content))
+    with pytest.raises(ValueError, match=r"'aaa[a]+'\.\.\. is a name of 1,001 characters") as refusal:
+        read_state_dict(saved(tmp_path / "long.pth", {"a" * 1001: torch.zeros(1)}))
+    assert len(str(refusal.value)) < 300
+
+
+_FAULTS = (IndexError("pop"), AssertionError("key"), zipfile.BadZipFile("disks"), struct.error("unpack"), TypeError())
+
+
+@pytest.mark.parametrize("fault", _FAULTS, ids=lambda fault: type(fault).__name__)
+def test_whatever_torch_says_of_a_damaged_file(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*args: Any, **options: Any) -> Any:
+        raise fault
+
+    path = saved(tmp_path / "weights.pth", ENCODER)
+    monkeypatch.setattr(torch, "load", damaged)
+    with pytest.raises(ValueError, match=rf"weights\.pth: neither .* or damaged \({type(fault).__name__}: "):
+        read_state_dict(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(at=st.integers(0, 10_000), byte=st.integers(0, 255), zipped=st.booleans())
+@example(at=0, byte=ord("t"), zipped=False)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_file_is_read_or_refused(at: int, byte: int, zipped: bool) -> None:
+    """Any other exception fails the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = saved(Path(folder) / "weights.pth", {"model": HEAD, "n": [1]}, _use_new_zipfile_serialization=zipped)
+        data = bytearray(path.read_bytes())
+        data[at % len(data)] = byte
+        path.write_bytes(data)
+        try:
+            read_state_dict(path)
+        except ValueError as error:
+            assert len(str(error)) < 600 and "\n" not in str(error)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("<html>not found</html>")
+    (tmp_path / "config.pth").write_text("train: {name: x}\n")
     (tmp_path / "empty.pth").touch()
     whole = saved(tmp_path / "whole.pth", {"weight": torch.ones(10_000)})
     (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:20_000])
@@ -155,6 +212,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         "absent.pth": "No such file",
         ".": "Is a directory",
         "text.pth": "neither a safetensors file nor one of torch.save",
+        "config.pth": "neither a safetensors file nor one of torch.save",
         "empty.pth": "neither a safetensors file nor one of torch.save",
         "cut.pth": "neither a safetensors file nor one of torch.save",
         "cut.safetensors": "truncated",
