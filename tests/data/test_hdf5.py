@@ -232,7 +232,7 @@ def test_no_data_that_nobody_declared_is_named(path: Path, value: float, tmp_pat
     declared = tmp_path / "declared.yaml"
     declared.write_text(json.dumps({**sensor, "no_data": [*sensor["no_data"], float(named)]}))
     (schema,) = Source(config(path, dataset="measured", sensor=str(declared))).schema.values()
-    assert schema.mean == pytest.approx(pixels.clip(0).mean((0, 2, 3)), rel=0.05)
+    assert schema.mean == pytest.approx(np.mean(pixels, (0, 2, 3), where=np.abs(pixels) < 1e15), rel=1e-6)
 
 
 def test_rows_that_were_never_written_are_refused(path: Path) -> None:
@@ -240,13 +240,11 @@ def test_rows_that_were_never_written_are_refused(path: Path) -> None:
         file.create_dataset("endless", (200_000_000, 3, 8, 8), "u1", chunks=(1, 3, 8, 8))
         file.create_dataset("vectors", (N, 100_000_000), "u1", chunks=(1, 1000))
         file.create_dataset("few", (N, C, 4, 4), "u1", chunks=(1, C, 4, 4))[0] = 7
-    with pytest.raises(
-        ValueError, match=r"^dataset: .*endless says that it has 200,000,000 rows, 38,400,000,000 bytes"
-    ):
+    with pytest.raises(ValueError, match=r"^dataset: .*endless says that it has 200,000,000 rows, 38,400,000,000 by"):
         Source(config(path, dataset="endless"))
     with pytest.raises(ValueError, match=r"^label_dataset: .*vectors says that it has 10 rows, 1,000,000,000 bytes"):
         Source(config(path, label_dataset="vectors"))
-    with pytest.raises(ValueError, match="drop_bands: .* no data"):  # so few of them are nobody's mistake
+    with pytest.raises(ValueError, match=r"drop_bands: .* no data"):  # so few of them are nobody's mistake
         Source(config(path, dataset="few"))
 
 
