@@ -1,51 +1,32 @@
-"""What comes out of a bundle: encoders that know their sensors, and are called with stored values.
+"""What comes out of a bundle, and of torch.hub: encoders that know their sensors, and are called with stored values.
 
 B samples, C channels, T dates, H W pixels, D width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
-import torch
 from torch import Tensor, nn
 
+from ssl_eo.bundle_inputs import SensorInput, check_when_and_where, normalised, of_wavelengths, with_bands
 from ssl_eo.models.cross_encoder import OpticalRadar, PoolHead
-from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
-from ssl_eo.sensors import ChannelMeta, Sensor
+from ssl_eo.models.panopticon_dict import open_dictionary, published_features, published_layers
+from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
+from ssl_eo.sensors import ChannelMeta, load_sensor
 
 __all__ = ["BundleEncoder", "BundlePair", "SensorInput"]
 
 
-@dataclass(frozen=True)
-class SensorInput:
-    """What an encoder was trained on: a sensor, which of its bands in which order, and their statistics as stored.
+class _Said(TypedDict, total=False):
+    """What may be said of images beside the name of their sensor; `BundleEncoder.prepare` says what it means."""
 
-    With `clip_std` standardised values are cut at plus and minus so many standard deviations and mapped to [0, 1], with
-    the mean at 0.5.
-    """
-
-    sensor: Sensor
-    bands: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    gsd_m: float
-    clip_std: float | None = None
-
-    def __post_init__(self) -> None:
-        self.sensor.index(self.bands)
-        n = len(self.bands)
-        if len(set(self.bands)) != n:
-            raise ValueError(f"bands of {self.sensor.name} are named twice: {', '.join(self.bands)}")
-        if len(self.mean) != n or len(self.std) != n:
-            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations for {n} bands")
-        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in (*self.std, self.gsd_m)):
-            raise ValueError("mean must be finite, std and gsd_m positive and finite")
-        if self.clip_std is not None and not 0 < self.clip_std < math.inf:
-            raise ValueError(f"clip_std must be positive and finite or null, got {self.clip_std}")
+    channels: ChannelMeta | None
+    dates: Tensor | None
+    location: Tensor | None
+    bands: str | Sequence[str] | None
+    wavelengths_um: Sequence[float] | None
 
 
 class BundleEncoder(nn.Module):
@@ -54,8 +35,14 @@ class BundleEncoder(nn.Module):
     `forward(images, sensor="sentinel2_l2a")` takes `[B, C, H, W]` in stored units, normalises, and returns features
     `[B, D]`: what `head` makes of the tokens, else the CLS token, else the mean over patches. As in training, pixels
     that were not measured (NaN, infinite, or a value that the sensor lists as no-data) become the mean of the band,
-    which is 0 after normalising. `forward_features` and `get_intermediate_layers` return tokens. With `channels=` (a
-    `ChannelMeta`) instead of `sensor=`, images are taken as normalised already.
+    which is 0 after normalising. `bands` are those of the images, in their order, where these are not all that the
+    encoder knows. `forward_features` and `get_intermediate_layers` return tokens.
+
+    Images are taken as normalised already where `channels=` (a `ChannelMeta`) or `wavelengths_um=` says what they are,
+    and by an encoder that has statistics for no sensor, such as Panopticon's, whatever says it.
+
+    An encoder with `patch_embed: channel_attention` also takes the dictionary of Panopticon's code, and then gives what
+    that code gives, by its names and shapes: see `ssl_eo.models.panopticon_dict`.
 
     An encoder of series takes several dates as `[B, C, T, H, W]`. One that was told when and where takes `dates
     [B, T, 2]` (year, day of the year from 1) and `location [B, 2]` (latitude, longitude in degrees), float32, NaN for
@@ -75,86 +62,151 @@ class BundleEncoder(nn.Module):
         self.inputs = dict(inputs)
         self.facts = dict(facts)
 
-    def forward(
-        self,
-        images: Tensor,
-        sensor: str | None = None,
-        channels: ChannelMeta | None = None,
-        dates: Tensor | None = None,
-        location: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, images: Tensor | Mapping[str, Any], sensor: str | None = None, **said: Unpack[_Said]) -> Tensor:
         """Features `[B, D]` of whole views."""
-        tokens = self.forward_features(images, sensor, channels, dates, location)
+        tokens: Tokens = self.encoder([self.prepare(images, sensor, **said)])[0]
         if self.head is None:
             return tokens.pooled
         features: Tensor = self.head(tokens)
         return features
 
+    @overload
+    def forward_features(self, images: Tensor, sensor: str | None = None, **said: Unpack[_Said]) -> Tokens: ...
+
+    @overload
+    def forward_features(self, images: Mapping[str, Any]) -> dict[str, Tensor | None]: ...
+
     def forward_features(
-        self,
-        images: Tensor,
-        sensor: str | None = None,
-        channels: ChannelMeta | None = None,
-        dates: Tensor | None = None,
-        location: Tensor | None = None,
-    ) -> Tokens:
-        """Tokens of the last block after the final norm."""
-        tokens: Tokens = self.encoder([self.prepare(images, sensor, channels, dates, location)])[0]
+        self, images: Tensor | Mapping[str, Any], sensor: str | None = None, **said: Unpack[_Said]
+    ) -> Tokens | dict[str, Tensor | None]:
+        """Tokens of the last block after the final norm; of a dictionary, the dictionary of published code."""
+        item = self.prepare(images, sensor, **said)
+        if isinstance(images, Mapping):
+            (raw,) = self.encoder.intermediates(item, 1, norm=False)
+            return published_features(raw, self.encoder.norm(raw.x))
+        tokens: Tokens = self.encoder([item])[0]
         return tokens
 
+    @overload
     def get_intermediate_layers(
         self,
         images: Tensor,
         n: int | Sequence[int] = 1,
-        sensor: str | None = None,
-        channels: ChannelMeta | None = None,
+        *,
         norm: bool = True,
-        dates: Tensor | None = None,
-        location: Tensor | None = None,
-    ) -> list[Tokens]:
-        """Tokens of the last `n` blocks, or of the blocks `n`."""
-        return self.encoder.intermediates(self.prepare(images, sensor, channels, dates, location), n, norm=norm)
+        sensor: str | None = None,
+        **said: Unpack[_Said],
+    ) -> list[Tokens]: ...
+
+    @overload
+    def get_intermediate_layers(
+        self,
+        images: Mapping[str, Any],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]: ...
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor | Mapping[str, Any],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+        sensor: str | None = None,
+        **said: Unpack[_Said],
+    ) -> list[Tokens] | tuple[Any, ...]:
+        """Tokens of the last `n` blocks, or of the blocks `n`.
+
+        Of a dictionary their patches `[B, N, D]`; with `reshape` maps `[B, D, h, w]`, with `return_class_token` pairs
+        of them and the CLS token. Raises `ValueError` for these two with a tensor: `Tokens` have both.
+        """
+        layers = self.encoder.intermediates(self.prepare(images, sensor, **said), n, norm=norm)
+        if isinstance(images, Mapping):
+            return published_layers(layers, reshape, return_class_token)
+        if reshape or return_class_token:
+            raise ValueError(
+                "reshape and return_class_token are for a dictionary of imgs and chn_ids; Tokens of a tensor have"
+                " .cls, and .patches with their .grid"
+            )
+        return layers
 
     def prepare(
         self,
-        images: Tensor,
+        images: Tensor | Mapping[str, Any],
         sensor: str | None = None,
         channels: ChannelMeta | None = None,
         dates: Tensor | None = None,
         location: Tensor | None = None,
+        bands: str | Sequence[str] | None = None,
+        wavelengths_um: Sequence[float] | None = None,
     ) -> EncoderInput:
-        """The encoder's input: normalised pixels and what each channel is. Raises `ValueError` for what is no input."""
+        """The encoder's input: normalised pixels and what each channel is. Raises `ValueError` for what is no input.
+
+        One of `sensor` (with `bands`: names, or the name of a subset), `channels` and `wavelengths_um` (of optical and
+        thermal bands, in micrometres) says what the channels are; a dictionary says it itself.
+        """
+        said = {"sensor": sensor, "bands": bands, "channels": channels, "wavelengths_um": wavelengths_um}
+        given = [name for name, value in said.items() if value is not None]
+        if isinstance(images, Mapping):
+            return self._of_dictionary(images, given, dates, location)
         takes_series = self.encoder.cfg.takes_series
         if not isinstance(images, Tensor) or images.ndim not in ((4, 5) if takes_series else (4,)):
             found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             series = ", or [B, C, T, H, W] of several dates" if takes_series else ""
             raise ValueError(f"images must be a tensor [B, C, H, W]{series}, got {found}")
-        _check_when_and_where(self.encoder.cfg, images, dates, location)
-        if channels is not None:
-            if images.shape[1] != channels.n_channels:
-                raise ValueError(f"images have {images.shape[1]} channels, channels= describes {channels.n_channels}")
-            return EncoderInput(images.float(), channels, gsd_m=None, dates=dates, location=location)
-        known = self._input(sensor)
-        if images.shape[1] != len(known.bands):
+        if len(given) > 1 and given != ["sensor", "bands"]:
             raise ValueError(
-                f"{known.sensor.name}: got {images.shape[1]} channels, expected {len(known.bands)} in this order:"
-                f" {', '.join(known.bands)}"
+                f"got {' and '.join(given)}: give sensor with or without bands, channels or wavelengths_um"
             )
-        per_band = (-1, *[1] * (images.ndim - 2))
-        mean = torch.tensor(known.mean, device=images.device).view(per_band)
-        std = torch.tensor(known.std, device=images.device).view(per_band)
-        meta = known.sensor.channel_meta(known.bands).to(images.device)
-        values = images.float()
-        pixels = torch.where(known.sensor.is_measured(values), (values - mean) / std, 0.0)  # [B, C, (T,) H, W]
-        if (most := known.clip_std) is not None:
-            pixels = pixels.clamp(-most, most) / (2 * most) + 0.5
-        return EncoderInput(pixels, meta, gsd_m=known.gsd_m, dates=dates, location=location)
+        check_when_and_where(self.encoder.cfg, images, dates, location)
+        if channels is None and (wavelengths_um is not None or (sensor is not None and not self.inputs)):
+            channels = self._described(sensor, bands, wavelengths_um).to(images.device)
+        if channels is not None:
+            if images.shape[1] != (n_channels := channels.n_channels):
+                what = next(name for name in given if name != "sensor" or len(given) == 1)
+                raise ValueError(f"images have {images.shape[1]} channels, {what}= describes {n_channels}")
+            return EncoderInput(images.float(), channels, gsd_m=None, dates=dates, location=location)
+        known = with_bands(self._input(sensor), bands, is_fixed=self.encoder.cfg.patch_embed == "conv")
+        return normalised(images, known, dates, location)
+
+    def _described(
+        self, sensor: str | None, bands: str | Sequence[str] | None, wavelengths_um: Sequence[float] | None
+    ) -> ChannelMeta:
+        """The channels of images that are normalised already."""
+        if self.encoder.cfg.patch_embed == "conv":
+            raise ValueError(
+                "this encoder (patch_embed: conv) was built for one set of bands and cannot look at what others are:"
+                " give images of those with channels="
+            )
+        if wavelengths_um is not None:
+            return of_wavelengths(wavelengths_um)
+        assert sensor is not None
+        found = load_sensor(sensor)
+        return found.channel_meta(found.resolve_bands(bands))
+
+    def _of_dictionary(
+        self, images: Mapping[str, Any], given: list[str], dates: Tensor | None, location: Tensor | None
+    ) -> EncoderInput:
+        if given or dates is not None or location is not None:
+            raise ValueError("a dictionary of imgs and chn_ids says all that there is to say: leave the rest out")
+        if (found := self.encoder.cfg.patch_embed) != "channel_attention":
+            raise ValueError(
+                f"chn_ids are Panopticon's names of channels, which this encoder (patch_embed: {found}) was not trained"
+                " with: give a tensor, and sensor= or channels="
+            )
+        return EncoderInput(*open_dictionary(images))
 
     def _input(self, sensor: str | None) -> SensorInput:
         if sensor is None and len(self.inputs) == 1:
             return next(iter(self.inputs.values()))
         if not self.inputs:
-            raise ValueError("this encoder has statistics for no sensor: give normalised images with channels=")
+            raise ValueError(
+                "this encoder has statistics for no sensor: give normalised images with channels=, sensor= or"
+                " wavelengths_um="
+            )
         if sensor is None:
             raise ValueError(f"this encoder knows several sensors; say which by sensor=: {', '.join(self.inputs)}")
         if sensor not in self.inputs:
@@ -163,28 +215,6 @@ class BundleEncoder(nn.Module):
                 " give normalised images with channels="
             )
         return self.inputs[sensor]
-
-
-def _check_when_and_where(cfg: EncoderConfig, images: Tensor, dates: Tensor | None, location: Tensor | None) -> None:
-    """Raise `ValueError` for what does not fit the images, or would not be looked at."""
-    n_samples, n_dates = images.shape[0], images.shape[2] if images.ndim == 5 else 1
-    when, where = [[1900.0, 0.0], [2200.0, 366.0]], [[-90.0, -180.0], [90.0, 360.0]]
-    given = {
-        "dates": (dates, (n_samples, n_dates, 2), cfg.time_encoding, "year and day of the year", when),
-        "location": (location, (n_samples, 2), cfg.location_encoding, "latitude and longitude", where),
-    }
-    for name, (values, shape, is_used, meaning, bounds) in given.items():
-        if values is None:
-            continue
-        if not is_used:
-            raise ValueError(f"{name}: this encoder was trained without it; leave it out")
-        if not isinstance(values, Tensor) or tuple(values.shape) != shape:
-            found = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
-            raise ValueError(f"{name} must be a tensor {list(shape)}, {meaning}, got {found}")
-        low, high = torch.tensor(bounds, device=values.device)
-        # Looking at values would stall a device.
-        if values.device.type == "cpu" and bool(((values < low) | (values > high)).any()):
-            raise ValueError(f"{name} are {meaning}, in this order, within {bounds[0]} and {bounds[1]}; NaN if unknown")
 
 
 class BundlePair(nn.Module):

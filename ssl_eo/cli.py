@@ -1,4 +1,4 @@
-"""The command line: `ssl-eo train | eval | export | import | data | report | config`.
+"""The command line: `ssl-eo train | eval | study | predict | embed | export | import | data | report | config | ...`.
 
 Exit status: 0 done, 2 wrong usage or config, 1 failure, 75 stopped on request and resumable. Everything heavy is
 imported inside its command.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ssl_eo import __version__, cli_adapt, cli_data, cli_eval
+from ssl_eo import __version__, cli_adapt, cli_data, cli_doctor, cli_embed, cli_eval
 from ssl_eo.cluster import (
     EXIT_FAILURE,
     EXIT_RESUMABLE,
@@ -164,6 +164,12 @@ def _parser() -> argparse.ArgumentParser:
 
     predict = commands.add_parser("predict", help="classes of all pixels of a scene, by a model of a study")
     cli_adapt.add_predict(predict)
+
+    embed = commands.add_parser("embed", help="features of all patches of a scene, by any encoder")
+    cli_embed.add_embed(embed)
+
+    doctor = commands.add_parser("doctor", help="look at this machine and installation, with advice")
+    cli_doctor.add_doctor(doctor)
 
     data = commands.add_parser("data", help="pack, index, measure and check data")
     cli_data.add_commands(data)

@@ -9,8 +9,10 @@ C channels, B batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ __all__ = ["KINDS", "ORBITS", "POLARIZATIONS", "Band", "ChannelMeta", "Sensor", 
 KINDS = ("optical", "thermal", "sar", "elevation", "categorical")
 POLARIZATIONS = ("VV", "VH", "HH", "HV")
 ORBITS = ("ascending", "descending")
+_TABLES = Path(__file__).with_name("sensor_tables.json")  # of tests/make_sensor_tables.py
 
 # Plausible centre wavelengths in micrometres. Outside them a number is almost surely in another unit.
 _WAVELENGTH_RANGE_UM = {"optical": (0.2, 5.0), "thermal": (3.0, 20.0), "sar": (5e3, 1.5e6)}
@@ -245,9 +248,14 @@ class Sensor:
 
 
 def load_sensor(name: str) -> Sensor:
-    """The sensor `name` of `datasets_meta/sensors`, or the one in a `.yaml` file given by its path."""
-    import yaml
+    """The sensor `name` of `datasets_meta/sensors`, or the one in a `.yaml` file given by its path.
 
+    Without PyYAML the former are read from a copy as JSON, for torch.hub needs torch alone.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        return _load_from_tables(name)
     path = find_resource("datasets_meta/sensors", name)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -256,6 +264,15 @@ def load_sensor(name: str) -> Sensor:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: a sensor file holds one mapping, found {type(raw).__name__}")
     return Sensor.from_dict({"name": path.stem, **raw}, where=str(path))
+
+
+def _load_from_tables(name: str) -> Sensor:
+    tables = json.loads(_TABLES.read_text(encoding="utf-8"))
+    if name not in tables:
+        raise ValueError(
+            f"no sensor {name!r}{suggest(name, list(tables))} (known: {', '.join(tables)}); a file needs PyYAML"
+        )
+    return Sensor.from_dict(tables[name], where=name)
 
 
 def _check_wavelength(kind: str, wavelength_um: float, fwhm_um: float) -> None:

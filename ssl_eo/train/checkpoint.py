@@ -33,7 +33,7 @@ from ssl_eo.distributed import (
     tell_by,
     world_size,
 )
-from ssl_eo.train.metadata_reader import MetadataReader
+from ssl_eo.train.metadata_reader import MetadataReader, ValuePlanner
 from ssl_eo.train.sealing import CheckpointError, candidates, name_of, read_seal, seal, step_of
 
 __all__ = ["CheckpointConfig", "Checkpointer", "load_weights", "read_weights"]
@@ -242,7 +242,7 @@ def _load(state: dict[str, Any], path: Path, *, alone: bool) -> None:
     """Read the parts that `state` names into its tensors."""
     try:
         _check_fit(state, path)
-        load(state, storage_reader=MetadataReader(path), no_dist=alone)
+        load(state, storage_reader=MetadataReader(path), planner=ValuePlanner(), no_dist=alone)
     except (CheckpointException, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(_root_cause(error))}") from error
 

@@ -1,4 +1,4 @@
-"""The table of contents of a checkpoint, read without running it: torch writes it as a pickle.
+"""What of a checkpoint torch writes as pickles, read without running it: its table of contents, and single values.
 
 A checkpoint may come from anyone. Tensors are read by torch without code of the file; of the pickle only the classes
 that torch's distributed checkpoint puts there are known here, and anything else is refused.
@@ -6,15 +6,18 @@ that torch's distributed checkpoint puts there are known here, and anything else
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 
-__all__ = ["MetadataReader"]
+__all__ = ["MetadataReader", "ValuePlanner"]
 
 _FILE = ".metadata"
 _OF_DCP = "torch.distributed.checkpoint"
@@ -50,6 +53,17 @@ class MetadataReader(FileSystemReader):
             found.storage_meta = StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found
+
+
+class ValuePlanner(DefaultLoadPlanner):
+    """Loads values that are no tensors, such as learning rates, without code of the file: torch's own would run it."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Raise `pickle.UnpicklingError` for anything but tensors, numbers, texts and what holds such."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 class _Unpickler(pickle.Unpickler):

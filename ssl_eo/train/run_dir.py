@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from ssl_eo.distributed import (
 )
 from ssl_eo.eval.panel import save_panel
 from ssl_eo.files import atomic_write, is_seen, locked_folder
+from ssl_eo.installation import commit
 from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.train.sealing import holds_checkpoints
 
@@ -206,19 +206,6 @@ def _environment(world: World) -> dict[str, Any]:
         "device": device,
         "world_size": world.size,
         "n_threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "command": sys.argv,
     }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+` when files differ from it; None outside one."""
-    here = Path(__file__).parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.strip() + ("+" if dirty else "")

@@ -31,6 +31,7 @@ __all__ = [
     "find_released",
     "import_released",
     "load_released",
+    "read_released",
     "read_state_dict",
     "released_facts",
     "released_state_dict",
@@ -112,17 +113,26 @@ def import_released(path: Path, name: str, out: Path, prefix: str | None = None,
     """
     check_free(out, overwrite)
     released = find_released(name)
-    encoder = load_released(path, name, prefix)
+    encoder, facts = read_released(path, released, prefix)
+    write_bundle(out, encoder, released.inputs(), facts)
+    return released
+
+
+def read_released(path: Path, released: Released, prefix: str | None = None) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder in a published file, and what a bundle says of it beside its inputs.
+
+    Raises as `load_released`, and for a file that is known to be another one, though all of its tensors fit.
+    """
+    encoder = load_released(path, released.name, prefix)
     facts = released_facts(path, released.name, released.licence, released.source)
     sha256 = facts["released"]["sha256"]
     for other in _all_released():
-        if other.name != name and any(map(sha256.startswith, other.sha256)):
+        if other.name != released.name and any(map(sha256.startswith, other.sha256)):
             raise ValueError(
-                f"{path}: this is the file of {other.name}, by its SHA-256, of which {name} would compute something"
-                f" else: choose --as {other.name}"
+                f"{path}: this is the file of {other.name}, by its SHA-256, of which {released.name} would compute"
+                f" something else: choose --as {other.name}"
             )
-    write_bundle(out, encoder, released.inputs(), {"features": {"pool": released.pool, "taps": [1.0]}, **facts})
-    return released
+    return encoder, {"features": {"pool": released.pool, "taps": [1.0]}, **facts}
 
 
 def released_facts(path: Path, name: str, licence: str, source: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,6 @@ from ssl_eo.files import atomic_file
 from ssl_eo.hub import SensorInput, check_free, write_pair_bundle
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import EncoderConfig
-from ssl_eo.resources import find_resource
 from ssl_eo.sensors import load_sensor
 from ssl_eo.weights._reading import read_state_dict
 from ssl_eo.weights.base import Released, released_facts
@@ -29,6 +27,7 @@ from ssl_eo.weights.base import Released, released_facts
 __all__ = [
     "MODELS",
     "PAIRS",
+    "PAIR_FACTS",
     "ReleasedPair",
     "build_pair",
     "export_pair",
@@ -45,7 +44,78 @@ _BANDS = {
     "radar": ("VV", "VH"),
 }
 _CLIP_STD = 2.0
-_PRODUCTS = {"optical": ("s2a", "s2c"), "radar": ("s1",)}  # of SSL4EO-S12
+# Of SSL4EO-S12, stored values: mean and standard deviation of each of `_BANDS`.
+_Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+_STATISTICS: dict[str, dict[str, _Statistics]] = {
+    "optical": {
+        "sentinel2_l2a": (
+            (
+                752.40087073,
+                884.29673756,
+                1144.16202635,
+                1297.47289228,
+                1624.90992062,
+                2194.6423161,
+                2422.21248945,
+                2517.76053101,
+                2581.64687018,
+                2645.51888987,
+                2368.51236873,
+                1805.06846033,
+            ),
+            (
+                1108.02887453,
+                1155.15170768,
+                1183.6292542,
+                1368.11351514,
+                1370.265037,
+                1355.55390699,
+                1416.51487101,
+                1474.78900051,
+                1439.3086061,
+                1582.28010962,
+                1455.52084939,
+                1343.48379601,
+            ),
+        ),
+        "sentinel2_l1c": (
+            (
+                1605.57504906,
+                1390.78157673,
+                1314.8729939,
+                1363.52445545,
+                1549.44374991,
+                2091.74883118,
+                2371.7172463,
+                2299.90463006,
+                2560.29504086,
+                830.06605044,
+                2177.07172323,
+                1524.06546312,
+            ),
+            (
+                786.78685367,
+                850.34818441,
+                875.06484736,
+                1138.84957046,
+                1122.17775652,
+                1161.59187054,
+                1274.39184232,
+                1248.42891965,
+                1345.52684884,
+                577.31607053,
+                1336.09932639,
+                1136.53823676,
+            ),
+        ),
+    },
+    "radar": {
+        "sentinel1_grd": (
+            (-12.54847273, -20.19237134),
+            (5.25697717, 5.91150917),
+        ),
+    },
+}
 
 _PARTS = {
     "optical": "s2_encoder",
@@ -102,23 +172,19 @@ def _pair(size: str) -> ReleasedPair:
     return ReleasedPair(f"croma_{size}", config)
 
 
+PAIR_FACTS = {"published": "optical", "features": {"pool": "mean", "taps": [1.0]}}  # what a bundle says of each
 PAIRS = {pair.name: pair for pair in map(_pair, ("base", "large"))}
 
 
 def pair_inputs() -> dict[str, dict[str, SensorInput]]:
     """What the pixels must look like: those of SSL4EO-S12 at either level of Sentinel-2, and of Sentinel-1."""
-    import yaml
-
-    path = find_resource("datasets_meta/datasets", "ssl4eo_s12")
-    products: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))["products"]
-    inputs: dict[str, dict[str, SensorInput]] = {}
-    for group, names in _PRODUCTS.items():
-        inputs[group] = {}
-        for product in (products[name] for name in names):
-            mean, std = zip(*(product["bands"][band]["statistics"] for band in _BANDS[group]), strict=True)
-            known = SensorInput(load_sensor(product["sensor"]), _BANDS[group], mean, std, 10.0, _CLIP_STD)
-            inputs[group][known.sensor.name] = known
-    return inputs
+    return {
+        group: {
+            name: SensorInput(load_sensor(name), _BANDS[group], mean, std, 10.0, _CLIP_STD)
+            for name, (mean, std) in sensors.items()
+        }
+        for group, sensors in _STATISTICS.items()
+    }
 
 
 def load_pair(path: str | Path, pair: ReleasedPair) -> OpticalRadar:
@@ -165,9 +231,9 @@ def import_pair(path: Path, name: str, out: Path, overwrite: bool = False) -> Re
     check_free(out, overwrite)
     pair = PAIRS[name]
     model = load_pair(path, pair)
-    facts = released_facts(path, pair.name, pair.licence, pair.source)
-    features = {"pool": "mean", "taps": [1.0]}
-    write_pair_bundle(out, model, pair_inputs(), {"published": "optical", "features": features, **facts})
+    write_pair_bundle(
+        out, model, pair_inputs(), {**PAIR_FACTS, **released_facts(path, pair.name, pair.licence, pair.source)}
+    )
     return pair
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
 import signal
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, command, finish, records, start, wait_for
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from ssl_eo.cli import main
 from ssl_eo.train.metadata_reader import MetadataReader
@@ -93,6 +95,31 @@ def test_a_table_of_contents_runs_no_code(
     assert status in (1, 2)
     assert not mark.exists()
     assert "is no table of contents of a checkpoint: it names posix.system" in told
+    assert "Traceback" not in told
+
+
+def test_a_value_runs_no_code(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values of the optimiser that are no tensors are pickles of their own, beside the tensors."""
+    mark = tmp_path / "was_run"
+    buffer = io.BytesIO()
+    torch.save(_Call(os.system, f"touch {mark}"), buffer)
+    _without_last(run / "checkpoints" / "step_00000006")
+    for checkpoint in (run / "checkpoints").iterdir():
+        contents = MetadataReader(checkpoint).read_metadata()
+        entries = contents.state_dict_metadata
+        index = next(i for i in contents.storage_data if isinstance(entries[i.fqn], BytesStorageMetadata))
+        kept = contents.storage_data[index]
+        with (checkpoint / kept.relative_path).open("ab") as file:
+            where = {"offset": file.tell(), "length": len(buffer.getvalue())}
+            file.write(buffer.getvalue())
+        contents.storage_data[index] = replace(kept, **where)
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(contents))
+        _seal_again(checkpoint)
+    status = _train(tmp_path, "train.time_limit_s=100")
+    told = capsys.readouterr().err
+    assert not mark.exists()
+    assert status == 1
+    assert "cannot be loaded" in told
     assert "Traceback" not in told
 
 

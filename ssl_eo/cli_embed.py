@@ -1,0 +1,178 @@
+"""The command `ssl-eo embed`. Everything heavy is imported inside it.
+
+B windows, C bands, s side of a window in pixels, p side of a patch, D features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssl_eo.cluster import EXIT_DONE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ssl_eo.adapt.opening import OpenedEncoder
+    from ssl_eo.adapt.scenes import Scene
+    from ssl_eo.bundles import BundleEncoder, SensorInput
+    from ssl_eo.models.vit import EncoderConfig
+
+__all__ = ["add_embed"]
+
+_WINDOW_PX = 224  # what most encoders are trained on; rounded up to a multiple of the patch
+_HAS_TABLE = ("learned", "sincos_resized", "sincos_3d")  # positions that are stretched to any size but image_size
+
+
+def add_embed(parser: argparse.ArgumentParser) -> None:
+    """Add what `ssl-eo embed` takes."""
+    window = (
+        f"side of a window in pixels, a multiple of the patch; default: {_WINDOW_PX}, or the size that the encoder's"
+        " table of positions is made for; no more than the scene needs"
+    )
+    parser.add_argument("scene", metavar="SCENE.tif", help="a GeoTIFF of any size")
+    parser.add_argument("--model", required=True, help="a run, a bundle folder, or NAME=FILE: released weights")
+    parser.add_argument("--out", required=True, metavar="FILE", help="a .tif with a band a feature, or a .parquet")
+    parser.add_argument("--sensor", default=None, help="which of the model's the scene is of; needed if it has several")
+    parser.add_argument(
+        "--bands", nargs="+", default=None, help="the model's bands in the file: names, or numbers from 1"
+    )
+    parser.add_argument("--window", type=int, default=None, help=window)
+    parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows; default 0.5")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows of a forward pass; default 8")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float32", help="of what is written")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.set_defaults(run=_embed)
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from ssl_eo.adapt.opening import open_model
+    from ssl_eo.adapt.scene_maps import SceneRun, embed_scene
+    from ssl_eo.adapt.tiling import Tiling, grid_of
+    from ssl_eo.bundles import BundleEncoder
+    from ssl_eo.progress import progress
+
+    path, out = Path(arguments.scene), Path(arguments.out)
+    opened = open_model(arguments.model)
+    if not opened.is_trained:
+        raise ValueError(f"--model {opened.name}: its weights would be random; give {opened.name}=FILE")
+    sensor = _sensor_of(opened, arguments.sensor)
+    known = opened.inputs[sensor]
+    model = BundleEncoder(opened.encoder, opened.inputs, {}).eval()
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts = _facts(model, known)
+    with _open(path, _bands_of(arguments.bands, known), known) as scene, progress("windows") as tell:
+        _check_dtype(scene, known)
+        patch_px = model.encoder.patch_size
+        window = arguments.window or _default_window(model.encoder.cfg, scene.shape)
+        tiling = Tiling(window, arguments.overlap, patch_px=patch_px, cell_px=patch_px, batch_size=arguments.batch_size)
+        run = SceneRun(facts, arguments.overwrite, tell)
+        n_features = model.encoder.embed_dim
+        tags = {"model": opened.name, "weights": facts["weights"], "sensor": sensor, "bands": " ".join(known.bands)}
+        embed_scene(
+            scene, lambda images: _features(model, images, sensor), n_features, out, tiling, run, arguments.dtype, tags
+        )
+        height, width = grid_of(scene.shape, patch_px)
+    print(
+        f"wrote {out}: {n_features} features of {height} x {width} patches of {patch_px} pixels"
+        f" (sensor {sensor}; windows of {window} pixels)"
+    )
+    return EXIT_DONE
+
+
+def _sensor_of(opened: OpenedEncoder, given: str | None) -> str:
+    """Which of the model's sensors the scene is of. Raises `ValueError` with those there are."""
+    from ssl_eo.components import suggest
+
+    known = list(opened.inputs)
+    if not known:
+        raise ValueError(
+            f"--model {opened.name}: it has statistics for no sensor, so stored values cannot be normalised; give"
+            " standardised pixels to ssl_eo.adapt.scene_maps.embed_scene from Python"
+        )
+    if given is None:
+        if len(known) > 1:
+            raise ValueError(f"--sensor: {opened.name} knows several; say which the scene is of: {', '.join(known)}")
+        return known[0]
+    if given not in known:
+        raise ValueError(
+            f"--sensor: {opened.name} does not know {given!r}{suggest(given, known)} (it knows {', '.join(known)})"
+        )
+    return given
+
+
+def _bands_of(given: list[str] | None, known: SensorInput) -> list[str | int]:
+    """Where the model's bands are in the file, in the model's order."""
+    bands = [int(band) if band.isdecimal() else band for band in given or known.bands]
+    if len(bands) != len(known.bands):
+        raise ValueError(f"--bands: the model takes {len(known.bands)}, {', '.join(known.bands)}; got {len(bands)}")
+    return bands
+
+
+def _open(path: Path, bands: list[str | int], known: SensorInput) -> Scene:
+    """The scene; what it warns of is said in one line."""
+    from ssl_eo.adapt.scenes import Scene
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scene = Scene(path, bands, known.sensor)
+    for warning in caught:
+        _warn(str(warning.message))
+    return scene
+
+
+def _check_dtype(scene: Scene, known: SensorInput) -> None:
+    """Warn of numbers of another kind than the model was trained on: reflectances are not stored integers, say."""
+    import numpy as np
+
+    from ssl_eo.data.sources._rasters import open_raster
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said before
+        with open_raster(scene.path) as file:
+            found = file.dtypes[scene.channels[0]]
+    expected = known.sensor.dtype
+    if (np.dtype(found).kind == "f") != (np.dtype(expected).kind == "f"):
+        _warn(
+            f"{scene.path} holds {found}, and {known.sensor.name} is stored as {expected} (unit {known.sensor.unit},"
+            f" scale {known.sensor.scale:g}): features mean little unless the values are in the same unit"
+        )
+
+
+def _default_window(cfg: EncoderConfig, shape: tuple[int, int]) -> int:
+    """Side in pixels, a multiple of the patch: the encoder's own, or that of the scene where it is smaller."""
+    wanted = cfg.image_size if cfg.position in _HAS_TABLE else _WINDOW_PX
+    n_patches = min(-(-wanted // cfg.patch_size), -(-max(shape) // cfg.patch_size))
+    return n_patches * cfg.patch_size
+
+
+def _features(model: BundleEncoder, images: Tensor, sensor: str) -> Tensor:
+    """Features `[B, D, s / p, s / p]` of stored values `[B, C, s, s]`, NaN where nothing was measured."""
+    device = next(model.parameters()).device
+    tokens = model.forward_features(images.to(device), sensor)
+    patches = tokens.patches.transpose(1, 2)  # [B, D, h*w]
+    return patches.reshape(*patches.shape[:2], *tokens.grid).cpu()  # [B, D, h, w]
+
+
+def _facts(model: BundleEncoder, known: SensorInput) -> Mapping[str, Any]:
+    """All of the model that features depend on, as plain JSON types."""
+    from ssl_eo.eval.provenance import digest_of_tensors
+
+    of_input = {"bands": list(known.bands), "mean": list(known.mean), "std": list(known.std)}
+    return {
+        "weights": digest_of_tensors(model.encoder.state_dict()),
+        "encoder": asdict(model.encoder.cfg),
+        "sensor": known.sensor.to_dict(),
+        "input": {**of_input, "gsd_m": known.gsd_m, "clip_std": known.clip_std},
+    }
+
+
+def _warn(text: str) -> None:
+    print(f"ssl-eo: warning: {text}", file=sys.stderr, flush=True)

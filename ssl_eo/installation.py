@@ -1,0 +1,117 @@
+"""What is installed: the commit of this package, and the packages that it needs, by extra."""
+
+from __future__ import annotations
+
+import operator
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+__all__ = ["ALWAYS", "Requirement", "commit", "requirements"]
+
+ALWAYS = ""  # the extra of what is needed in any case
+
+_OURS = "ssl_eo"
+_WANTED = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<bounds>[^;]*)(?:;(?P<marker>.*))?")
+_BOUND = re.compile(r"(>=|<=|==|!=|<|>)\s*(\d+(?:\.\d+)*)")
+_HOLDS = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package, and which releases of it will do."""
+
+    name: str
+    bounds: str  # as pip writes them: >=2.10,<2.14
+
+    def installed(self) -> str | None:
+        """The version that is there; None without one."""
+        try:
+            return metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def allows(self, version: str) -> bool:
+        """Whether the release `version` will do; what follows its numbers (rc1, +cpu) is not looked at."""
+        found = re.match(r"\d+(?:\.\d+)*", version)
+        bounds = _BOUND.findall(self.bounds)
+        assert len(bounds) == len([bound for bound in self.bounds.split(",") if bound.strip()]), self.bounds
+        return found is not None and all(_holds(found[0], sign, bound) for sign, bound in bounds)
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.bounds}"
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, with `+` when files differ from it; None outside one."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.strip() + ("+" if dirty else "")
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    """By extra, with those of the extras that it is made of: of the checkout, else of the installed package.
+
+    Raises `ValueError` where neither says it.
+    """
+    declared = _of_checkout(Path(__file__).parent.parent / "pyproject.toml") or _of_installation()
+    return {extra: list(_expand(extra, declared)) for extra in declared}
+
+
+def _of_checkout(path: Path) -> dict[str, list[str]] | None:
+    """None for what is no checkout: anything may stand beside an installed package."""
+    if not path.is_file():
+        return None
+    project = tomllib.loads(path.read_text(encoding="utf-8")).get("project", {})
+    if project.get("name") != _OURS:
+        return None
+    return {ALWAYS: project["dependencies"], **project["optional-dependencies"]}
+
+
+def _of_installation() -> dict[str, list[str]]:
+    try:
+        about = metadata.metadata(_OURS)
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{_OURS} is not installed as a package: pip install it, so that pip knows its needs"
+        ) from None
+    declared: dict[str, list[str]] = {ALWAYS: [], **{extra: [] for extra in about.get_all("Provides-Extra") or ()}}
+    for text in about.get_all("Requires-Dist") or ():
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)['\"]", text)
+        declared[extra[1] if extra else ALWAYS].append(text)
+    return declared
+
+
+def _expand(extra: str, declared: Mapping[str, Sequence[str]]) -> Iterator[Requirement]:
+    for text in declared[extra]:
+        wanted = _WANTED.match(text)
+        assert wanted is not None, text
+        if wanted["name"].replace("-", "_") == _OURS:
+            for inner in wanted["extras"].split(","):
+                yield from _expand(inner.strip(), declared)
+        else:
+            yield Requirement(wanted["name"], wanted["bounds"].strip().strip("()"))
+
+
+def _holds(version: str, sign: str, bound: str) -> bool:
+    numbers = [[int(number) for number in text.split(".")] for text in (version, bound)]
+    longest = max(map(len, numbers))
+    have, want = ([*parts, *[0] * (longest - len(parts))] for parts in numbers)
+    return bool(_HOLDS[sign](have, want))

@@ -1,0 +1,77 @@
+"""What `hubconf.py` offers: encoders of bundles, and published architectures with or without weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle
+from ssl_eo.models.vit import Encoder
+from ssl_eo.weights._downloads import local_file, unpacked_bundle
+from ssl_eo.weights.base import find_released, read_released, released_facts
+from ssl_eo.weights.croma import PAIR_FACTS, PAIRS, load_pair, pair_inputs
+
+__all__ = ["open_bundle", "released", "released_pair"]
+
+
+def open_bundle(where: str | Path, sha256: str | None = None) -> BundleEncoder | BundlePair:
+    """What a bundle holds: a folder, or a zip file of one, or the address of such a file, whose SHA-256 may be given.
+
+    Raises `ValueError` for anything else, and as `load_bundle` and `local_file` do.
+    """
+    if Path(where).is_dir():
+        if sha256 is not None:
+            raise ValueError(
+                f"{where}: sha256 is that of a file, and this is a folder, which has its own; leave it out"
+            )
+        return load_bundle(where)
+    with unpacked_bundle(local_file(where, sha256)) as folder:
+        return load_bundle(folder)
+
+
+def released(name: str, pretrained: str | Path | bool, sha256: str | None = None) -> BundleEncoder:
+    """The published encoder `name` in eval mode, with weights from a file or an address, or random ones for False.
+
+    Raises `ValueError` for True, for no address is known here, and as `load_released` and `local_file` do.
+    """
+    found = find_released(name)
+    path = _file_of(name, found.source, pretrained, sha256)
+    facts: dict[str, Any]
+    if path is None:
+        encoder = Encoder(found.config, found.n_channels)
+        encoder.init_weights()
+        facts = {"features": {"pool": found.pool, "taps": [1.0]}, "step": 0}
+    else:
+        encoder, facts = read_released(path, found)
+    return BundleEncoder(encoder, found.inputs(), facts).eval()
+
+
+def released_pair(name: str, pretrained: str | Path | bool, sha256: str | None = None) -> BundlePair:
+    """As `released`, a published model of two encoders."""
+    pair = PAIRS[name]
+    path = _file_of(name, pair.source, pretrained, sha256)
+    if path is None:
+        model = pair.build().to_empty(device=torch.get_default_device())
+        for part in (model.optical, model.radar, model.cross, model.optical_head, model.radar_head):
+            part.init_weights()
+        facts = {**PAIR_FACTS, "step": 0}
+    else:
+        model = load_pair(path, pair)
+        facts = {**PAIR_FACTS, **released_facts(path, pair.name, pair.licence, pair.source)}
+    return BundlePair(model, pair_inputs(), facts).eval()
+
+
+def _file_of(name: str, source: str, pretrained: str | Path | bool, sha256: str | None) -> Path | None:
+    """The file to read; None for random weights."""
+    if pretrained is False:
+        if sha256 is not None:
+            raise ValueError(f"{name}: sha256 is that of a file, and pretrained=False reads none: leave it out")
+        return None
+    if not isinstance(pretrained, str | Path):
+        raise ValueError(
+            f"{name}: pretrained is {pretrained!r}: give the path or address of the authors' file (see {source}), or"
+            " False for random weights"
+        )
+    return local_file(pretrained, sha256)

@@ -1,0 +1,33 @@
+"""The files that others read about the package say what it says of itself."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ssl_eo
+from ssl_eo.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_version_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"ssl_eo {ssl_eo.__version__}\n"
+    assert {project["version"], str(cited["version"])} == {ssl_eo.__version__}
+    assert cited["license"] == project["license"]["text"]
+    assert {"cff-version", "message", "title", "authors", "type"} <= cited.keys()  # what the format requires, and type
+
+
+def test_no_page_names_an_address() -> None:
+    """Nobody stands behind one."""
+    for name in ("CITATION.cff", "SECURITY.md"):
+        assert not re.search(r"[\w.]+@[\w.]+|https?://", (ROOT / name).read_text())
