@@ -76,7 +76,9 @@ class Watch:
         self._host = socket.gethostname()
         self._place, self._since = (0, 0, "starting"), time.monotonic()
         self._beat = 0
-        self._word_of_first: Word | None = None  # kept here: what the first rank holds goes with it
+        # Kept here: what the first rank holds goes with it.
+        self._word_of_first: Word | None = None
+        self._heard: tuple[int, str] | None = None
         self._ended, self._has_failed = threading.Event(), False
         self._store = _open_store(world) if world.size > 1 else None
 
@@ -119,11 +121,19 @@ class Watch:
                 raise found from error
         where = f"rank {self._rank} on {self._host}, {self._own.place}"
         with contextlib.suppress(*_STORE_ERRORS):  # nobody is there to be told
-            first, first_text = self._publish(store, f"{where}: {error}")
-            if first != self._rank and first_text.endswith(str(error)):  # all have it, as with a wrong config
-                tell_by(first, error)
+            self._heard = self._publish(store, f"{where}: {error}")
+            if self._rank == 0:  # the store ends with this process
+                self._wait_until_heard(store)
+        first, first_text = self._heard or (self._rank, "")
+        if first != self._rank and first_text.endswith(str(error)):  # all have it, as with a wrong config
+            tell_by(first, error)
         if not isinstance(error, ValueError):  # of what the user gave, which is the same on every rank
             error.add_note(where)
+
+    def _wait_until_heard(self, store: _Store) -> None:
+        limit = time.monotonic() + _GRACE_S
+        while not store.check([_heard_key(i) for i in range(self._size)]) and time.monotonic() < limit:
+            time.sleep(_BEAT_S / 5)
 
     def _other_cause(self, store: _Store) -> OtherRankError | None:
         before, limit = self._words(store), time.monotonic() + _SILENT_S
@@ -210,11 +220,14 @@ class Watch:
         if not store.check(["failure"]):
             return None
         rank, text = json.loads(store.get("failure"))
+        self._heard = (rank, text)
+        store.set(_heard_key(self._rank), "")
         return rank, text
 
     def _publish(self, store: _Store, text: str) -> tuple[int, str]:
         """Say why the run ends, unless another rank has; returns the rank whose word counts, and that."""
         rank, first_text = json.loads(store.compare_set("failure", "", json.dumps([self._rank, text])))
+        store.set(_heard_key(self._rank), "")
         return rank, first_text
 
 
@@ -235,6 +248,10 @@ def _open_store(world: World) -> _Store:
 
 def _key(rank: int) -> str:
     return f"rank{rank}"
+
+
+def _heard_key(rank: int) -> str:
+    return f"heard{rank}"
 
 
 def _named(ranks: Sequence[int], words: Sequence[Word]) -> str:
