@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from ssl_eo import __version__, cli_adapt, cli_data, cli_doctor, cli_embed, cli_eval
+from ssl_eo import __version__, cli_adapt, cli_data, cli_doctor, cli_embed, cli_eval, cli_report
 from ssl_eo.cluster import (
     EXIT_FAILURE,
     EXIT_RESUMABLE,
@@ -130,18 +130,20 @@ def _parser() -> argparse.ArgumentParser:
     config.set_defaults(run=_config)
 
     export = commands.add_parser("export", help="write the encoder of a checkpoint as a bundle")
-    export.add_argument(
-        "--checkpoint", required=True, help="a run directory, or one step_ directory of it; with --as a bundle too"
-    )
-    _add_released(export, "write a .pth or .safetensors file that the published code of this encoder loads", False)
+    export.add_argument("--checkpoint", required=True, help="a run directory, one step_ directory of it, or a bundle")
+    _add_released(export, "write a .pth or .safetensors file that the published code of this encoder loads")
     export.add_argument("--whole", action="store_true", help="both encoders of croma, and what joins them")
+    one = "a plain convolution for one sensor that the encoder knows, or some bands of it: sentinel2_l2a:B04,B03,B02"
+    export.add_argument("--bake", metavar="SENSOR", default=None, help=one)
+    of_weights = "of the weights, as the bundle says it; without it the licences of the data are written down"
+    export.add_argument("--licence", metavar="TEXT", default=None, help=of_weights)
     export.add_argument("--out", required=True, help="the bundle folder to write; with --as the file")
     export.add_argument("--overwrite", action="store_true", help="replace what is there")
     export.set_defaults(run=_export)
 
     imported = commands.add_parser("import", help="write a bundle from a file of published weights")
     imported.add_argument("file", metavar="FILE", help="weights in the layout of their authors")
-    _add_released(imported, "which encoder it is", True)
+    _add_released(imported, "which encoder it is, where the name of the file does not tell")
     imported.add_argument("--prefix", default=None, help="which encoder of a file with several: student.backbone")
     imported.add_argument("--out", required=True, help="the bundle folder to write")
     imported.add_argument("--overwrite", action="store_true", help="replace the bundle that is there")
@@ -151,19 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     cli_eval.add_arguments(evaluate)
 
     report = commands.add_parser("report", help="write a page about runs, or about what ssl-eo eval measured")
-    report.add_argument("paths", nargs="+", metavar="RESULTS", help="folders of ssl-eo eval, run directories")
-    report.add_argument("--out", default=None, help="one page about all RESULTS; without it each run has report.html")
-    for name, text in (("markdown", "also write the tables as Markdown"), ("latex", "and as LaTeX")):
-        report.add_argument(f"--{name}", metavar="FILE", default=None, help=text)
-    ranges = "JSON of {dataset: [low, high]} that brings scores to one scale, as GEO-Bench has it"
-    report.add_argument("--normalizer", metavar="FILE", nargs="+", default=None, help=ranges)
-    report.set_defaults(run=_report)
+    cli_report.add_arguments(report)
 
     study = commands.add_parser("study", help="train decoders and encoders on labels, and compare them")
     cli_adapt.add_study(study)
 
     predict = commands.add_parser("predict", help="classes of all pixels of a scene, by a model of a study")
     cli_adapt.add_predict(predict)
+
+    ensemble = commands.add_parser("export-ensemble", help="write an ensemble of all runs and bundles of a folder")
+    cli_adapt.add_export_ensemble(ensemble)
 
     embed = commands.add_parser("embed", help="features of all patches of a scene, by any encoder")
     cli_embed.add_embed(embed)
@@ -181,9 +180,9 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance optim.lr=0.001")
 
 
-def _add_released(parser: argparse.ArgumentParser, what: str, required: bool) -> None:
+def _add_released(parser: argparse.ArgumentParser, what: str) -> None:
     names = "panopticon_vitb14, dinov2_vits14, dinov2_vitb14_reg, ..."
-    parser.add_argument("--as", dest="released", metavar="NAME", required=required, help=f"{what}: {names}")
+    parser.add_argument("--as", dest="released", metavar="NAME", default=None, help=f"{what}: {names}")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -226,8 +225,15 @@ def _export(arguments: argparse.Namespace) -> int:
     from ssl_eo.weights import croma
 
     checkpoint, out = Path(arguments.checkpoint), Path(arguments.out)
-    if arguments.released is None:
-        step = (export_pair if arguments.whole else export_encoder)(checkpoint, out, arguments.overwrite)
+    licence, sensor = arguments.licence, arguments.bake
+    if sensor is not None and (arguments.whole or arguments.released is not None):
+        raise ValueError("--bake is for a bundle of one encoder: leave out --whole and --as")
+    if licence is not None and arguments.released is not None:
+        raise ValueError("--licence is for a bundle, and other layouts have no place for it: leave out --as")
+    if arguments.released is None and arguments.whole:
+        step = export_pair(checkpoint, out, arguments.overwrite, licence)
+    elif arguments.released is None:
+        step = export_encoder(checkpoint, out, arguments.overwrite, licence, sensor)
     elif arguments.released in croma.PAIRS:
         pair, step, inputs = open_pair(checkpoint)
         croma.export_pair(pair, arguments.released, inputs, out, arguments.overwrite)
@@ -242,9 +248,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from ssl_eo.weights import croma
-    from ssl_eo.weights.base import import_released
+    from ssl_eo.weights.base import import_released, released_name_of
 
-    file, name, out = Path(arguments.file), arguments.released, Path(arguments.out)
+    file, out = Path(arguments.file), Path(arguments.out)
+    name = released_name_of(file) if arguments.released is None else arguments.released
     if name in croma.PAIRS:
         if arguments.prefix is not None:
             raise ValueError(f"--prefix {arguments.prefix}: a file of {name} holds one model")
@@ -253,28 +260,4 @@ def _import(arguments: argparse.Namespace) -> int:
         return 0
     released = import_released(file, name, out, arguments.prefix, arguments.overwrite)
     print(f"wrote {arguments.out} ({released.name}; its weights are under {released.licence}, see {released.source})")
-    return 0
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from ssl_eo.eval.report import is_run, write_report
-    from ssl_eo.eval.results_page import has_results, write_results_page
-
-    paths = [Path(path) for path in arguments.paths]
-    results = [path for path in paths if has_results(path)]
-    runs = [path for path in paths if not has_results(path)]
-    if strange := [path for path in runs if not is_run(path)]:
-        raise ValueError(f"{strange[0]} has no results.jsonl of ssl-eo eval, and it is not a run directory")
-    of_results = {key: getattr(arguments, key) for key in ("out", "markdown", "latex", "normalizer")}
-    given: dict[str, Any] = {key: value for key, value in of_results.items() if value is not None}
-    if given and not results:
-        raise ValueError(f"--{next(iter(given))} is for results of ssl-eo eval, and {paths[0]} has no results.jsonl")
-    if not results or "out" not in given:
-        for path in runs:
-            print(write_report(path))
-    if results:
-        files = {key: Path(value) for key, value in given.items() if key != "normalizer"}
-        out = files.pop("out", results[0] / "results.html")
-        ranges = [Path(path) for path in given.get("normalizer", [])]
-        print(write_results_page(results, out, [path for path in paths if is_run(path)], ranges, **files))
     return 0

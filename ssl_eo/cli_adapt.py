@@ -1,4 +1,4 @@
-"""The commands `ssl-eo study` and `ssl-eo predict`. Everything heavy is imported inside them."""
+"""The commands `ssl-eo study`, `predict` and `export-ensemble`. Everything heavy is imported inside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssl_eo.cluster import EXIT_DONE, EXIT_FAILURE, read_launch
 if TYPE_CHECKING:
     from ssl_eo.adapt.study import StudyConfig
 
-__all__ = ["add_predict", "add_study"]
+__all__ = ["add_export_ensemble", "add_predict", "add_study"]
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,15 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="windows of a forward pass")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.set_defaults(run=_predict)
+
+
+def add_export_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add what `ssl-eo export-ensemble` takes."""
+    what = "a folder that runs and bundles lie in, each of which becomes a specialist called as its folder"
+    parser.add_argument("folder", metavar="FOLDER", help=what)
+    parser.add_argument("--out", required=True, help="the ensemble folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the ensemble that is there")
+    parser.set_defaults(run=_export_ensemble)
 
 
 def _study(arguments: argparse.Namespace) -> int:
@@ -94,6 +103,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     window = arguments.window or -(-int(saved.facts["size_px"]) // patch_px) * patch_px
     tiling = Tiling(window, arguments.overlap, arguments.blend, patch_px, batch_size=arguments.batch_size)
     with Scene(Path(arguments.scene), bands, known.sensor) as scene, progress("windows") as tell:
+        if doubt := scene.doubt(known.sensor):
+            print(f"ssl-eo: warning: {doubt}", file=sys.stderr, flush=True)
         predict_scene(
             scene,
             lambda images: saved.logits(images.to(device)).cpu(),
@@ -109,4 +120,14 @@ def _predict(arguments: argparse.Namespace) -> int:
             {"model": str(saved.facts["task"])},
         )
     print(f"wrote {arguments.out}")
+    return EXIT_DONE
+
+
+def _export_ensemble(arguments: argparse.Namespace) -> int:
+    from ssl_eo.adapt.specialists import export_ensemble
+    from ssl_eo.train.export import export_encoder
+
+    out = Path(arguments.out)
+    names = export_ensemble(Path(arguments.folder), out, export_encoder, arguments.overwrite)
+    print(f"wrote {out}: {', '.join(names)}")
     return EXIT_DONE

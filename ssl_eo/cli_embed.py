@@ -69,7 +69,8 @@ def _embed(arguments: argparse.Namespace) -> int:
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     facts = _facts(model, known)
     with _open(path, _bands_of(arguments.bands, known), known) as scene, progress("windows") as tell:
-        _check_dtype(scene, known)
+        if doubt := scene.doubt(known.sensor):
+            _warn(doubt)
         patch_px = model.encoder.patch_size
         window = arguments.window or _default_window(model.encoder.cfg, scene.shape)
         tiling = Tiling(window, arguments.overlap, patch_px=patch_px, cell_px=patch_px, batch_size=arguments.batch_size)
@@ -126,24 +127,6 @@ def _open(path: Path, bands: list[str | int], known: SensorInput) -> Scene:
     for warning in caught:
         _warn(str(warning.message))
     return scene
-
-
-def _check_dtype(scene: Scene, known: SensorInput) -> None:
-    """Warn of numbers of another kind than the model was trained on: reflectances are not stored integers, say."""
-    import numpy as np
-
-    from ssl_eo.data.sources._rasters import open_raster
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said before
-        with open_raster(scene.path) as file:
-            found = file.dtypes[scene.channels[0]]
-    expected = known.sensor.dtype
-    if (np.dtype(found).kind == "f") != (np.dtype(expected).kind == "f"):
-        _warn(
-            f"{scene.path} holds {found}, and {known.sensor.name} is stored as {expected} (unit {known.sensor.unit},"
-            f" scale {known.sensor.scale:g}): features mean little unless the values are in the same unit"
-        )
 
 
 def _default_window(cfg: EncoderConfig, shape: tuple[int, int]) -> int:

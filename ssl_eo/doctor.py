@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ssl_eo.config import Config
     from ssl_eo.data.opening import SourceConfig
 
-__all__ = ["Finding", "examine", "is_well", "print_findings"]
+__all__ = ["Finding", "examine", "examine_models", "is_well", "print_findings"]
 
 _GB = 1e9
 _LEAST_DISK, _ENOUGH_DISK = 1 * _GB, 20 * _GB  # checkpoints are written beside each other
@@ -62,7 +62,7 @@ def examine(paths: Sequence[str], limit_s: float) -> list[Finding]:
         *_packages(),
         *torch,
         *_storage(Path("runs"), "the folder of runs"),
-        *_disk("TMPDIR", Path(tempfile.gettempdir()), "export TMPDIR=..., a folder with more"),
+        *_temporary("export TMPDIR=..., a folder with more"),
         *_shared_memory(),
         *_open_files(),
         *_launcher(os.environ),
@@ -71,6 +71,22 @@ def examine(paths: Sequence[str], limit_s: float) -> list[Finding]:
     if torch[0].status == "wrong":  # the rest needs it
         return findings
     return [*findings, *(found for path in paths for found in _path(path)), *(_collectives(limit_s) if limit_s else ())]
+
+
+def examine_models(names: Sequence[str]) -> Iterator[Finding]:
+    """Compute the reference outputs of published architectures, one after the other; of all of them without `names`.
+
+    No weights are needed, and memory for those of the largest one. Raises `ValueError` for a name that is not known.
+    """
+    from ssl_eo.weights._reference import compare, reference_names, reference_of
+
+    for name in names:
+        reference_of(name)
+    for name in names or reference_names():
+        found = compare(name)
+        said = f"{found.output} is {found.worst:.1e} away from the reference at most, allowed are {found.tolerance:g}"
+        advice = "this machine computes something else: try another build of torch"
+        yield Finding(name, "ok", said) if found.is_same else Finding(name, "wrong", said, advice)
 
 
 def is_well(findings: Sequence[Finding]) -> bool:
@@ -85,12 +101,14 @@ def print_findings(findings: Sequence[Finding], stream: TextIO) -> None:
     from rich.text import Text
 
     table = Table(title="what runs need", title_justify="left")
-    for column in ("", "what", "found", "advice"):
+    for column in ("", "what", "found, and what helps"):  # in two columns there is no room for either in a terminal
         table.add_column(column, overflow="fold")
     styles = {"ok": "green", "note": "yellow", "wrong": "bold red"}
     for finding in findings:
-        texts = (finding.topic, finding.found, finding.advice)
-        table.add_row(Text(finding.status, styles[finding.status]), *map(Text, texts))
+        text = Text(finding.found)
+        if finding.advice:
+            text.append(f"\n-> {finding.advice}", "bold")
+        table.add_row(Text(finding.status, styles[finding.status]), Text(finding.topic), text)
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     console.print(table)
     n = sum(finding.status == "wrong" for finding in findings)
@@ -100,7 +118,7 @@ def print_findings(findings: Sequence[Finding], stream: TextIO) -> None:
 def _software() -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()}, {sys.executable}")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding("platform", "ok", f"{platform.platform()}, {cpus} CPUs for this process")
+    yield Finding("platform", "ok", f"{platform.platform()}; CPUs for this process: {cpus}")
     found = commit()
     yield Finding("ssl_eo", "ok", f"{ssl_eo.__version__}, {f'commit {found}' if found else 'not a git checkout'}")
 
@@ -134,7 +152,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding("torch", "wrong", f"cannot be imported: {one_line(error)}", "install it anew, see pytorch.org")
         return
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    yield Finding("torch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
+    yield Finding("torch", "ok", f"{torch.__version__}, {build}; threads: {torch.get_num_threads()}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -185,6 +203,15 @@ def _nccl(n_gpus: int) -> Iterator[Finding]:
 
 def _storage(folder: Path, what: str) -> Iterator[Finding]:
     yield from _disk(f"{what} ({folder})", folder, "set run.out_dir to a folder with more")
+
+
+def _temporary(advice: str) -> Iterator[Finding]:
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:
+        yield Finding("TMPDIR", "wrong", one_line(error), advice)
+    else:
+        yield from _disk("TMPDIR", Path(folder), advice)
 
 
 def _disk(topic: str, folder: Path, advice: str) -> Iterator[Finding]:

@@ -6,14 +6,14 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import IO
 
-__all__ = ["atomic_file", "atomic_write", "is_seen", "locked_folder", "sync"]
+__all__ = ["atomic_file", "atomic_write", "is_seen", "locked_folder", "own_file", "sync"]
 
-_held: set[int] = set()  # handles of folders that this process holds
+_held: set[int] = set()  # handles of `own_file`
 
 
 @contextmanager
@@ -63,28 +63,38 @@ def is_seen(is_there: Callable[[], bool], within_s: float) -> bool:
 
 
 @contextmanager
+def own_file(path: Path) -> Iterator[int]:
+    """A handle to read and write the file `path`, which is made if need be, and which no forked child shares.
+
+    So a lock on it falls free with this process, whoever it has forked.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(handle)
+    try:
+        yield handle
+    finally:
+        if handle in _held:  # of a child that has let go no more
+            _held.discard(handle)
+            os.close(handle)
+
+
+@contextmanager
 def locked_folder(path: Path, hint: str) -> Iterator[None]:
     """Make the folder `path` and hold it for this process alone: its death frees it, whoever it has forked.
 
     Raises `ValueError` when it cannot be used or another process holds it; `hint` says what to set instead.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be used: {error.strerror}; {hint}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ValueError(f"{path} is in use by another process; wait for it, stop it, or {hint}") from None
-    _held.add(handle)
-    try:
+    with ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            handle = stack.enter_context(own_file(path / ".lock"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be used: {error.strerror}; {hint}") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path} is in use by another process; wait for it, stop it, or {hint}") from None
         yield
-    finally:
-        if handle in _held:  # of a child that has let go no more
-            _held.discard(handle)
-            os.close(handle)
 
 
 def _let_go() -> None:

@@ -2,15 +2,16 @@
 
 Nothing is unpickled on the way in. `encoder.json` says how to build the encoder, which file of weights it belongs to
 (by SHA-256), and what the pixels must look like: sensors with their bands, and the mean and standard deviation that
-normalise stored values. A bundle holds one encoder, or those of two groups of sensors with what joins them: its format
-says which.
+normalise stored values; and where it all is from: step, commit, config, probe scores, licence. A bundle holds one
+encoder, or those of two groups of sensors with what joins them: its kind says which. One of an older format is brought
+up to date as it is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -30,20 +31,33 @@ from ssl_eo.tensor_files import read_tensors, write_tensors
 
 __all__ = [
     "FORMAT",
-    "PAIR_FORMAT",
+    "UNSAID",
     "BundleEncoder",
     "BundlePair",
     "SensorInput",
+    "check_blocks",
     "check_free",
+    "count_or_none",
+    "dataclass_from",
+    "faults_of",
+    "fill",
+    "input_from",
     "load_bundle",
+    "page_of",
     "read_tensors",
     "write_bundle",
     "write_pair_bundle",
     "write_tensors",
 ]
 
-FORMAT = 1
-PAIR_FORMAT = "pair 1"
+FORMAT = 2
+# Where an encoder is from: what is said of any, and stands there where nothing is known.
+UNSAID: Mapping[str, Any] = {
+    "commit": None,  # of the code that trained it, with + where files differed from it
+    "config": None,  # of its run, resolved
+    "scores": [],  # of probes, the newest of its run
+    "licence": "not stated",  # of the weights
+}
 _GROUPS = ("optical", "radar")
 
 
@@ -53,7 +67,7 @@ def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInpu
     Raises `OSError` that names the file which cannot be written; then, as after a kill, what `folder` holds is the old
     bundle, or a mixture that `load_bundle` refuses.
     """
-    _write(folder, encoder, {"format": FORMAT}, {**_page_of(encoder, inputs), **facts})
+    _write(folder, encoder, "encoder", {**page_of(encoder, inputs), **facts})
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -71,19 +85,20 @@ def write_pair_bundle(
     """
     encoders = {"optical": model.optical, "radar": model.radar}
     page = {
-        "encoders": {group: _page_of(encoder, inputs[group]) for group, encoder in encoders.items()},
+        "encoders": {group: page_of(encoder, inputs[group]) for group, encoder in encoders.items()},
         "cross_depth": len(model.cross.blocks),
     }
-    _write(folder, model, {"format": PAIR_FORMAT}, {**page, **facts})
+    _write(folder, model, "pair", {**page, **facts})
 
 
-def _write(folder: Path, module: nn.Module, head: Mapping[str, Any], page: Mapping[str, Any]) -> None:
+def _write(folder: Path, module: nn.Module, kind: str, page: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = write_tensors(folder / "encoder.safetensors", module.state_dict())
-    atomic_write(folder / "encoder.json", json.dumps({**head, "sha256": sha256, **page}, indent=1))
+    head = {"format": FORMAT, "kind": kind, "sha256": sha256}
+    atomic_write(folder / "encoder.json", json.dumps({**head, **page}, indent=1))
 
 
-def _page_of(encoder: Encoder, inputs: Mapping[str, SensorInput]) -> dict[str, Any]:
+def page_of(encoder: Encoder, inputs: Mapping[str, SensorInput]) -> dict[str, Any]:
     """What is said of one encoder."""
     return {
         "encoder": asdict(encoder.cfg),
@@ -100,34 +115,40 @@ def load_bundle(folder: str | Path) -> BundleEncoder | BundlePair:
     folder = Path(folder)
     page = _read_page(folder)
     where = folder / "encoder.json"
-    if page["format"] == PAIR_FORMAT:
+    if page.get("kind") == "pair":
         return _load_pair(folder, page)
-    with _faults_of(where):
+    if page.get("kind") != "encoder":
+        raise ValueError(f"{where}: kind must be encoder or pair, got {page.get('kind')!r:.40}")
+    with faults_of(where):
         said, sha256 = _said_of(page), str(page["sha256"])
     tensors = read_tensors(folder / "encoder.safetensors", sha256)
     # On the meta device no size that a damaged file may state takes memory; a number of blocks takes time.
-    with _faults_of(where), torch.device("meta"):
-        _check_blocks(said.cfg.n_blocks, tensors)
+    with faults_of(where), torch.device("meta"):
+        check_blocks(said.cfg.n_blocks, tensors)
         encoder = Encoder(said.cfg, said.n_channels)
-    _fill(folder, encoder, tensors)
-    facts = {k: v for k, v in page.items() if k not in ("format", "sha256", "encoder", "n_channels", "inputs")}
-    return BundleEncoder(encoder, said.inputs, facts).eval()
+    fill(folder, encoder, tensors)
+    return BundleEncoder(encoder, said.inputs, _facts_of(page)).eval()
 
 
 def _load_pair(folder: Path, page: Mapping[str, Any]) -> BundlePair:
     where = folder / "encoder.json"
-    with _faults_of(where):
+    with faults_of(where):
         said, sha256 = {group: _said_of(page["encoders"][group]) for group in _GROUPS}, str(page["sha256"])
-        cross_depth = _count_or_none("cross_depth", page["cross_depth"])
+        cross_depth = count_or_none("cross_depth", page["cross_depth"])
     tensors = read_tensors(folder / "encoder.safetensors", sha256)
-    with _faults_of(where), torch.device("meta"):
+    with faults_of(where), torch.device("meta"):
         optical, radar = (said[group] for group in _GROUPS)
-        _check_blocks(max(optical.cfg.n_blocks, radar.cfg.n_blocks, cross_depth or 0), tensors)
+        check_blocks(max(optical.cfg.n_blocks, radar.cfg.n_blocks, cross_depth or 0), tensors)
         counts = (optical.n_channels, radar.n_channels)
         model = OpticalRadar.of_sizes(optical.cfg, radar.cfg, counts, cross_depth or 0)
-    _fill(folder, model, tensors)
-    facts = {k: v for k, v in page.items() if k not in ("format", "sha256", "encoders", "cross_depth")}
-    return BundlePair(model, {group: said[group].inputs for group in _GROUPS}, facts).eval()
+    fill(folder, model, tensors)
+    return BundlePair(model, {group: said[group].inputs for group in _GROUPS}, _facts_of(page)).eval()
+
+
+def _facts_of(page: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is neither needed to build what the bundle holds, nor to read its images."""
+    built_from = ("format", "kind", "sha256", "encoder", "encoders", "n_channels", "cross_depth", "inputs")
+    return {key: value for key, value in page.items() if key not in built_from}
 
 
 class _Said(NamedTuple):
@@ -140,38 +161,58 @@ class _Said(NamedTuple):
 
 def _said_of(page: Mapping[str, Any]) -> _Said:
     return _Said(
-        _dataclass_from(EncoderConfig, page["encoder"]),
-        _count_or_none("n_channels", page["n_channels"]),
-        {name: _input_from(name, raw) for name, raw in page["inputs"].items()},
+        dataclass_from(EncoderConfig, page["encoder"]),
+        count_or_none("n_channels", page["n_channels"]),
+        {name: input_from(name, raw) for name, raw in page["inputs"].items()},
     )
 
 
-def _check_blocks(n_blocks: int, tensors: Mapping[str, Tensor]) -> None:
+def check_blocks(n_blocks: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` for more blocks than there are tensors: each has several, and building them takes time."""
     if n_blocks > len(tensors):
         raise ValueError(f"the encoder has {n_blocks} blocks, too many for a file of {len(tensors)} tensors")
 
 
-def _fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """The module, built on meta, with `tensors` on the CPU."""
     _check_fit(folder, module, tensors)
     module.to_empty(device="cpu").load_state_dict(tensors)
 
 
 def _read_page(folder: Path) -> dict[str, Any]:
-    """The content of `encoder.json`, which is an object of the format that this version reads."""
+    """The content of `encoder.json`, an object, as one of the format of this version."""
     try:
         page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None
     if not isinstance(page, dict):
         raise ValueError(f"{folder}: not an encoder bundle (encoder.json holds no object)")
-    if page.get("format") not in (FORMAT, PAIR_FORMAT):
-        raise ValueError(f"{folder}: bundle format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
-    return page
+    # Format 1 called itself "pair 1" where it was one of two encoders.
+    found = 1 if page.get("format") == "pair 1" else page.get("format")
+    if type(found) is not int or found < 1:
+        raise ValueError(f"{folder}: bundle format {found!r:.40}, expected a number from 1 to {FORMAT}; export it anew")
+    if found > FORMAT:
+        raise ValueError(f"{folder}: bundle format {found}, this version reads formats up to {FORMAT}; update ssl_eo")
+    upgraded: dict[str, Any] = page
+    for number in range(found, FORMAT):
+        upgraded = _UPGRADES[number](upgraded)
+    return upgraded
+
+
+def _upgrade_1_to_2(page: dict[str, Any]) -> dict[str, Any]:
+    """What a bundle holds was said by its format, and the licence of published weights beside their source alone."""
+    kind = "pair" if page["format"] == "pair 1" else "encoder"
+    released = page.get("released")
+    licence = {"licence": released["licence"]} if isinstance(released, dict) and "licence" in released else {}
+    return {**UNSAID, **licence, **page, "format": 2, "kind": kind}
+
+
+# From the pages of each format to those of the next, as they are read.
+_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _upgrade_1_to_2}
 
 
 @contextmanager
-def _faults_of(path: Path) -> Iterator[None]:
+def faults_of(path: Path) -> Iterator[None]:
     """Whatever a wrong value in the file `path` leads to is one `ValueError` that names it."""
     try:
         yield
@@ -194,7 +235,8 @@ def _check_fit(folder: Path, encoder: nn.Module, tensors: Mapping[str, Tensor]) 
         )
 
 
-def _input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:
+def input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:
+    """What `page_of` said of one sensor."""
     return SensorInput(
         sensor=Sensor.from_dict(raw["sensor"], where=f"inputs.{name}"),
         bands=tuple(raw["bands"]),
@@ -205,7 +247,7 @@ def _input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:
     )
 
 
-def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
+def dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
     """A (nested) dataclass from the plain values that `asdict` gave."""
     hints, spelt = get_type_hints(cls), {f.name: f.type for f in fields(cls)}
     for key in (key for key in hints if key not in raw):
@@ -215,7 +257,7 @@ def _dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
         if key not in hints:
             raise ValueError(f"encoder config: unknown key {key!r}; written by a newer version of ssl_eo?")
         if is_dataclass(hints[key]):
-            value = _dataclass_from(hints[key], value)
+            value = dataclass_from(hints[key], value)
         elif not _fits(value, hints[key]):
             raise ValueError(f"encoder config: {key} is {value!r}, which this version does not know ({spelt[key]})")
         values[key] = value
@@ -233,7 +275,8 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _count_or_none(key: str, value: Any) -> int | None:
+def count_or_none(key: str, value: Any) -> int | None:
+    """`value`, checked to be null or a whole number from 1; errors name `key`."""
     if value is not None and (type(value) is not int or value < 1):
         raise ValueError(f"{key} must be a whole number from 1 or null, got {value!r}")
     return value

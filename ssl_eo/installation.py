@@ -54,16 +54,22 @@ class Requirement:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package runs from, with `+` when files differ from it; None outside one."""
-    here = Path(__file__).parent
+    """The commit of the checkout this package runs from, with `+` when files differ from it; None outside one.
+
+    What is installed inside the checkout of something else is outside: that commit is not ours.
+    """
+    package = Path(__file__).resolve().parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True
-        ).stdout
+        top, head = _git(package, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() != package.parent:
+            return None
+        return head + ("+" if _git(package, "status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.strip() + ("+" if dirty else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def requirements() -> dict[str, list[Requirement]]:

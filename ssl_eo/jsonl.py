@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def read_jsonl(path: Path, fits: Callable[[dict[str, Any]], bool] | None = None)
     """
     if not path.is_file():
         return []
-    records, odd = [], []
+    records: list[dict[str, Any]] = []
+    odd: list[tuple[int, str]] = []
     for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         try:
             record = json.loads(line)
@@ -63,8 +65,15 @@ def read_jsonl(path: Path, fits: Callable[[dict[str, Any]], bool] | None = None)
         if isinstance(record, dict) and (fits is None or fits(record)):
             records.append(record)
         else:
-            odd.append(n)
+            odd.append((n, line))
     if odd:
+        n, first = odd[0]
         more = f" and {len(odd) - 1} more" if odd[1:] else ""
-        logger.warning("%s, line %d%s: no record of this file; left out", path, odd[0], more)
+        _warn_once(f"{path}, line {n}{more}: no record of this file; left out", first[:200])
     return records
+
+
+@cache
+def _warn_once(message: str, line: str) -> None:
+    """Files are read again and again while others write to them; `line` is what is odd."""
+    logger.warning("%s", message)

@@ -27,7 +27,11 @@ def add_on_two_ranks(on_gpus: bool, limit_s: float) -> str | None:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
         return f"no port of localhost can be served: {str(error).splitlines()[0]}"
-    with tempfile.TemporaryDirectory() as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        return f"no temporary folder can be made: {error.strerror or error}"
+    with temporary as folder:
         logs = [Path(folder, f"rank{rank}") for rank in range(2)]
         ranks: list[subprocess.Popen[bytes]] = []
         try:

@@ -32,7 +32,7 @@ from ssl_eo.resources import resource_dir
 from ssl_eo.sensors import load_sensor
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 _COMPONENTS = {
     "objective": ("ssl_eo.objectives", "objective"),

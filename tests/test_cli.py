@@ -139,7 +139,7 @@ def test_eval_takes_lists_and_goes_on(run: Path, tmp_path: Path, capsys: pytest.
     found = records(tmp_path / "out" / "results.jsonl")
     told = [(r["features"], r["subset"], r["probe"], r["partition"], r["seed"]) for r in found]
     assert len(told) == len(set(told)) == 5 * 2 * 2 * 2 * 2
-    assert "scenes [0.10x] [rgb] [1]: accuracy of frozen features" in capsys.readouterr().out
+    assert "scenes, labels 0.10x, bands rgb: accuracy of frozen features" in capsys.readouterr().out
     assert main([*command, *chosen]) == 0
     assert records(tmp_path / "out" / "results.jsonl") == found
 
@@ -340,13 +340,13 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
     (["eval", "--model", "{tmp}", "--tasks", "synthetic_scenes", "--out", "{tmp}"], "no run with a whole checkpoint"),
     (["eval", "--model", "{run}", "--tasks", "synthetic_scens", "--out", "{tmp}"], "did you mean 'synthetic_scenes'?"),
     (["eval", "--model", "{run}", "--tasks", "{tmp}/broken.yaml", "--out", "{tmp}"], "cannot be read as YAML: "),
-    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--pool", "max"], "pool: got"),
-    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--taps", "2"], "taps are ratios"),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--pool", "max"], "--pool: got"),
+    (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--taps", "2"], "--taps: taps are"),
     ([*EVAL, "--taps", "deep"], "--taps: 'deep' is no number"),
-    ([*EVAL, "--protocol", "knnn"], "there is no component 'knnn'"),
+    ([*EVAL, "--protocol", "knn, knnn"], "--protocol: there is no component 'knnn'"),
     ([*EVAL, "--partitions", "half"], "--partitions: 'half' is none"),
     ([*EVAL, "--size", "big"], "--size: 'big' must be native"),
-    ([*EVAL, "--bands", "nir"], "subsets[0]: got 'nir'"),
+    ([*EVAL, "--bands", "nir"], "--bands: got 'nir', must be one of all, rgb, no-rgb, random"),
     (["report", "{tmp}"], "it is not a run directory"),
     (["data", "pack", "--source", "synthetc", "--out", "{tmp}"], "there is no component 'synthetc'"),
     (["data", "pack", "--source", "synthetic", "n_sample=3", "--out", "{tmp}"], "did you mean 'n_samples'?"),

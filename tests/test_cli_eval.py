@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from ssl_eo import cli_eval
+from ssl_eo import cli_eval_models
 from ssl_eo.cli import main
 from ssl_eo.eval.claims import claimed
 from ssl_eo.eval.offline import Model
@@ -64,7 +64,7 @@ def _evaluate_slowly(task: Path, out: Path, ignored: list[signal.Signals], n_wor
     encoder = _encoder(_Slow)
     assert isinstance(encoder, _Slow)
     encoder.begun = out.with_name("begun")
-    cli_eval._open_model = lambda text: (Model(text, encoder, 0), {})
+    cli_eval_models.open_model = lambda text: (Model(text, encoder, 0), {})
     arguments = ["--model", "slow", "--tasks", str(task), "--out", str(out), "--no-controls", "--batch-size", "4"]
     sys.exit(main(["eval", *arguments, "--workers", str(n_workers)]))
 
@@ -142,7 +142,7 @@ def test_handlers_are_given_back_and_the_message_is_one_line(
         raise AssertionError("it goes on")
 
     before = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
-    monkeypatch.setattr(cli_eval, "_open_model", told_to_end)
+    monkeypatch.setattr(cli_eval_models, "open_model", told_to_end)
     assert main(["eval", "--model", "any", "--tasks", str(task), "--out", str(tmp_path / "out")]) == 75
     assert capsys.readouterr().err == "ssl-eo: stopped on request; the same command goes on\n"
     assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
@@ -153,9 +153,9 @@ def test_results_of_others_in_the_folder_are_neither_printed_nor_count(
 ) -> None:
     models = {"of_12_bands": Model("of_12_bands", _encoder(), 7), "other": Model("other", _encoder(), 8)}
     next(models["other"].encoder.parameters()).data += 1.0
-    monkeypatch.setattr(cli_eval, "_open_model", lambda text: (models[text], {}))
+    monkeypatch.setattr(cli_eval_models, "open_model", lambda text: (models[text], {}))
     small = tmp_path / "small.yaml"
-    split = {"sensors": ["dem"], "extent_m": 160.0}  # one band, where the encoder takes twelve
+    split = {"sensors": ["dem"], "extent_m": 240.0}  # one band, where the encoder takes twelve
     small.write_text(yaml.safe_dump({**TASK, "train": {**TASK["train"], **split}, "test": {**TASK["test"], **split}}))
     out = tmp_path / "out"
 
@@ -165,7 +165,7 @@ def test_results_of_others_in_the_folder_are_neither_printed_nor_count(
 
     status, text = evaluate("other", small)
     assert status == 1
-    assert "small: accuracy" in text
+    assert "small: " in text
     assert "could not be measured" in text
     status, text = evaluate("of_12_bands", task)
     assert status == 0

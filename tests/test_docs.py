@@ -4,7 +4,7 @@ The word after the fence says what a block is, and a third word names the file i
 
 - `python` is executed, all blocks of a page in one namespace, in a folder that holds a run (`runs/demo`), its exported
   encoder (`encoder`), packed shards (`packed`) and a checkout (`path/to/ssl_eo`); with a file name it is only written
-- `bash`: each command is one that is known here; those of `ssl-eo` go through its parser, and their configs are built
+- `bash`: each command goes through the parser of the program that it names (`doc_commands`), and its config is built
 - `yaml config` (whole, or some sections of one), `yaml sensor`, `yaml task`, `yaml study` are built
 - `text` is anything else
 """
@@ -15,26 +15,27 @@ import argparse
 import dataclasses
 import importlib
 import re
-import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from doc_commands import check_command, commands_of, known_options, make_targets, our_commands
 from doc_tables import PAGES, ROOT, keys_of, sections, write_tables
 
 from ssl_eo.adapt.study import StudyConfig
 from ssl_eo.cli import _parsed, main
-from ssl_eo.cli_eval import _known_tasks, _listed
+from ssl_eo.cli_eval import _listed
+from ssl_eo.cli_eval_tasks import known_tasks
+from ssl_eo.components import available
 from ssl_eo.config import Config, build, find_config, load, read_overrides, read_yaml
 from ssl_eo.data.opening import SourceConfig
 from ssl_eo.eval.tasks import TaskConfig
 from ssl_eo.resources import find_resource
 from ssl_eo.sensors import Sensor
 
-COMMANDS = ("export", "pre-commit", "pytest", "python")  # beside ours, make and launchers
-LAUNCHERS = {"launch/torchrun.sh", "launch/slurm.sbatch", "launch/submitit_launch.py"}
 MINIMAL = {"objective": {"name": "mae"}, "data": {"sources": [{"name": "synthetic"}]}}
 SHORT = (
     *("train.total_steps=2", "train.global_batch_size=8", "optim.warmup_steps=1", "data.n_workers=0"),
@@ -142,33 +143,21 @@ def test_a_component_of_a_users_own_trains(name: str) -> None:
 @pytest.mark.usefixtures("_in_workspace")
 @_of("bash")
 def test_commands_parse(block: Block) -> None:
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.fullmatch(r"\w+=.*", words[0]):
-            words = words[1:]  # a variable of the environment
-        if not words:
-            continue
-        if LAUNCHERS & set(words):
-            words = ["ssl-eo", "train", *words[words.index("--config") :]]
-        elif words[0] == "torchrun" or words[:2] == ["python", "-m"]:
-            assert words[words.index("-m") + 1] == "ssl_eo", f"{block}: {line}"
-            words = ["ssl-eo", *words[words.index("-m") + 2 :]]
-        if words[0] == "ssl-eo":
-            _check_command(words[1:])
-        elif words[0] == "make":
-            assert set(words[1:]) <= _targets(), f"{block}: {line}"
-        else:
-            assert Path(words[0]).name in COMMANDS, f"{block}: {line}"
+    for words in commands_of(block.text):
+        ours = check_command(words)
+        if ours is not None:
+            _check_ours(ours)
 
 
-def _check_command(words: list[str]) -> None:
+def _check_ours(words: list[str]) -> None:
+    """What a command of `ssl-eo` names is there: configs, tasks, sources."""
     arguments: argparse.Namespace = _parsed(words)
     if words[0] in ("train", "config"):
         load(arguments.config, arguments.overrides)
     if words[0] == "study":
         build(StudyConfig, read_yaml(find_config(arguments.config), arguments.overrides), "")
     if words[0] == "eval":
-        for task in _known_tasks(_listed(arguments.tasks)):
+        for task in known_tasks(_listed(arguments.tasks)):
             find_resource("datasets_meta/benchmarks", task)
     if "source" in arguments:
         root = {} if arguments.root is None else {"root": arguments.root}
@@ -207,7 +196,11 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_links_resolve(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+    text = _prose(page)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) == text.count("](")
+    assert not re.search(r"^ *\[[^]]+\]:|<a ", text, re.MULTILINE), "a link of another form, which is not looked at"
+    for target in targets:
         if target.startswith("https://"):
             continue
         path, _, anchor = target.partition("#")
@@ -217,13 +210,54 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in _anchors(file), f"{page.name} links to {target}; headings: {sorted(_anchors(file))}"
 
 
-def _targets() -> set[str]:
-    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_make_targets_exist(page: Path) -> None:
+    assert set(re.findall(r"`make ([\w-]+)`", _prose(page))) <= make_targets()
+
+
+def _in_backticks(page: Path) -> list[str]:
+    """Words as code in a page's text, and in tables; each may be broken over two lines."""
+    return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", _prose(page))]
+
+
+ELSEWHERE = {"--no-install-recommends", "--ntasks-per-node", "--signal"}  # of apt-get and Slurm
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_make_targets_exist(page: Path) -> None:
-    assert set(re.findall(r"`make ([\w-]+)`", _prose(page))) <= _targets()
+def test_options_exist(page: Path) -> None:
+    """An option in backticks is one of ours, of a script or of torchrun; behind a command it is that command's."""
+    commands, known = our_commands(), known_options() | ELSEWHERE
+    for text in _in_backticks(page):
+        options = re.findall(r"(?<!\S)--[a-z][\w-]*", text)
+        assert set(options) <= known, f"{page.name}: {text}"
+        if text.startswith("ssl-eo "):
+            words = text.split()[1:]
+            named = [" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in commands]
+            assert named or words[0].startswith("-"), f"{page.name}: {text}"
+            assert set(options) <= commands[named[0] if named else ""], f"{page.name}: {text}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_extras_exist(page: Path) -> None:
+    """`pip install -e '.[geo]'`, `ssl_eo[geo]`, extra `geo`, extras: `geo`, ..."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    named = [n.strip() for group in re.findall(r"(?:'\.|ssl_eo)\[([\w,-]+)\]", text) for n in group.split(",")]
+    listed = re.findall(r"\bextras?:? \(?((?:`[a-z0-9]+`(?:, | and )?)+)", text)
+    named += [name for group in listed for name in re.findall(r"`(\w+)`", group)]
+    assert set(named) <= known
+    if page.name == "README.md":
+        assert known <= set(named), "README names every extra"
+
+
+def test_variables_of_the_environment_are_read_somewhere() -> None:
+    folders = ("ssl_eo", "configs", "datasets_meta", "launch", "tests", "benchmarks")
+    files = [
+        p for folder in folders for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".sh", ".sbatch", ".yaml")
+    ]
+    known = set(re.findall(r"SSL_EO_[A-Z_]+", "".join(path.read_text(encoding="utf-8") for path in files)))
+    for page in PAGES:
+        assert set(re.findall(r"SSL_EO_[A-Z_]+", page.read_text(encoding="utf-8"))) <= known, page.name
 
 
 def _known_keys() -> set[str]:
@@ -307,3 +341,30 @@ def test_figures_are_of_their_script(script: str, figures: str) -> None:
     )
     found = {row.split()[0] for row in figures.splitlines()[1:]}
     assert {section for section in found if f'"{section}"' not in source} == set()
+
+
+def test_readme_names_what_there_is() -> None:
+    row = {
+        m[1]: m[2] for m in re.finditer(r"^\| (\w[\w ]*|) \| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    }
+    assert set(available("ssl_eo.data.sources")) <= set(re.findall(r"`(\w+)`", row["sources"]))
+    page = (ROOT / "README.md").read_text()
+    assert set(available("ssl_eo.objectives")) <= set(re.findall(r"`(\w+)`", page))
+    n_sensors = len(list((ROOT / "datasets_meta" / "sensors").glob("*.yaml")))
+    assert row["sensors"].startswith(f"{n_sensors} files: ")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("ssl-eo train --confg demo", "ssl-eo tran --config demo", "ssl-eo data pakc", "ssl-eo doctor --limit"),
+        *("python benchmarks/dinov2.py --tunrs 3", "python benchmarks/gone.py", "python tests/doc_tables.py --all"),
+        *("python -m other train", "torchrun --nproc=2 -m other", "torchrun --no-such=2 -m ssl_eo train --config demo"),
+        *("launch/torchrun.sh --confg demo", "sbatch --nodes=2 launch/gone.sbatch --config demo", "make tset"),
+        *("pytest tests/gone.py", "pre-commit run", "rm file", "source other/activate"),
+    ],
+)
+def test_commands_that_are_wrong_are_found(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((AssertionError, SystemExit, OSError)) as found:
+        check_command(command.split())
+    assert getattr(found.value, "code", 2) == 2

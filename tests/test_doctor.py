@@ -85,6 +85,34 @@ def test_without_torch_the_rest_is_told(tmp_path: Path) -> None:
     assert "launcher" in {entry["topic"] for entry in said["findings"]}
 
 
+def test_without_tables_there_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An installation that lacks what prints tables is one to look at."""
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(doctor, "examine", lambda *_: [Finding("a", "ok", "b"), Finding("c", "wrong", "d", "e")])
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out == "a: ok, b\nc: wrong, d; e\n"
+
+
+def test_the_commit_is_that_of_our_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is installed inside another project's checkout is of none."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    (tmp_path / "file").write_text("a")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message=a"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    (tmp_path / "ssl_eo").mkdir()
+    (tmp_path / "inside" / "ssl_eo").mkdir(parents=True)
+    monkeypatch.setattr(installation, "__file__", str(tmp_path / "ssl_eo" / "installation.py"))
+    assert installation.commit() == head
+    (tmp_path / "file").write_text("b")
+    assert installation.commit() == f"{head}+"
+    for other in (tmp_path / "inside" / "ssl_eo", tmp_path / "gone"):
+        monkeypatch.setattr(installation, "__file__", str(other / "installation.py"))
+        assert installation.commit() is None
+
+
 # --- packages ---------------------------------------------------------------------------------------------------------
 
 
@@ -341,3 +369,9 @@ def test_ranks_that_cannot_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert "no_such_card" in finding.found
     assert "GLOO_SOCKET_IFNAME" in finding.advice
     assert not is_well([finding])
+
+
+def test_without_a_temporary_folder_ranks_do_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(two_ranks.tempfile, "tempdir", str(tmp_path / "gone"))
+    found = two_ranks.add_on_two_ranks(on_gpus=False, limit_s=60)
+    assert found == "no temporary folder can be made: No such file or directory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -17,17 +18,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_eo.bundles import BundlePair
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.stacking import stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, ViewPlan
-from ssl_eo.hub import BundleEncoder, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
+from ssl_eo.hub import UNSAID, BundleEncoder, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import load_sensor
 
 ROOT = Path(__file__).parent.parent
 BANDS = ("B02", "B03", "B04")
 SMALL = EncoderConfig(embed_dim=16, depth=2, n_heads=2, patch_size=4, n_registers=2, mlp_ratio=2.0)
-FACTS = {"objective": "mae", "step": 7}
+FACTS = {"objective": "mae", "step": 7, "licence": "CC0-1.0"}
+OLD = Path(__file__).parent / "bundles"  # written by earlier versions, as they were
 
 
 def _inputs() -> dict[str, SensorInput]:
@@ -176,6 +179,47 @@ def test_channels_must_describe_the_images(tmp_path: Path) -> None:
 def test_torch_hub_loads_a_bundle(bundle: Path) -> None:
     model = torch.hub.load(str(ROOT), "encoder", str(bundle), source="local")
     assert torch.equal(model(_images()), load_bundle(bundle)(_images()))
+
+
+# --- older formats ----------------------------------------------------------------------------------------------------
+
+
+def _unpacked(name: str, folder: Path, **changes: Any) -> list[list[float]]:
+    """The bundle of an earlier version, in `folder`, and the features that it gave there."""
+    old = json.loads((OLD / f"{name}.json").read_text())
+    (folder / "encoder.json").write_text(json.dumps({**old["encoder.json"], **changes}))
+    (folder / "encoder.safetensors").write_bytes(base64.b64decode(old["encoder.safetensors"]))
+    features: list[list[float]] = old["features"]
+    return features
+
+
+def _assert_near(found: torch.Tensor, expected: list[list[float]]) -> None:
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_bundle_of_the_first_format_gives_the_features_it_gave(tmp_path: Path) -> None:
+    expected = _unpacked("format_1", tmp_path)
+    model = load_bundle(tmp_path)
+    _assert_near(model(torch.arange(128.0).reshape(2, 2, 8, 4) * 17.0), expected)
+    said = {"objective": "mae", "step": 7, "run": "old", "features": {"pool": "mean", "taps": [1.0]}}
+    assert model.facts == {**UNSAID, **said, "commit": "0123abc"}
+
+
+@torch.no_grad()
+def test_a_pair_of_the_first_format_gives_the_features_it_gave(tmp_path: Path) -> None:
+    expected = _unpacked("format_1_pair", tmp_path)
+    model = load_bundle(tmp_path)
+    assert isinstance(model, BundlePair)
+    counted = torch.arange(128.0).reshape(2, 2, 8, 4)
+    _assert_near(model(counted * 17.0, counted / -5.0), expected)
+    assert model.facts["licence"] == "MIT"  # of the published weights
+
+
+@pytest.mark.parametrize("released", [None, 7, {}, {"licence": ["MIT"]}])
+def test_a_first_format_of_strange_facts_is_read(tmp_path: Path, released: Any) -> None:
+    _unpacked("format_1", tmp_path, released=released)
+    assert load_bundle(tmp_path).facts["released"] == released
 
 
 # --- the file format --------------------------------------------------------------------------------------------------
@@ -370,8 +414,14 @@ def _put(value: Any, *keys: str) -> Callable[[dict[str, Any]], None]:
 
 S2 = ("inputs", "sentinel2_l2a")
 WRONG_PAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "format": (_put(2, "format"), "bundle format 2, this version reads 1; update ssl_eo"),
-    "no format": (lambda page: page.pop("format"), "bundle format None"),
+    "newer format": (_put(3, "format"), "bundle format 3, this version reads formats up to 2; update ssl_eo"),
+    "no format": (lambda page: page.pop("format"), "bundle format None, expected a number from 1 to 2"),
+    "format of a word": (_put("pair 2", "format"), "bundle format 'pair 2', expected a number from 1 to 2"),
+    "format of a list": (_put([1], "format"), r"bundle format \[1\], expected a number from 1 to 2"),
+    "format of a truth": (_put(True, "format"), "bundle format True, expected a number from 1 to 2"),
+    "format below the first": (_put(0, "format"), "bundle format 0, expected a number from 1 to 2"),
+    "unknown kind": (_put("trio", "kind"), "encoder.json: kind must be encoder or pair, got 'trio'"),
+    "another kind": (_put("pair", "kind"), "encoder.json: key 'encoders' is missing"),
     "no encoder": (lambda page: page.pop("encoder"), "encoder.json: key 'encoder' is missing"),
     "no inputs": (lambda page: page.pop("inputs"), "encoder.json: key 'inputs' is missing"),
     "no bands": (lambda page: page["inputs"]["sentinel2_l2a"].pop("bands"), "key 'bands' is missing"),

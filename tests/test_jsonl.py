@@ -71,6 +71,8 @@ def test_odd_lines_are_left_out_with_one_warning(tmp_path: Path, caplog: pytest.
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert read_jsonl(path) == [{"step": 0}, {"text": "\u2028"}, {"step": 1}]
     assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2 and 2 more: no record of this file; left out"]
+    read_jsonl(path)
+    assert len(caplog.records) == 1  # files are read again and again
     caplog.clear()
     path.write_text('{"step": 0}\n{"step": "x"}\n{"st\n')
     assert read_jsonl(path, lambda record: isinstance(record["step"], int)) == [{"step": 0}]

@@ -50,10 +50,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "data.stacking",
         *LAYER_0,
     ),
+    "baking": ("bundle_inputs", "models"),
     "bundle_inputs": ("models", "sensors"),
     "bundles": ("bundle_inputs", "models", "sensors"),
     "hub": ("hub", "bundles", "tensor_files", "models", "sensors", "components", "files"),
-    "weights": ("weights", "hub", "models", "sensors", "components", "files", "resources"),
+    "weights": ("weights", "hub", "bundles", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "adapt": (
         "adapt",
@@ -69,7 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         *LAYER_0,
     ),
     "two_ranks": LAYER_0,
-    "doctor": ("config", "data.opening", "two_ranks", *LAYER_0),
+    "doctor": ("config", "data.opening", "two_ranks", "weights", *LAYER_0),
     "config": ("data.opening", "eval.hook", "models.vit", "objectives.base", "train", *LAYER_0),
     **{f"train.{name}": ("objectives.base", *LAYER_0) for name in ("metrics", "optim", "sharding")},
     "train.checkpoint": ("train.metadata_reader", "train.sealing", *LAYER_0),
@@ -85,9 +86,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "train.watch": LAYER_0,
     "train.activation_checkpointing": ("models.layers",),
     "train.initial": ("hub", "objectives.base", "train.checkpoint", "train.sealing", "weights._reading", *LAYER_0),
-    "train": ("config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
+    "train": ("baking", "config", "data", "eval", "hub", "models", "objectives.base", "train", *LAYER_0),
 }
-ANYTHING = ("cli", "cli_adapt", "cli_data", "cli_doctor", "cli_embed", "cli_eval", "__main__")
+ANYTHING = (
+    "api",
+    "cli",
+    "cli_adapt",
+    "cli_data",
+    "cli_doctor",
+    "cli_embed",
+    "cli_eval",
+    "cli_eval_models",
+    "cli_eval_tasks",
+    "cli_report",
+    "__main__",
+)
 
 
 def _name(path: Path) -> str:

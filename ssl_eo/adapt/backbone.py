@@ -5,7 +5,7 @@ B images, C channels, T taps, D width, h w grid, P side of a patch in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,16 @@ from ssl_eo.eval.features import check_taps, tap_layers
 from ssl_eo.models.vit import Encoder, EncoderInput
 from ssl_eo.sensors import ChannelMeta
 
-__all__ = ["DEFAULT_TAPS", "Backbone", "EncoderBackbone", "FixedBands", "PixelBackbone", "fixed_bands", "padded_to"]
+__all__ = [
+    "DEFAULT_TAPS",
+    "Backbone",
+    "EncoderBackbone",
+    "FixedBands",
+    "PixelBackbone",
+    "clip_of",
+    "fixed_bands",
+    "padded_to",
+]
 
 DEFAULT_TAPS = (1 / 3, 1 / 2, 2 / 3, 1.0)  # of the depth, so that deep encoders are read as deep as shallow ones
 
@@ -70,6 +79,12 @@ def fixed_bands(known: SensorInput, channels: ChannelMeta) -> FixedBands:
         except BandMismatchError:
             picks.append(None)
     return FixedBands(known.bands, tuple(picks), known.sensor.channel_meta(known.bands))
+
+
+def clip_of(inputs: Mapping[str, SensorInput]) -> float | None:
+    """How the authors of an encoder bring pixels to [0, 1], where they do and say one thing of all its sensors."""
+    clips = {known.clip_std for known in inputs.values()}
+    return clips.pop() if len(clips) == 1 else None
 
 
 class EncoderBackbone(Backbone):

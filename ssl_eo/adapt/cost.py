@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.training import TrainingConfig, autocast
 from ssl_eo.components import import_extra
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.train.tracing import Ledger
 
-__all__ = ["Energy", "StepCost", "energy_of", "step_cost"]
+__all__ = ["Energy", "StepCost", "energy_of", "samples_per_second", "step_cost"]
+
+_N_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,26 @@ def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int]) -> 
         (flop["forward"] + flop["backward"]) / n_samples / 1e9,
         (state + peak) / 1e9,
     )
+
+
+@torch.no_grad()
+def samples_per_second(model: TaskModel, inputs: EncoderInput, size: tuple[int, int], cfg: TrainingConfig) -> float:
+    """How many samples of `inputs`, which are in memory, become logits in a second: pixels, encoder and decoder.
+
+    The fastest of some passes, as others are of what else the machine does.
+    """
+    device, times = inputs.pixels.device, []
+    was_training = model.training
+    model.eval()
+    for _ in range(_N_PASSES + 1):  # the first one warms up
+        start = time.perf_counter()
+        with autocast(device, cfg):
+            model(inputs, size)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    model.train(was_training)
+    return len(inputs.pixels) / min(times[1:])
 
 
 @contextmanager

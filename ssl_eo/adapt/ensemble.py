@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from ssl_eo.adapt.backbone import Backbone
 from ssl_eo.adapt.band_matching import TOLERANCE, BandMismatchError, match_bands, picks_by_count
-from ssl_eo.adapt.selection import TopKGate
 from ssl_eo.adapt.specialists import Specialist
 from ssl_eo.components import one_line
 from ssl_eo.eval.decoders import TapMaps, TapShape
@@ -42,8 +41,7 @@ class Ensemble(Backbone):
     other patch sizes, they become one: maps are resized to cells of 4, 8, 16 and 32 pixels (`strides_px` overrides).
 
     A new ensemble is in eval mode. Encoders that do not train stay in it, whatever `train` is called with, and so do
-    the statistics of their normalisation. With a gate (`add_gate`) all of them run while it trains; in eval mode those
-    that are not selected give zeros and do not run. `prune` leaves them out for good.
+    the statistics of their normalisation. `prune` leaves out those that a task does not need: they are not run.
     """
 
     def __init__(
@@ -81,7 +79,7 @@ class Ensemble(Backbone):
             nn.ModuleList(_norm_layer(norm, width) for width in specialist.backbone.shape.widths)
             for specialist in self.specialists
         )
-        self.gate: TopKGate | None = None
+        self.depth = 0  # of no account: encoders differ in theirs, so all of their weights learn at one rate
         self.shape = self._joint_shape(strides_px)
         self._is_calibrated = False
         self.eval()
@@ -90,12 +88,6 @@ class Ensemble(Backbone):
     def names(self) -> tuple[str, ...]:
         """The specialists that are part of it."""
         return tuple(specialist.name for specialist in self.specialists)
-
-    def add_gate(self, k: int, seed: int = 0) -> TopKGate:
-        """Let the task select `k` specialists, by a gate that trains with it. Call it after the protocol is applied."""
-        self.gate = TopKGate(len(self.specialists), k, seed).to(next(self.parameters()).device)
-        self.gate.train(self.training)
-        return self.gate
 
     def train(self, mode: bool = True) -> Ensemble:
         """Training mode of what trains."""
@@ -109,24 +101,30 @@ class Ensemble(Backbone):
     def forward(self, inputs: EncoderInput) -> TapMaps:
         """Maps `[B, D, h, w]` at each level: of all specialists, one after the other, each as often as it is shown."""
         self._check(inputs)
-        gates = None if self.gate is None else self.gate()  # [E]
-        running = self._running()
         levels: list[list[Tensor]] = [[] for _ in self.shape.widths]
         for i in range(len(self.specialists)):
-            pyramids = self._pyramids(i, inputs) if i in running else self._zeros(i, inputs)
-            for pyramid in pyramids:
+            for pyramid in self._pyramids(i, inputs):
                 for level, norm, x in zip(levels, self.norms[i].children(), pyramid, strict=True):
-                    x = norm(x) if i in running else x
-                    level.append(x if gates is None else x * gates[i].to(x.dtype))
+                    level.append(norm(x))
         return TapMaps([torch.cat(level, 1) for level in levels])
 
-    @torch.no_grad()
-    def pooled(self, inputs: EncoderInput) -> dict[str, Tensor]:
-        """Means over the maps of each specialist, all its levels side by side, `[B, D]` by name: for `selection`."""
-        self._check(inputs, needs_norm=False)
+    @property
+    def owners(self) -> list[Tensor]:
+        """Which specialist, by its position, each channel of each level is of: `[D]` int64."""
+        counts = torch.tensor([len(picks) for picks in self._picks])
+        positions = torch.arange(len(self.specialists))
+        return [
+            positions.repeat_interleave(torch.tensor(widths) * counts)
+            for widths in zip(*(s.backbone.shape.widths for s in self.specialists), strict=True)
+        ]
+
+    def pooled(self, taps: TapMaps) -> dict[str, Tensor]:
+        """Means over the maps of each specialist, all its levels side by side, `[B, D]` by name, of what it gave."""
+        means = [x.mean((2, 3)) for x in taps.maps]  # [B, D] of each level
+        owners = [owner.to(x.device) for owner, x in zip(self.owners, means, strict=True)]
         return {
-            specialist.name: torch.cat([x.mean((2, 3)) for maps in self._seen(i, inputs) for x in maps], 1)
-            for i, specialist in enumerate(self.specialists)
+            name: torch.cat([x[:, owner == i] for x, owner in zip(means, owners, strict=True)], 1)
+            for i, name in enumerate(self.names)
         }
 
     @torch.no_grad()
@@ -160,20 +158,8 @@ class Ensemble(Backbone):
 
         Weights of a decoder that was trained on the whole ensemble are cut to them.
         """
-        kept = self._positions(keep)
-        found: list[list[Tensor]] = [[] for _ in self.shape.widths]
-        start = [0] * len(found)
-        for i, specialist in enumerate(self.specialists):
-            for level, width in enumerate(specialist.backbone.shape.widths):
-                n = width * len(self._picks[i])
-                if i in kept:
-                    found[level].append(torch.arange(start[level], start[level] + n))
-                start[level] += n
-        return [torch.cat(parts) for parts in found]
-
-    def layers(self) -> Sequence[tuple[str, nn.Module]]:
-        """All encoders as one layer: their depths differ."""
-        return [("backbones.", self.backbones)]
+        kept = torch.tensor(self._positions(keep))
+        return [torch.isin(owner, kept).nonzero()[:, 0] for owner in self.owners]
 
     def _positions(self, names: Iterable[str]) -> list[int]:
         wanted = list(names)
@@ -184,12 +170,6 @@ class Ensemble(Backbone):
         if not wanted:
             raise ValueError("keep one specialist at least")
         return [i for i, name in enumerate(self.names) if name in wanted]
-
-    def _running(self) -> Sequence[int]:
-        """The specialists that are run: all, but in eval mode with a gate those that it selects."""
-        if self.gate is None or self.gate.training:
-            return range(len(self.specialists))
-        return self.gate.selected()
 
     def _seen(self, i: int, inputs: EncoderInput) -> Iterator[Sequence[Tensor]]:
         """The maps of specialist `i`, for each choice of channels that it is shown."""
@@ -206,14 +186,6 @@ class Ensemble(Backbone):
         sizes = self._sizes(inputs)
         for maps in self._seen(i, inputs):
             yield [_resized(x, size) for x, size in zip(maps, sizes, strict=True)]
-
-    def _zeros(self, i: int, inputs: EncoderInput) -> Iterator[list[Tensor]]:
-        widths, sizes = self.specialists[i].backbone.shape.widths, self._sizes(inputs)
-        for _ in self._picks[i]:
-            yield [
-                torch.zeros(len(inputs.pixels), width, *size, device=inputs.pixels.device)
-                for width, size in zip(widths, sizes, strict=True)
-            ]
 
     def _sizes(self, inputs: EncoderInput) -> list[tuple[int, int]]:
         height, width = inputs.pixels.shape[-2:]
@@ -257,16 +229,12 @@ class Ensemble(Backbone):
             self._is_calibrated = True
 
 
-def prune(ensemble: Ensemble, keep: Iterable[str] | None = None) -> Ensemble:
-    """The ensemble of the specialists `keep` alone, by default of those that its gate selects; it has no gate.
+def prune(ensemble: Ensemble, keep: Iterable[str]) -> Ensemble:
+    """The ensemble of the specialists `keep` alone.
 
     It gives what `ensemble` gives in the channels `channels_of(keep)`, with their encoders and no others run. Encoders
     are shared, not copied. Raises `ValueError` for a name that the ensemble has not.
     """
-    if keep is None:
-        if ensemble.gate is None:
-            raise ValueError("say which specialists to keep: this ensemble has no gate that selects them")
-        keep = [ensemble.names[i] for i in ensemble.gate.selected()]
     kept = ensemble._positions(keep)
     pruned = Ensemble(
         [ensemble.specialists[i] for i in kept],

@@ -17,9 +17,9 @@ from torch import Tensor
 from ssl_eo.adapt.specialists import Specialist, specialist_of, write_ensemble
 from ssl_eo.bundles import SensorInput
 from ssl_eo.components import suggest
-from ssl_eo.hub import _faults_of, _fill
+from ssl_eo.hub import faults_of, fill
 from ssl_eo.models.convnext import ConvNeXt, ConvNeXtConfig
-from ssl_eo.weights._reading import _is_plain, _load_pickled
+from ssl_eo.weights._reading import is_plain, load_pickled
 
 __all__ = ["from_timm", "import_published", "read_published"]
 
@@ -57,7 +57,7 @@ def read_published(path: str | Path, inputs: Mapping[str, SensorInput] | None = 
         raise ValueError(f"{path}: {error.strerror}") from None
     if size > _MAX_BYTES:
         raise ValueError(f"{path}: {size} bytes, of an ensemble at most {_MAX_BYTES} are read")
-    content = _load_pickled(path)
+    content = load_pickled(path)
     if not isinstance(content, list) or not 0 < len(content) <= _MAX_SPECIALISTS:
         found = f"one of {len(content)}" if isinstance(content, list) else f"a {type(content).__name__}"
         raise ValueError(f"{path}: expected a list of 1 to {_MAX_SPECIALISTS} encoders, found {found}")
@@ -107,12 +107,12 @@ def _specialist(path: Path, name: str, entry: Any, known: SensorInput | None) ->
     if known is not None and len(known.bands) != n_channels:
         raise ValueError(f"{path}: encoder {name} takes {n_channels} channels, its inputs are {len(known.bands)} bands")
     for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not _is_plain(tensor):
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
             raise ValueError(f"{path}: {key} of encoder {name} is no plain tensor, but {type(tensor).__name__}")
     where = Path(f"{path}, encoder {name}")
-    with _faults_of(where), torch.device("meta"):
+    with faults_of(where), torch.device("meta"):
         encoder = ConvNeXt(ConvNeXtConfig(), n_channels)
-    _fill(where, encoder, from_timm({str(key): tensor for key, tensor in tensors.items()}))
+    fill(where, encoder, from_timm({str(key): tensor for key, tensor in tensors.items()}))
     inputs = {} if known is None else {known.sensor.name: known}
     facts = {"file": path.name, "published": {key: str(value) for key, value in config.items()}}
     return specialist_of(name, encoder, inputs, facts)

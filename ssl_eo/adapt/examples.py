@@ -5,8 +5,9 @@ N samples, B of them in a batch, C channels, D width, h w grid, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,29 +23,36 @@ __all__ = ["Examples", "Features", "gigabytes_of_features"]
 _SYMMETRIES = 8  # of a square: four quarter turns, each flipped or not
 
 
+@dataclass(frozen=True)
 class Features:
-    """What a frozen backbone makes of all samples of a split, on the device: for every decoder and learning rate.
+    """What a frozen backbone makes of all samples of a split, on the device: for every decoder and learning rate."""
 
-    `autocast` is the context in which it is asked, that of training.
-    """
+    maps: Sequence[Tensor]  # [N, D, h, w] of each tap
+    cls: Tensor | None = None  # [N, D]
 
-    def __init__(
-        self, model: TaskModel, examples: Examples, batch_size: int, autocast: AbstractContextManager[object]
-    ) -> None:
+    @classmethod
+    def of(
+        cls, model: TaskModel, examples: Examples, batch_size: int, autocast: AbstractContextManager[object]
+    ) -> Features:
+        """Those of the backbone of `model`. `autocast` is the context in which it is asked, that of training."""
         parts = []
         model.eval()
         with torch.no_grad(), autocast:
             for rows in torch.split(torch.arange(len(examples)), batch_size):
                 inputs, _ = examples.batch(rows)
                 parts.append(model.taps(inputs))
-        self.maps = [torch.cat(maps) for maps in zip(*(part.maps for part in parts), strict=True)]  # T x [N, D, h, w]
-        cls = [part.cls for part in parts if part.cls is not None]
-        self.cls = torch.cat(cls) if cls else None  # [N, D]
+        tokens = [part.cls for part in parts if part.cls is not None]
+        maps = [torch.cat(maps) for maps in zip(*(part.maps for part in parts), strict=True)]
+        return cls(maps, torch.cat(tokens) if tokens else None)
 
     def at(self, rows: Tensor) -> TapMaps:
         """Of the samples `rows`."""
         rows = rows.to(self.maps[0].device)
         return TapMaps([maps[rows] for maps in self.maps], None if self.cls is None else self.cls[rows])
+
+    def channels(self, index: Sequence[Tensor]) -> Features:
+        """The channels `index [d]` of each tap."""
+        return Features([maps[:, some.to(maps.device)] for maps, some in zip(self.maps, index, strict=True)])
 
 
 def gigabytes_of_features(model: TaskModel, examples: Examples) -> float:

@@ -127,6 +127,16 @@ class Scene:
         values[np.isinf(values)] = np.nan
         return torch.from_numpy(values)
 
+    def doubt(self, sensor: Sensor) -> str | None:
+        """What speaks against its values being those of `sensor`: floats, such as reflectances, for integers."""
+        found = self._file.dtypes[self.channels[0]]
+        if (np.dtype(found).kind == "f") == (np.dtype(sensor.dtype).kind == "f"):
+            return None
+        return (
+            f"{self.path} holds {found}, and {sensor.name} is stored as {sensor.dtype} (unit {sensor.unit}, scale"
+            f" {sensor.scale:g}): what is made of it means little unless the values are in the same unit"
+        )
+
     def digest(self) -> str:
         """A digest of all bytes of the file."""
         found = blake2b(digest_size=16)

@@ -5,17 +5,20 @@ E specialists, k of them selected, N samples, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ssl_eo.eval.decoders import TapMaps
 from ssl_eo.eval.probes import ridge
 from ssl_eo.eval.probes.base import Labelled, hold_out, indicators, selection_score
 from ssl_eo.seeding import torch_generator
 
-__all__ = ["Selection", "TopKGate", "select_greedily"]
+__all__ = ["GATE_LR_RATIO", "GatedDecoder", "Selection", "TopKGate", "select_greedily"]
+
+GATE_LR_RATIO = 0.3  # lr of a gate's scores over that of the decoder behind it, which has to keep up with them
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,27 @@ class TopKGate(nn.Module):
     def _ranked(self, scores: Tensor) -> Tensor:
         """`[E]` positions from the highest score to the lowest, equal ones as `order` has them."""
         return self.order[scores[self.order].argsort(descending=True, stable=True)]
+
+
+class GatedDecoder(nn.Module):
+    """`decoder` of the features of all specialists, of which it is shown those that `gate` selects, and zeros else.
+
+    `owners` say which specialist each channel of each level is of (`Ensemble.owners`). Gates stand in front of the
+    decoder and not in the ensemble, so that features of frozen encoders can be computed once and serve the search.
+    """
+
+    def __init__(self, gate: TopKGate, decoder: nn.Module, owners: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.gate, self.decoder = gate, decoder
+        for level, owner in enumerate(owners):
+            self.register_buffer(f"owner_{level}", owner, persistent=False)
+
+    def forward(self, taps: TapMaps, size: tuple[int, int]) -> Tensor:
+        """What `decoder` gives."""
+        gates = self.gate()  # [E]
+        maps = []
+        for level, x in enumerate(taps.maps):
+            shown = gates[self.get_buffer(f"owner_{level}")]  # [D]
+            maps.append(x * shown[:, None, None].to(x.dtype))
+        logits: Tensor = self.decoder(TapMaps(maps, taps.cls), size)
+        return logits

@@ -16,21 +16,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_eo.adapt.backbone import Backbone, EncoderBackbone
+from ssl_eo.adapt.backbone import Backbone, EncoderBackbone, clip_of
 from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
 from ssl_eo.eval.decoders import TapMaps, TapShape
 from ssl_eo.files import atomic_write
 from ssl_eo.hub import (
-    _check_blocks,
-    _count_or_none,
-    _dataclass_from,
-    _faults_of,
-    _fill,
-    _input_from,
-    _page_of,
+    check_blocks,
+    count_or_none,
+    dataclass_from,
+    faults_of,
+    fill,
+    input_from,
     load_bundle,
+    page_of,
     read_tensors,
     write_tensors,
 )
@@ -42,6 +42,7 @@ __all__ = [
     "PyramidBackbone",
     "Specialist",
     "export_ensemble",
+    "is_ensemble",
     "load_ensemble",
     "specialist_of",
     "write_ensemble",
@@ -59,16 +60,11 @@ class PyramidBackbone(Backbone):
     def __init__(self, encoder: ConvNeXt) -> None:
         super().__init__()
         self.encoder = encoder
-        self.shape = TapShape(encoder.cfg.widths, encoder.cfg.strides_px)
+        self.shape, self.depth = TapShape(encoder.cfg.widths, encoder.cfg.strides_px), 0
 
     def forward(self, inputs: EncoderInput) -> TapMaps:
         """Maps `[B, D, h, w]` of each level."""
         return TapMaps(self.encoder(inputs.pixels))
-
-    def layers(self) -> Sequence[tuple[str, nn.Module]]:
-        """The stem, then the stages."""
-        stages = [(f"encoder.stages.{i}.", stage) for i, stage in enumerate(self.encoder.stages)]
-        return [("encoder.stem.", self.encoder.stem), *stages]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +108,10 @@ def specialist_of(
     Raises `ValueError` for a name that is none, or a transformer of too few blocks for four levels.
     """
     backbone: EncoderBackbone | PyramidBackbone
-    backbone = EncoderBackbone(encoder) if isinstance(encoder, Encoder) else PyramidBackbone(encoder)
+    if isinstance(encoder, Encoder):
+        backbone = EncoderBackbone(encoder, clip_std=clip_of(inputs))
+    else:
+        backbone = PyramidBackbone(encoder)
     return Specialist(name, backbone.eval(), dict(inputs), dict(facts))
 
 
@@ -132,8 +131,13 @@ def write_ensemble(folder: Path, specialists: Sequence[Specialist], overwrite: b
         encoder: Any = specialist.encoder
         sha256 = write_tensors(_weights(folder, specialist.name), encoder.state_dict())
         head = {"name": specialist.name, "kind": specialist.kind, "sha256": sha256}
-        entries.append({**head, **_page_of(encoder, specialist.inputs), "facts": dict(specialist.facts)})
+        entries.append({**head, **page_of(encoder, specialist.inputs), "facts": dict(specialist.facts)})
     atomic_write(folder / _PAGE, json.dumps({"format": FORMAT, "specialists": entries}, indent=1))
+
+
+def is_ensemble(folder: Path) -> bool:
+    """Whether `folder` is to be read by `load_ensemble`."""
+    return (folder / _PAGE).is_file()
 
 
 def load_ensemble(folder: str | Path) -> list[Specialist]:
@@ -148,7 +152,7 @@ def load_ensemble(folder: str | Path) -> list[Specialist]:
         raise ValueError(f"{folder}: not an ensemble ({_PAGE} holds no object with a list of specialists)")
     if page.get("format") != FORMAT:
         raise ValueError(f"{where}: ensemble format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
-    with _faults_of(where):
+    with faults_of(where):
         _check_names([entry["name"] for entry in page["specialists"]])
     return [_load_specialist(folder, entry) for entry in page["specialists"]]
 
@@ -176,46 +180,50 @@ def _specialists_in(folder: Path, export_run: Callable[[Path, Path], object] | N
         raise ValueError(f"{folder}: {error.strerror}") from None
     for path in found:
         if (path / "encoder.json").is_file():
-            yield from _specialists_of(path.name, load_bundle(path))
+            yield from _specialists_of(path, load_bundle(path))
         elif (path / "config.yaml").is_file():
             if export_run is None:
                 raise ValueError(f"{path}: a run; export its encoder as a bundle first")
             with TemporaryDirectory() as scratch:
                 export_run(path, Path(scratch, "bundle"))
-                yield from _specialists_of(path.name, load_bundle(Path(scratch, "bundle")))
+                yield from _specialists_of(path, load_bundle(Path(scratch, "bundle")))
 
 
-def _specialists_of(name: str, bundle: BundleEncoder | BundlePair) -> list[Specialist]:
+def _specialists_of(path: Path, bundle: BundleEncoder | BundlePair) -> list[Specialist]:
+    name = path.name
     if isinstance(bundle, BundlePair):
         parts = {f"{name}-optical": bundle.optical, f"{name}-radar": bundle.radar}
     else:
         parts = {name: bundle}
-    return [specialist_of(part, found.encoder, found.inputs, found.facts) for part, found in parts.items()]
+    try:
+        return [specialist_of(part, found.encoder, found.inputs, found.facts) for part, found in parts.items()]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _load_specialist(folder: Path, entry: Mapping[str, Any]) -> Specialist:
     where, path = folder / _PAGE, _weights(folder, entry["name"])
-    with _faults_of(where):
+    with faults_of(where):
         kind, sha256, facts = entry["kind"], str(entry["sha256"]), dict(entry["facts"])
         if kind not in _CONFIGS:
             raise ValueError(f"specialist {entry['name']}: kind {kind!r}, this version knows {', '.join(_CONFIGS)}")
-        cfg = _dataclass_from(_CONFIGS[kind], entry["encoder"])
-        n_channels = _count_or_none("n_channels", entry["n_channels"])
-        inputs = {name: _input_from(name, raw) for name, raw in entry["inputs"].items()}
+        cfg = dataclass_from(_CONFIGS[kind], entry["encoder"])
+        n_channels = count_or_none("n_channels", entry["n_channels"])
+        inputs = {name: input_from(name, raw) for name, raw in entry["inputs"].items()}
     tensors = _read_weights(path, sha256)
     # On the meta device no size that a damaged file may state takes memory; a number of blocks takes time.
-    with _faults_of(where), torch.device("meta"):
+    with faults_of(where), torch.device("meta"):
         encoder = _on_meta(cfg, n_channels, tensors)
         specialist = specialist_of(entry["name"], encoder, inputs, facts)
-    _fill(path, encoder, tensors)
+    fill(path, encoder, tensors)
     return specialist
 
 
 def _on_meta(cfg: EncoderConfig | ConvNeXtConfig, n_channels: int | None, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(cfg, EncoderConfig):
-        _check_blocks(cfg.n_blocks, tensors)
+        check_blocks(cfg.n_blocks, tensors)
         return Encoder(cfg, n_channels)
-    _check_blocks(sum(cfg.depths), tensors)
+    check_blocks(sum(cfg.depths), tensors)
     return ConvNeXt(cfg, n_channels or 0)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
+from ssl_eo.adapt.ensemble import Adaptation, Norm
 from ssl_eo.adapt.lora import LoraConfig
 from ssl_eo.adapt.protocols import check_protocol
 from ssl_eo.adapt.samples import SamplesConfig
@@ -15,18 +16,41 @@ from ssl_eo.components import check_names
 from ssl_eo.eval.decoders import decoder_config, kinds_of
 from ssl_eo.eval.tasks import TaskConfig
 
-__all__ = ["UNET", "Cell", "EncoderChoice", "StudyConfig"]
+__all__ = ["UNET", "Cell", "EncoderChoice", "EnsembleChoice", "StudyConfig"]
 
 UNET = "unet"  # the control that no pretraining and no decoder is part of
+
+
+@dataclass
+class EnsembleChoice:
+    """Which specialists of an ensemble are run. By default all that can be shown the bands of a task."""
+
+    keep: list[str] | None = None  # these alone, by name; None: all
+    k: int | None = (
+        None  # so many of them are selected on train and val of the task, by frozen encoders; None: no choice
+    )
+    # ridge: one after the other, by ridge regression on pooled features. gate: learned beside a decoder of the cell.
+    by: Literal["ridge", "gate"] = "ridge"
+    # How bands are found: by what they measure, or by the rules of EoS-FM, which know how many there are.
+    adaptation: Adaptation = "wavelength"
+    norm: Norm = "none"  # of each specialist's maps: by statistics of train (batch), or of an image (layer)
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            check_names("keep", self.keep)
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k must be at least 1, or null for all, got {self.k}")
 
 
 @dataclass
 class EncoderChoice:
     """An encoder of a study."""
 
-    # A run, a bundle folder, NAME=FILE for released weights, or NAME alone: that architecture, for random weights.
+    # A run, a bundle folder, NAME=FILE for released weights, or NAME alone: that architecture, for random weights. Or
+    # the folder of an ensemble.
     model: str
     taps: list[float] | None = None  # ratios of the depth that decoders are given; None: 1/3, 1/2, 2/3 and 1
+    ensemble: EnsembleChoice = field(default_factory=EnsembleChoice)  # of an ensemble
 
 
 @dataclass
@@ -45,7 +69,9 @@ class StudyConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     unet: bool = True  # beside encoders of maps, a UNet that is trained from scratch
     n_resamples: int = 1000  # of the test samples, for intervals; 0: none
-    save_models: bool = False  # each as a folder that ssl-eo predict takes, models/<cell> in that of the study
+    save_models: bool = (
+        False  # those of one encoder, as folders that ssl-eo predict takes: models/<cell> in that of the study
+    )
     country: str | None = None  # three letters (ISO 3166): codecarbon measures energy, and CO2 by its carbon intensity
     device: str | None = None  # None: a GPU where there is one
 

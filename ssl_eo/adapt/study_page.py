@@ -38,7 +38,7 @@ _COSTS: dict[str, Callable[[Record], float | None]] = {
     "GFLOP a sample": lambda r: r["forward_gflop"],
     "memory, GB": lambda r: r["memory_gb"],
     "training, s": lambda r: r["seconds_train"],
-    "samples/s": lambda r: r["test_samples_per_s"],
+    "samples/s": lambda r: r["samples_per_s"],
     "Wh": lambda r: None if r["energy_kwh"] is None else 1000 * r["energy_kwh"],
     "g CO2": lambda r: None if r["co2_kg"] is None else 1000 * r["co2_kg"],
 }
@@ -105,11 +105,13 @@ def models_of(records: Iterable[Record]) -> list[Model]:
 
 
 def study_tables(models: Sequence[Model], task: str) -> list[Table]:
-    """Scores by decoder, metrics side by side, classes, and costs of the models of a task."""
+    """Scores by decoder, metrics side by side, classes, specialists of ensembles, and costs of the models of a task."""
     own = [m for m in models if m.task == task]
     trainings = list(dict.fromkeys(m.training for m in own))
     tables = [_scores(task, [m for m in own if m.training == t], t if len(trainings) > 1 else "") for t in trainings]
-    return [*tables, _side_by_side(task, own), _classes(task, own), _costs(task, own)]
+    of_ensembles = [m for m in own if m.records[0]["specialists"] is not None]
+    found = [_specialists(task, of_ensembles)] if of_ensembles else []
+    return [*tables, _side_by_side(task, own), _classes(task, own), *found, _costs(task, own)]
 
 
 def print_study(records: Sequence[Record], stream: TextIO) -> None:
@@ -201,6 +203,19 @@ def _classes(task: str, models: Sequence[Model]) -> Table:
     return Table(
         f"{task}: {measure} of classes, % (test {'pixels' if measure == 'iou' else 'samples'})", "model", columns, rows
     )
+
+
+def _specialists(task: str, models: Sequence[Model]) -> Table:
+    """Which are run of how many, and how they were chosen; where seeds differ, each choice once."""
+    rows = []
+    for m in models:
+        found = [r["specialists"] for r in m.records]
+        choices = dict.fromkeys(", ".join(f["run"]) for f in found)
+        seconds = float(np.mean([f["seconds"] for f in found]))
+        texts = [str(len(found[0]["run"])), str(len(found[0]["of"])), "; ".join(choices), found[0]["by"] or "given"]
+        rows.append(Row(_title(m), "", [Cell(text) for text in (*texts, f"{seconds:.3g}")]))
+    columns = ["run", "of", "which", "chosen by", "choosing, s"]
+    return Table(f"{task}: specialists", "model", columns, rows)
 
 
 def _costs(task: str, models: Sequence[Model]) -> Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -20,17 +19,19 @@ import torch
 from torch import Tensor
 
 import ssl_eo
-from ssl_eo.adapt.backbone import DEFAULT_TAPS
-from ssl_eo.adapt.cost import energy_of, step_cost
+from ssl_eo.adapt.backbone import DEFAULT_TAPS, EncoderBackbone
+from ssl_eo.adapt.cost import energy_of, samples_per_second, step_cost
+from ssl_eo.adapt.opened_task import OpenedTask
 from ssl_eo.adapt.saved import save_model
 from ssl_eo.adapt.study import UNET, Cell, StudyConfig
+from ssl_eo.adapt.study_code import study_code
 from ssl_eo.adapt.training import Fitted, fit, predict
-from ssl_eo.adapt.workbench import OpenedTask, Workbench
+from ssl_eo.adapt.workbench import Workbench
 from ssl_eo.eval.bootstrap import interval_of, resampled_scores
 from ssl_eo.eval.claims import Claim, work_through
 from ssl_eo.eval.failures import failure
 from ssl_eo.eval.metrics import Classified, Outcome, Segmented
-from ssl_eo.eval.provenance import code_digest, task_facts
+from ssl_eo.eval.provenance import task_facts
 from ssl_eo.eval.records import key_of, packed
 from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.seeding import derive_seed
@@ -108,9 +109,7 @@ class _Runner:
         return {
             "task": task_facts(self._tasks[cell.task]),
             "samples": asdict(cfg.samples),
-            "weights": None if is_unet else self._bench.weights_of(cell.encoder),
-            "encoder": None if is_unet else asdict(self._bench.model(cell.encoder).encoder.cfg),
-            "taps": None if is_unet else cfg.encoders[cell.encoder].taps,
+            **({} if is_unet else self._bench.facts_of(cell.encoder)),
             "decoder": cell.decoder,
             "options": cfg.decoders.get(cell.decoder, {}),
             "protocol": cell.protocol,
@@ -119,7 +118,7 @@ class _Runner:
             "seed": cell.seed,
             "n_resamples": cfg.n_resamples,
             "version": ssl_eo.__version__,
-            "code": code_digest(),
+            "code": study_code(),
             "torch": torch.__version__,
         }
 
@@ -130,13 +129,12 @@ class _Runner:
         samples = bench.samples_of(cell, make_model(), training)
         with energy_of(self._cfg.country) as energy:
             fitted = fit(make_model, opened.labels, samples["train"], samples["val"], training, cell.seed)
-        start = time.perf_counter()
         outcome = predict(fitted.model, opened.labels, samples["test"], training)
-        seconds = time.perf_counter() - start
-        if self._cfg.save_models and cell.encoder != UNET:
+        if self._cfg.save_models and isinstance(fitted.model.backbone, EncoderBackbone):
             self._save(cell, fitted, opened)
         train = opened.splits["train"]
         inputs, _ = train.batch(torch.arange(min(training.batch_size, len(train))))
+        chosen = bench.chosen(cell)
         return {
             **self._scored(opened, outcome),
             **_trained(fitted),
@@ -145,7 +143,8 @@ class _Runner:
             "co2_kg": energy.co2_kg,
             "missing_bands": list(fitted.model.backbone.missing_bands),
             "has_kept_features": samples["train"].features is not None,
-            "test_samples_per_s": round(len(outcome) / seconds, 2),
+            "samples_per_s": round(samples_per_second(fitted.model, inputs, train.size, training), 2),
+            "specialists": None if chosen is None else chosen.facts,
             "n_samples": {name: len(split) for name, split in opened.splits.items()},
             "device": bench.device.type,
         }
@@ -162,8 +161,8 @@ class _Runner:
         scores = outcome.scores()
         if not math.isfinite(scores.get(labels.headline, math.nan)):
             raise ValueError(f"{labels.headline} is undefined for the test samples of {opened.task.name}")
-        # The same draws for all cells of a task, so that differences are of pairs.
-        seed, n = derive_seed(0, "bootstrap", opened.task.name), self._cfg.n_resamples
+        # The same draws for all cells of a dataset, so that differences are of pairs.
+        seed, n = derive_seed(0, "bootstrap", opened.task.cfg.counts_as), self._cfg.n_resamples
         resampled = resampled_scores(outcome, groups, n, seed) if n else {}
         bounds = {name: interval_of(values) for name, values in resampled.items()}
         return {

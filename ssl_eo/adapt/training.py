@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +20,8 @@ from ssl_eo.adapt.losses import LossConfig, LossName, build_loss
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.sampling import balanced_rows, class_counts
 from ssl_eo.adapt.scoring import Scorer
+from ssl_eo.adapt.selection import GATE_LR_RATIO, GatedDecoder
+from ssl_eo.eval.decoders import TapMaps
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER, Outcome
 from ssl_eo.eval.splits import Shown
@@ -95,6 +97,14 @@ class Samples:
 
     examples: Examples
     features: Features | None = None
+
+    def taps(self, model: TaskModel, rows: Tensor) -> TapMaps:
+        """What the backbone makes of the samples `rows`, from what is kept where it is."""
+        return model.taps(self.examples.batch(rows)[0]) if self.features is None else self.features.at(rows)
+
+    def channels(self, index: Sequence[Tensor]) -> Samples:
+        """The same samples, of whose kept features the channels `index [d]` of each tap are left."""
+        return self if self.features is None else Samples(self.examples, self.features.channels(index))
 
     def logits(self, model: TaskModel, rows: Tensor, symmetries: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Those of the samples `rows`, and their labels."""
@@ -236,11 +246,12 @@ def _optimizer(model: TaskModel, cfg: TrainingConfig) -> tuple[torch.optim.AdamW
     of_adapters = (
         {"\\.lora_": 0.0} if any(".lora_" in name for name, _ in named) else {}
     )  # decay would only shrink them
+    of_gate = {"^decoder\\.gate\\.": GATE_LR_RATIO} if isinstance(model.decoder, GatedDecoder) else {}
     rules = OptimConfig(
         weight_decay=cfg.weight_decay,
         betas=(0.9, 0.999),
         layer_decay=cfg.layer_decay,
-        lr_multipliers=of_backbone,
+        lr_multipliers={**of_backbone, **of_gate},
         weight_decay_multipliers=of_adapters,
     )
     groups = param_groups(named, model.backbone.depth, rules)
@@ -255,5 +266,6 @@ def autocast(device: torch.device, cfg: TrainingConfig) -> torch.autocast:
 def _changed_state(model: TaskModel) -> dict[str, Tensor]:
     """A copy of what training changes: all of the decoder, and of a backbone that trains."""
     state = model.state_dict()
-    kept = [name for name in state if not (model.is_frozen and name.startswith("backbone."))]
+    is_frozen = model.is_frozen
+    kept = [name for name in state if not (is_frozen and name.startswith("backbone."))]
     return {name: state[name].detach().clone() for name in kept}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,31 +17,26 @@ from ssl_eo.adapt.backbone import (
     EncoderBackbone,
     FixedBands,
     PixelBackbone,
+    clip_of,
     fixed_bands,
 )
-from ssl_eo.adapt.examples import Examples, Features, gigabytes_of_features
+from ssl_eo.adapt.ensemble_bench import Chosen, EnsembleBench
+from ssl_eo.adapt.examples import Examples
 from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.opened_task import OpenedTask
 from ssl_eo.adapt.opening import OpenedEncoder, open_model
 from ssl_eo.adapt.protocols import apply_protocol, draws_encoder, trains_encoder
 from ssl_eo.adapt.samples import choose_rows
-from ssl_eo.adapt.study import UNET, Cell, StudyConfig
-from ssl_eo.adapt.training import Labels, Samples, TrainingConfig, autocast
+from ssl_eo.adapt.specialists import Specialist, is_ensemble, load_ensemble
+from ssl_eo.adapt.study import UNET, Cell, EncoderChoice, EnsembleChoice, StudyConfig
+from ssl_eo.adapt.training import Labels, Samples, TrainingConfig
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
 
-__all__ = ["OpenedTask", "Workbench"]
+__all__ = ["Workbench"]
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenedTask:
-    """A task, and the samples that models are trained, chosen and scored on: `train`, `val` and `test`."""
-
-    task: Task
-    labels: Labels
-    splits: dict[str, Examples]
+Opened = OpenedEncoder | list[Specialist]  # an encoder, or those of an ensemble
 
 
 class Workbench:
@@ -52,31 +47,48 @@ class Workbench:
         self.device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tasks = {task.name: task for task in cfg.tasks}
         self._task: tuple[str, OpenedTask] | None = None
-        self._model: tuple[str, OpenedEncoder] | None = None
-        self._features: tuple[tuple[Any, ...], dict[str, Features]] | None = None
-        self._weights: dict[str, str] = {}
+        self._model: tuple[str, Opened] | None = None
+        self._samples: tuple[tuple[Any, ...], dict[str, Samples]] | None = None
+        self._ensembles = EnsembleBench(cfg, self.device)
+        self._facts: dict[str, dict[str, Any]] = {}
 
-    def weights_of(self, encoder: str) -> str:
-        """The hash of all weights of an encoder, and of none where only its architecture is known."""
-        if encoder not in self._weights:
-            model = self.model(encoder)
-            self._weights[encoder] = digest_of_tensors(model.encoder.state_dict()) if model.is_trained else "none"
-        return self._weights[encoder]
+    def facts_of(self, encoder: str) -> dict[str, Any]:
+        """What is asked of an encoder: its weights, none where only its architecture is known, and how it is read."""
+        if encoder not in self._facts:
+            asked, model = self._cfg.encoders[encoder], self.model(encoder)
+            if isinstance(model, OpenedEncoder):
+                weights = digest_of_tensors(model.encoder.state_dict()) if model.is_trained else "none"
+                found = {"weights": weights, "encoder": asdict(model.encoder.cfg), "taps": asked.taps, "ensemble": None}
+            else:
+                tensors = {f"{s.name}.{key}": value for s in model for key, value in s.backbone.state_dict().items()}
+                found = {
+                    "weights": digest_of_tensors(tensors),
+                    "encoder": {s.name: asdict(s.encoder.cfg) for s in model},
+                    "bands": {s.name: {name: list(known.bands) for name, known in s.inputs.items()} for s in model},
+                    "taps": None,
+                    "ensemble": asdict(asked.ensemble),
+                }
+            self._facts[encoder] = found
+        return self._facts[encoder]
 
-    def model(self, encoder: str) -> OpenedEncoder:
-        """The encoder that the study calls so. Raises `ValueError` where there is none."""
-        if self._model is None or self._model[0] != encoder:
-            self._model = None
-            try:
-                self._model = encoder, open_model(self._cfg.encoders[encoder].model)
-            except ValueError as error:
-                raise ValueError(f"encoders.{encoder}: {error}") from None
+    def model(self, encoder: str) -> Opened:
+        """The encoder that the study calls so, or the ensemble. Raises `ValueError` where there is none."""
+        asked = self._cfg.encoders[encoder]
+        try:
+            if self._model is None or self._model[0] != asked.model:
+                self._model = None
+                is_one = not is_ensemble(Path(asked.model))
+                self._model = asked.model, open_model(asked.model) if is_one else load_ensemble(asked.model)
+            _check_asked(asked, self._model[1])
+        except ValueError as error:
+            raise ValueError(f"encoders.{encoder}: {error}") from None
         return self._model[1]
 
     def task(self, name: str) -> OpenedTask:
         """The task with the samples that the study chooses of it."""
         if self._task is None or self._task[0] != name:
-            self._task = self._features = None
+            self._task = self._samples = None
+            self._ensembles.forget()
             self._task = name, self._open(name)
         return self._task[1]
 
@@ -98,22 +110,26 @@ class Workbench:
 
     def samples_of(self, cell: Cell, model: TaskModel, cfg: TrainingConfig) -> dict[str, Samples]:
         """The splits of a cell's task, with features of its backbone where these stay the same while it is trained."""
-        splits = self.task(cell.task).splits
+        opened = self.task(cell.task)
         if trains_encoder(cell.protocol) or cfg.symmetries or cell.encoder == UNET:
-            return {name: Samples(split) for name, split in splits.items()}
+            return opened.samples()
+        if (chosen := self.chosen(cell)) is not None:
+            return chosen.samples
         seed = cell.seed if draws_encoder(cell.protocol) else 0
-        key = (cell.task, cell.encoder, cell.protocol, seed, cfg.precision)
-        if self._features is None or self._features[0] != key:
-            self._features = None
-            need_gb = sum(gigabytes_of_features(model, split) for split in splits.values())
-            if need_gb > cfg.features_gb:
-                text = "%s: features take %.1f GB, more than features_gb %.1f allows: they are computed in every step"
-                logger.info(text, cell.name, need_gb, cfg.features_gb)
-                return {name: Samples(split) for name, split in splits.items()}
-            made = {n: Features(model, s, cfg.batch_size, autocast(self.device, cfg)) for n, s in splits.items()}
-            self._features = key, made
-        features = self._features[1]
-        return {name: Samples(split, features[name]) for name, split in splits.items()}
+        key = (cell.task, cell.encoder, cell.protocol, seed, cfg.precision, cfg.features_gb)
+        if self._samples is None or self._samples[0] != key:
+            self._samples = None
+            self._samples = key, opened.kept_samples(model, cfg, self.device, cell.name)
+        return self._samples[1]
+
+    def chosen(self, cell: Cell) -> Chosen | None:
+        """What is run of the ensemble of a cell; None where it is of one encoder."""
+        model = None if cell.encoder == UNET else self.model(cell.encoder)
+        if not isinstance(model, list):
+            self._ensembles.forget()
+            return None
+        self._samples = None
+        return self._ensembles.chosen(cell, model, self.task(cell.task))
 
     def _open(self, name: str) -> OpenedTask:
         cfg = self._tasks[name]
@@ -132,7 +148,12 @@ class Workbench:
     def _backbone(self, cell: Cell, opened: OpenedTask) -> Backbone:
         if cell.encoder == UNET:
             return PixelBackbone(len(opened.task.bands))
+        if (chosen := self.chosen(cell)) is not None:
+            ensemble = copy.deepcopy(chosen.ensemble) if trains_encoder(cell.protocol) else chosen.ensemble
+            apply_protocol(ensemble, cell.protocol, self._cfg.lora, cell.seed)
+            return ensemble
         model = self.model(cell.encoder)
+        assert isinstance(model, OpenedEncoder)
         if not model.is_trained and not draws_encoder(cell.protocol):
             raise ValueError(
                 f"encoders.{cell.encoder}: {model.name} has no weights for protocol {cell.protocol}; write"
@@ -142,10 +163,18 @@ class Workbench:
             copy.deepcopy(model.encoder),
             self._cfg.encoders[cell.encoder].taps or DEFAULT_TAPS,
             _bands_of(model, opened),
-            _clip_of(model),
+            clip_of(model.inputs),
         )
         apply_protocol(backbone, cell.protocol, self._cfg.lora, cell.seed)
         return backbone.to(self.device)
+
+
+def _check_asked(asked: EncoderChoice, model: Opened) -> None:
+    """Raise `ValueError` for options that are of the other kind of model."""
+    if isinstance(model, OpenedEncoder) and asked.ensemble != EnsembleChoice():
+        raise ValueError(f"ensemble: {asked.model} is none (a folder with ensemble.json); leave the key out")
+    if isinstance(model, list) and asked.taps is not None:
+        raise ValueError("taps: those of an ensemble are at 1/3, 1/2, 2/3 and 1 of each depth; leave the key out")
 
 
 def _bands_of(model: OpenedEncoder, opened: OpenedTask) -> FixedBands | None:
@@ -159,9 +188,3 @@ def _bands_of(model: OpenedEncoder, opened: OpenedTask) -> FixedBands | None:
     if best is not None and len(best.missing) == encoder.n_channels:
         raise ValueError(f"{model.name}: no band of task {opened.task.name} is like one of {', '.join(best.names)}")
     return best
-
-
-def _clip_of(model: OpenedEncoder) -> float | None:
-    """How its authors bring pixels to [0, 1], where they do and say one thing."""
-    clips = {known.clip_std for known in model.inputs.values()}
-    return clips.pop() if len(clips) == 1 else None

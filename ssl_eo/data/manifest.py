@@ -12,6 +12,7 @@ from typing import Any
 
 from ssl_eo.components import one_line
 from ssl_eo.data.members import CODECS, tile_member
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.statistics import BandStatistics
 from ssl_eo.data.tar import BLOCK
 from ssl_eo.data.types import TileSchema
@@ -57,6 +58,7 @@ class ShardEntry:
 
     def matches(self, path: Path) -> bool:
         """Whether the bytes of the tar `path` are those that were packed."""
+        check_regular(path)
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
 
@@ -126,9 +128,12 @@ class Manifest:
         """Read `folder/manifest.json`. Raises `ValueError` that says what to do when it is missing or not one."""
         path = folder / MANIFEST_NAME
         try:
+            check_regular(path)
             content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path}: no such file{_advice(folder)}") from None
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from None
         return cls.parse(content, str(path))
 
     @classmethod

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ssl_eo.components import suggest
 from ssl_eo.data.members import NpyHeader, decompress, view_npy
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.shards import ShardIndex, index_path
 from ssl_eo.data.tar import ShardError
 
@@ -66,6 +67,7 @@ class LocalShard:
 
     def open(self) -> ShardIndex:
         index = ShardIndex.load(index_path(self.path)) if self._given_index is None else self._given_index
+        check_regular(self.path)
         file = self.path.open("rb")
         found = os.fstat(file.fileno()).st_size
         if found != index.tar_size:

@@ -23,6 +23,7 @@ from zipfile import ZIP_STORED, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.tar import BLOCK, ShardError, scan, tar_end, tar_header
 from ssl_eo.files import atomic_file
 
@@ -80,6 +81,7 @@ class ShardIndex:
     def load(cls, path: Path) -> ShardIndex:
         """Read a saved index. Raises `ValueError` when there is none or it is not one."""
         try:
+            check_regular(path)
             with path.open("rb") as file:
                 with ZipFile(file) as members:
                     if any(member.compress_type != ZIP_STORED for member in members.infolist()):
@@ -122,6 +124,7 @@ class ShardIndex:
         """
         rows: _Rows = {}
         last_key = None
+        check_regular(Path(shard))
         with Path(shard).open("rb") as file:
             tar_size = os.fstat(file.fileno()).st_size
             if tar_size == 0:

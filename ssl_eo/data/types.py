@@ -88,9 +88,9 @@ class ViewLimits:
 class Sample:
     """One place, seen through one or more tiles. Tile names are keys of `Source.schema`: all but the optional ones.
 
-    `label` is an integer class, a `[H, W]` integer map, a `[K]` multi-hot vector, or None. `meta` holds plain values
-    (`latitude`, `longitude`, `date`, ...). `limits` come from `data.sources`, not from the source. `slot` is the
-    position in the global batch, set by the loader.
+    `label` is an integer class, a `[H, W]` integer map, a `[K]` multi-hot vector, a float (a number to predict), or
+    None. `meta` holds plain values (`latitude`, `longitude`, `date`, ...). `limits` come from `data.sources`, not from
+    the source. `slot` is the position in the global batch, set by the loader.
     """
 
     key: str

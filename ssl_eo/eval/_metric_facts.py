@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.rounding import fixed
 
 __all__ = [
     "HEADLINE",
@@ -116,7 +117,8 @@ def metric_text(metric: str) -> str:
 
 def number_text(metric: str, value: float, sign: str = "") -> str:
     """`71.8` of 0.718, or of what is no ratio `0.718`; with `sign` "+" also that of a gain."""
-    return f"{in_unit(metric, value):{sign}{'.1f' if is_ratio(metric) else '.3g'}}"
+    shown = in_unit(metric, value)
+    return fixed(shown, 1, sign) if is_ratio(metric) else f"{shown:{sign}.3g}"
 
 
 def score_text(metric: str, score: float) -> str:

@@ -15,20 +15,25 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssl_eo.eval.bootstrap import FEW_GROUPS, FEWEST_GROUPS, Interval
+from ssl_eo.eval.bootstrap import Interval
 from ssl_eo.eval.entrants import Entrant, EntrantKind, entrants_of, identity_of, is_encoder, shape_of
 from ssl_eo.eval.experiments import AXES, CONDITIONS, Score, Setting, newest_whole, paired_interval, split_digest
 from ssl_eo.eval.features import ALL_TAPS
-from ssl_eo.eval.leaks import LEAK, MAX_LEAKED_RATIO
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, has_intervals, is_ratio, number_text
+from ssl_eo.eval.merging import dated, merged, unanswered
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, is_ratio, number_text
 from ssl_eo.eval.partitions import parse_partition
-from ssl_eo.eval.records import QUESTION, RESULTS, Record, read_results
+from ssl_eo.eval.records import RESULTS, Record, read_results
+from ssl_eo.eval.task_flags import flags_of_records, flags_of_scores, why_left_out
+from ssl_eo.eval.wording import condition_text, reading_text
 
-__all__ = ["WORDS_OF_CONDITIONS", "Comparison", "Margin", "PairedMargin", "probe_shown", "reading_rank"]
+__all__ = ["Comparison", "Margin", "PairedMargin", "probe_shown", "reading_rank"]
 
-WORDS_OF_CONDITIONS = {"partition": "labels", "subset": "bands", "size": "size"}
 _PROBE_SHOWN = "ridge"  # where one has to stand for all: it takes every kind of labels, and chooses on train alone
-_LEAKS = {"n_leaked": "training", "n_leaked_val": "validation"}  # keys of records, and what they count copies of
+_ORDERS = {  # of values that do not stand before these in the order of their letters
+    "subset": ("all", "rgb", "no-rgb", "random"),
+    "size": ("task", "native"),
+    "tap": ("last", ALL_TAPS),
+}
 _Place = tuple[str, str, str]  # identity of the entrant, task, probe
 _Conditions = tuple[str, str, str]  # values of `CONDITIONS`
 
@@ -82,9 +87,9 @@ class Comparison:
 
     def __init__(self, records: Iterable[Record]) -> None:
         """Raises `ValueError` where a task is ranked by several metrics."""
-        every = list(records)
+        every = merged(dated(records))
         self.results = [r for r in every if r["kind"] == "result"]
-        self.problems = _distinct(_unanswered(every))
+        self.problems = _distinct(unanswered(every))
         self._of: dict[str, list[Record]] = {}
         for r in self.results:
             self._of.setdefault(str(r["task"]), []).append(r)
@@ -93,7 +98,7 @@ class Comparison:
         self.metrics = {task: _metric_of(task, of) for task, of in self._of.items()}
         self.entrants = entrants_of(self.results)
         self.datasets = {task: _dataset_of(task, of) for task, of in self._of.items()}
-        self.left_out = {task: why for task, of in self._of.items() if (why := _leak(of))}
+        self.left_out = {task: why for task, of in self._of.items() if (why := why_left_out(of))}
         self._shapes = {identity_of(r): shape_of(r) for r in self.results if r["features"] == "encoder"}
         self._steps = {(task, axis): _steps(of, axis) for task, of in self._of.items() for axis in AXES}
         self._conditions = {task: _commonest_conditions(of) for task, of in self._of.items()}
@@ -107,7 +112,7 @@ class Comparison:
         for folder in folders:
             if not (folder / RESULTS).is_file():
                 raise ValueError(f"{folder} has no {RESULTS}: it is not a folder that ssl-eo eval wrote to")
-        return cls([r for folder in folders for r in read_results(folder)])
+        return cls([r for folder in folders for r in dated(read_results(folder))])
 
     @property
     def models(self) -> list[Entrant]:
@@ -144,20 +149,37 @@ class Comparison:
         return self._scores[place].get(usual._replace(**fixed))
 
     def reading(self, entrant: Entrant, tasks: Sequence[str], probes: Sequence[str]) -> str:
-        """How an entrant is read on `tasks` by `probes`; empty where encoders are read alike, controls in one way."""
+        """How an entrant is read on `tasks` by `probes`; empty where encoders are read alike, controls in one way.
+
+        Where it is not read at the same depths on all of them, it says where how.
+        """
         if entrant.kind == "control":
             differs = any(self._n_readings(entrant, task, probe) > 1 for task in tasks for probe in probes)
         else:
             differs = self.readings_differ(tasks, probes)
         if not differs:
             return ""
-        own = (self._reads(entrant, task, probe) for task in tasks for probe in probes)
-        return "; ".join(dict.fromkeys(_reading_text(reads) for reads in own if reads is not None))
+        places: dict[tuple[str, str], list[str]] = {}
+        for task, probe in ((task, probe) for task in tasks for probe in probes):
+            if (reads := self._reads(entrant, task, probe)) is not None:
+                places.setdefault(reads, []).append(f"{task} by {probe}" if len(probes) > 1 else task)
+        # Patches are not pooled: at one depth that is no other way to read.
+        pooled = {tap for tap, pool in places if pool != "None"}
+        of = {reads: where for reads, where in places.items() if reads[1] != "None" or reads[0] not in pooled}
+        if not any(self.is_mixed(entrant, tasks, probe) for probe in probes):
+            return "; ".join(reading_text(*reads) for reads in of)
+        usual, *others = sorted(of, key=lambda reads: -len(of[reads]))
+        return "; ".join([reading_text(*usual), *(f"{reading_text(*r)} on {', '.join(of[r])}" for r in others)])
+
+    def is_mixed(self, entrant: Entrant, tasks: Sequence[str], probe: str) -> bool:
+        """Whether an encoder is read at other depths on some of `tasks` than on others: it has no row of one kind."""
+        reads = [self._reads(entrant, task, probe) for task in tasks] if entrant.kind != "control" else []
+        return len({tap for tap, _ in filter(None, reads)}) > 1
 
     def readings_differ(self, tasks: Sequence[str], probes: Sequence[str]) -> bool:
-        """Whether encoders are read in different ways on one of `tasks` by one of `probes`."""
+        """Whether encoders are read in different ways on one of `tasks` by one of `probes`, or one at mixed depths."""
         encoders = [e for e in self.entrants if e.kind != "control"]
-        return any(
+        return any(self.is_mixed(e, tasks, probe) for e in encoders for probe in probes) or any(
             len({self._reads(e, task, probe) for e in encoders} - {None}) > 1 for task in tasks for probe in probes
         )
 
@@ -169,7 +191,8 @@ class Comparison:
         usual = Setting(*self._conditions[task], "", "")
         differing = [axis for axis in CONDITIONS if all(getattr(s, axis) != getattr(usual, axis) for s in settings)]
         own = {axis: dict.fromkeys(getattr(s, axis) for s in settings) for axis in differing or CONDITIONS}
-        return "only with " + ", ".join(f"{WORDS_OF_CONDITIONS[axis]} {' or '.join(of)}" for axis, of in own.items())
+        said = (" or ".join(condition_text(axis, value) for value in of) for axis, of in own.items())
+        return f"only with {', '.join(said)}"
 
     def example(self, task: str) -> Score:
         """A score of the test samples that most scores of the task are of."""
@@ -196,32 +219,17 @@ class Comparison:
                         is_plain = self._n_readings(rival, task, probe) == 1
                     else:
                         is_plain = score.setting[3:] == own.setting[3:]
-                    reading = "" if is_plain else _reading_text(score.setting[3:])
+                    reading = "" if is_plain else reading_text(*score.setting[3:])
                     found.append(PairedMargin(model, rival, margin, paired_interval(own, score), reading))
         return found
 
     def flags(self, task: str) -> list[str]:
         """Known defects of a task, and those that were found in its results."""
-        found = [flag for r in self._of[task] for flag in r["flags"]]
-        found += [text for key in _LEAKS if (text := _leaked(self._of[task], key)[1])]
-        scores = self.shown(task)
+        found, scores = flags_of_records(self._of[task]), self.shown(task)
         if apart := dict.fromkeys(e.title for e, _, score in scores if not self.is_compared(task, score)):
             found.append(f"scored on other test samples than the rest, and not compared with it: {', '.join(apart)}")
-        n_fitted_on = len({split_digest(score.records[0], "train") for _, _, score in scores})
-        if n_fitted_on > 1:
-            found.append(f"the probes were fitted on {n_fitted_on} different sets of training samples")
-        origins = dict.fromkeys(str(score.records[0]["partition_of"]) for _, _, score in scores)
-        if len(origins) > 1:
-            part = self.condition(task, "partition")
-            found.append(f"the part {part} of the training set is {' for some, and for others '.join(origins)}")
-        n_groups = min((score.n_groups for _, _, score in scores), default=FEW_GROUPS)
-        if not has_intervals(self.metrics[task]):
-            found.append(f"no intervals: those of {self.metrics[task]} by a bootstrap are biased")
-        elif n_groups < FEWEST_GROUPS:
-            found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
-        elif n_groups < FEW_GROUPS:
-            found.append(f"intervals are too narrow: test samples are of {n_groups} places, fewer than {FEW_GROUPS}")
-        return list(dict.fromkeys([*found, *_flags_of_experiments(scores)]))
+        found += flags_of_scores(scores, self.metrics[task], self.condition(task, "partition"))
+        return list(dict.fromkeys(found))
 
     def _n_readings(self, entrant: Entrant, task: str, probe: str) -> int:
         return len({setting[3:] for setting in self._scores.get((entrant.identity, task, probe), {})})
@@ -242,7 +250,10 @@ class Comparison:
     def _find_example(self, task: str) -> Score:
         every = [s for place, of in self._scores.items() if place[1] == task for s in of.values()]
         candidates = [score for _, _, score in self.shown(task)] or every
-        return max(candidates, key=lambda a: sum(a.is_on_the_samples_of(b) for b in candidates))
+        return max(
+            candidates,
+            key=lambda a: (sum(a.is_on_the_samples_of(b) for b in candidates), split_digest(a.records[0], "test")),
+        )
 
     def _rivals(self, model: Entrant, own: Score, task: str, probe: str) -> list[tuple[Entrant, Score]]:
         """The random encoder as it is read best, and the best control."""
@@ -252,7 +263,8 @@ class Comparison:
                 of = self._scores.get((e.identity, task, probe), {})
                 scores = [score for setting, score in of.items() if setting[:3] == self._conditions[task]]
                 found[e.kind] += [(e, score) for score in scores if score.is_on_the_samples_of(own)]
-        return [best_of(self.metrics[task], of, lambda pair: pair[1].value) for of in found.values() if of]
+        named = [sorted(of, key=lambda pair: (pair[0].title, pair[1].setting)) for of in found.values() if of]
+        return [best_of(self.metrics[task], of, lambda pair: pair[1].value) for of in named]
 
 
 def _metric_of(task: str, records: Sequence[Record]) -> str:
@@ -265,30 +277,23 @@ def _metric_of(task: str, records: Sequence[Record]) -> str:
 def _dataset_of(task: str, records: Sequence[Record]) -> str:
     """What the newest record of the task that says it says; without one the task is a dataset of its own."""
     said = [r for r in records if r.get("dataset")]
-    return str(max(said, key=lambda r: str(r["date"]))["dataset"]) if said else task
-
-
-def _leaked(records: Sequence[Record], key: str) -> tuple[float, str]:
-    """The greatest share of test samples that are in another split too, and what to say of it; `key` counts them."""
-    ratio, n, n_test = max((int(r.get(key) or 0) / r["n_test"], int(r.get(key) or 0), r["n_test"]) for r in records)
-    text = f"{n} of {n_test:,} test samples ({100 * ratio:.2g} %) have the content of a {_LEAKS[key]} sample"
-    return ratio, text if n else ""
-
-
-def _leak(records: Sequence[Record]) -> str:
-    """Why the task of these records is left out of what is said of all tasks; empty where it is not."""
-    admitted = dict.fromkeys(flag for r in records for flag in r["flags"] if flag.startswith(LEAK))
-    ratio, text = _leaked(records, "n_leaked")
-    return "; ".join(admitted or ([f"{LEAK}: {text}"] if ratio > MAX_LEAKED_RATIO else []))
+    return max((str(r["date"]), str(r["dataset"])) for r in said)[1] if said else task
 
 
 def _steps(records: Sequence[Record], axis: str) -> list[str]:
     """Taps and pools are of encoders, pools not of their patches."""
     of_encoders = [r for r in records if axis in CONDITIONS or (is_encoder(r) and r[axis])]
-    found = dict.fromkeys(str(r[axis]) for r in of_encoders)
+    return sorted({str(r[axis]) for r in of_encoders}, key=lambda value: _place(axis, value))
+
+
+def _place(axis: str, value: str) -> tuple[float, str]:
+    """Where a value stands among those of its axis, whatever the order in which they were measured."""
     if axis == "partition":
-        return sorted(found, key=lambda name: (parse_partition(name).ratio, name))
-    return list(found)
+        return parse_partition(value).ratio, value
+    order = _ORDERS.get(axis, ())
+    if value.isdecimal():
+        return len(order) + float(value), value
+    return order.index(value) if value in order else -1, value
 
 
 def _commonest_conditions(records: Sequence[Record]) -> _Conditions:
@@ -297,10 +302,11 @@ def _commonest_conditions(records: Sequence[Record]) -> _Conditions:
         condition = (str(r["partition"]), str(r["subset"]), str(r["size"]))
         found.setdefault(condition, set()).add(identity_of(r))
 
-    def rank(condition: _Conditions) -> tuple[float, ...]:
+    def rank(condition: _Conditions) -> tuple[float, float, bool, float, float, _Conditions]:
         name, subset, size = condition
         part = parse_partition(name)
-        return len(found[condition]), part.ratio, not part.is_nested, subset == "all", size == "task"
+        places = (-_place("subset", subset)[0], -_place("size", size)[0])
+        return len(found[condition]), part.ratio, not part.is_nested, *places, condition
 
     return max(found, key=rank)
 
@@ -311,39 +317,6 @@ def _scores(results: Sequence[Record]) -> dict[_Place, dict[Setting, Score]]:
         settings = records.setdefault((identity_of(r), str(r["task"]), str(r["probe"])), {})
         settings.setdefault(Setting.of(r), []).append(r)
     return {place: {s: newest_whole(s, of) for s, of in settings.items()} for place, settings in records.items()}
-
-
-def _reading_text(reading: Sequence[str]) -> str:
-    tap, pool = reading
-    return f"read at {tap.replace('_', ' ')}{'' if pool == 'None' else f', {pool}'}"
-
-
-def _flags_of_experiments(scores: Sequence[tuple[Entrant, str, Score]]) -> list[str]:
-    """Of which entrants there are results that were not all got in the same way."""
-    probes: dict[tuple[str, str, str], list[str]] = {}
-    for entrant, probe, score in scores:
-        if score.others:
-            day = max(str(r["date"]) for r in score.records)[:10]
-            probes.setdefault((entrant.title, ", ".join(score.others), day), []).append(probe)
-    return [
-        f"{title} has results of several experiments by {', '.join(of)}, which differ in {keys}: shown is the newest"
-        f" whole one, of {day}"
-        for (title, keys, day), of in probes.items()
-    ]
-
-
-def _unanswered(records: Sequence[Record]) -> list[Record]:
-    """What could not be measured, unless a later result is what was asked for, or one of the job that failed."""
-    found: dict[tuple[str, ...], Record] = {}
-    for r in records:
-        question = tuple(str(r.get(key)) for key in QUESTION)
-        whole_job = (str(r["job"]),)
-        if r["kind"] == "result":
-            found.pop(question, None)
-            found.pop(whole_job, None)
-        else:
-            found[question if "probe" in r else whole_job] = r
-    return list(found.values())
 
 
 def _distinct(problems: Sequence[Record]) -> list[Record]:

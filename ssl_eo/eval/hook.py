@@ -52,6 +52,7 @@ from ssl_eo.eval.features import (
 )
 from ssl_eo.eval.health import health
 from ssl_eo.eval.leaks import count_leaked, count_shared_groups
+from ssl_eo.eval.probes import is_at_optimum
 from ssl_eo.eval.probing import Probing, draw_of
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.eval.watching import Training, WatchedSource, watched_sources
@@ -63,6 +64,7 @@ __all__ = ["EvalConfig", "EvalHook", "undisturbed"]
 logger = logging.getLogger(__name__)
 
 WORKS = ("health", "probes")  # what is measured, the cheap one first
+_LEAST_TIME_RATIO = 1e-6  # less is never; every_n_steps: 0 says so
 _MAX_HEALTH_ROWS = 20_000  # patches whose health is measured
 
 
@@ -89,8 +91,9 @@ class EvalConfig:
                 raise ValueError(f"{key} must be 0 (never) or positive, got {value}")
         if self.health_samples < 2:
             raise ValueError(f"health_samples must be at least 2, got {self.health_samples}")
-        if self.max_time_ratio is not None and not 0 < self.max_time_ratio <= 1:
-            raise ValueError(f"max_time_ratio must be above 0 and at most 1, or null, got {self.max_time_ratio}")
+        if self.max_time_ratio is not None and not _LEAST_TIME_RATIO <= self.max_time_ratio <= 1:
+            allowed = f"at least {_LEAST_TIME_RATIO:g} and at most 1, or null"
+            raise ValueError(f"max_time_ratio must be {allowed}, got {self.max_time_ratio}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         check_taps(self.taps)
@@ -231,6 +234,7 @@ class EvalHook:
             shared = self._count_shared(task, train, scored)
             records = _probed(task, Probing(task.shown, train, None, scored, tuple(task.cfg.no_data)), scored)
             records = [{**r, **shared} if r["kind"] == "probe" else r for r in records]
+            _warn_of_fits(records, f"step {step}: {features} of task {task.name}")
         except Exception as error:  # raised on all ranks or on none
             what = "step %d: %s of task %s could not be evaluated"
             records = [failure(logger, error, what, step, features, task.name)]
@@ -315,6 +319,14 @@ def _record(task: Task, probing: Probing, tap: str, name: str) -> dict[str, Any]
     if headline not in scores:
         raise ValueError(f"{headline} is undefined for the samples of {task.name}")
     return {"kind": "probe", "tap": tap, "probe": name, "metric": headline, **scores, "chosen": probed.chosen}
+
+
+def _warn_of_fits(records: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Of what was chosen and did not come to its optimum; on the rank that writes."""
+    for r in records if is_main() else ():
+        if r["kind"] == "probe" and not is_at_optimum(r["chosen"]):
+            message = "%s: %s at %s is not at its optimum, its score may be a little lower than it could be"
+            logger.warning(message, what, r["probe"], r["tap"])
 
 
 def _health_of(features: FeatureSet, tap: str) -> dict[str, Any]:

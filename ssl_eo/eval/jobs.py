@@ -8,14 +8,18 @@ from itertools import product
 from typing import Any
 
 from ssl_eo.components import check_names
+from ssl_eo.data.opening import open_source
+from ssl_eo.data.types import Locates
 from ssl_eo.eval.bands import BAND_SUBSETS, BandSubset, bands_of
 from ssl_eo.eval.controls import CONTROLS, DRAWN_CONTROLS
 from ssl_eo.eval.features import ALL_TAPS, Pool, Precision, check_taps, tap_name
+from ssl_eo.eval.leaks import SHARED_KEYS, count_leaked
 from ssl_eo.eval.partitions import WHOLE, parse_partition
 from ssl_eo.eval.probes import build_config, kinds_of
+from ssl_eo.eval.splits import Split
 from ssl_eo.eval.tasks import Task, TaskConfig
 
-__all__ = ["ENCODER", "RANDOM", "Evaluation", "Job", "OpenedTask"]
+__all__ = ["ENCODER", "RANDOM", "Evaluation", "Job", "OpenedTask", "check_keys"]
 
 ENCODER, RANDOM = "encoder", "random_encoder"
 
@@ -26,14 +30,14 @@ class Job:
 
     task: TaskConfig
     subset: BandSubset
-    size: str
+    size: str  # "native", the tile's own, or pixels
     features: str
     seed: int | None
 
     @property
     def name(self) -> str:
-        drawn = "" if self.seed is None else f"-{self.seed}"
-        return f"{self.task.name.replace('/', '_')}-{self.subset}-{self.size}-{self.features}{drawn}"
+        drawn = [] if self.seed is None else [f"seed {self.seed}"]
+        return ", ".join([self.task.name, self.subset, self.size, self.features, *drawn])
 
     @property
     def is_of_encoder(self) -> bool:
@@ -51,8 +55,7 @@ class Job:
 
     def open(self, patch_px: int) -> Task | None:
         """The task with this job's bands and size; None where its tile has no such bands."""
-        sizes = {"task": self.task.size_px, "native": None}
-        task = Task(replace(self.task, size_px=int(self.size) if self.size.isdecimal() else sizes[self.size]), patch_px)
+        task = Task(replace(self.task, size_px=None if self.size == "native" else int(self.size)), patch_px)
         if self.subset == "all":
             return task
         bands = bands_of(self.subset, task.bands, task.schema.sensor.true_color, task.name, self.seed or 0)
@@ -71,6 +74,12 @@ class OpenedTask:
         self._shown: tuple[Any, ...] = ()
         self._task: Task | None = None
         self._enlarged_to = 1
+
+    def whole(self, job: Job) -> Task:
+        """The task of a job that shows all bands."""
+        task = self.of(job)
+        assert task is not None, "there are no bands"
+        return task
 
     def of(self, job: Job) -> Task | None:
         """See `Job.open`."""
@@ -132,24 +141,82 @@ class Evaluation:
                 raise ValueError(f"--protocol: none of {names} takes {task.kind}, which {task.name} is")
 
     def jobs(self) -> list[Job]:
-        """What depends on a draw has a job for each seed, all else one for all seeds; those of one task together."""
+        """Those of all tasks, as they are asked for."""
+        return [job for task in self.tasks for job in self.jobs_of(task)]
+
+    def jobs_of(self, task: TaskConfig, opened: Task | None = None) -> list[Job]:
+        """What depends on a draw has a job for each seed, all else one for all seeds.
+
+        Bands and sizes are called by what they show, so that what is the same has one name and is measured once; what
+        only the files tell of that takes the task `opened`, in any size and with all its bands.
+        """
         features = [ENCODER, RANDOM, *CONTROLS] if self.controls else [ENCODER]
         drawn = {RANDOM, *DRAWN_CONTROLS}
         jobs = []
-        for task, subset, size in product(self.tasks, self.subsets, self.sizes):
+        for subset, size in dict.fromkeys(_shown(task, opened, *asked) for asked in product(self.subsets, self.sizes)):
             for of_bands in self.seeds if subset == "random" else [None]:
                 for name in features:
                     seeds = self.seeds if of_bands is None and name in drawn else [of_bands]
                     jobs += [Job(task, subset, size, name, seed) for seed in seeds]
         return jobs
 
-    def asked(self, job: Job) -> Iterator[dict[str, Any]]:
-        """What is run on the features of `job`: where they are read, and the probe with its options but the seed."""
+    def axes(self, job: Job) -> dict[str, list[Any]]:
+        """Of what every combination is run on the features of `job`: `places` in them, `probes`, and so on."""
         taps = [tap_name(ratio) for ratio in self.taps] if job.is_of_encoder else ["pixels"]
         places: list[dict[str, Any]] = [{"tap": tap} for tap in taps]
         places += [{"tap": ALL_TAPS, "taps": taps}] if len(taps) > 1 else []
         probes = [probe for probe in self.probes or job.task.usual_probes if job.task.kind in kinds_of(probe)]
         seeds = self.seeds if job.seed is None else [job.seed]
-        for place, probe, part, seed in product(places, probes, self.partitions, seeds):
+        return {"places": places, "probes": probes, "partitions": self.partitions, "seeds": seeds}
+
+    def asked(self, job: Job) -> Iterator[dict[str, Any]]:
+        """What is run on the features of `job`: where they are read, and the probe with its options but the seed."""
+        for place, probe, part, seed in product(*self.axes(job).values()):
             options = {key: value for key, value in asdict(build_config(probe, {})).items() if key != "seed"}
             yield {**place, "probe": probe, "options": options, "partition": part, "seed": seed}
+
+
+def _shown(cfg: TaskConfig, opened: Task | None, subset: BandSubset, size: str) -> tuple[BandSubset, str]:
+    """What is shown where `subset` and `size` are asked for, as far as that is known before the task is opened."""
+    if size == "task":
+        size = "native" if cfg.size_px is None else str(cfg.size_px)
+    size = str(int(size)) if size.isdecimal() else size
+    if opened is None:
+        return subset, size
+    if size.isdecimal() and opened.schema.shape == (int(size), int(size)):
+        size = "native"
+    if subset == "rgb":
+        kept = bands_of(subset, opened.bands, opened.schema.sensor.true_color, cfg.name, 0)
+        subset = "all" if kept == list(opened.bands) else subset
+    return subset, size
+
+
+def check_keys(task: Task) -> None:
+    """Raise `ValueError` where two splits of `task` share a sample, as far as keys are known without a forward pass.
+
+    Those of a split that is read each time are where its source knows them without reading.
+    """
+    if any(flag.startswith(SHARED_KEYS) for flag in task.cfg.flags):
+        return
+    splits = {split.name: _keys_of(task, split) for split in (task.train, task.val, task.test) if split is not None}
+    known = {name: _Keys(keys, keys) for name, keys in splits.items() if keys is not None}
+    if len(known) > 1:
+        count_leaked(task.name, known)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Samples of which no pixels are known: each is like itself."""
+
+    keys: list[str]
+    digests: list[str]
+
+
+def _keys_of(task: Task, split: Split) -> list[str] | None:
+    if split.is_held:
+        return split.keys
+    source = open_source(getattr(task.cfg, split.name))
+    if not isinstance(source, Locates):
+        return None
+    keys = [source.locate(i)[0] for i in range(len(source))]
+    return [key for key in keys if key is not None] if None not in keys else None

@@ -5,25 +5,27 @@ Beside the encoder stand, always, one of the same shape with random weights and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
+import os
+import shlex
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import ssl_eo
-from ssl_eo.eval.bootstrap import FEWEST_GROUPS, interval_of, resampled_scores
+from ssl_eo.cluster import read_launch
 from ssl_eo.eval.claims import Claim, work_through
 from ssl_eo.eval.controls import control_of, control_taps
 from ssl_eo.eval.cost import forward_gflop
-from ssl_eo.eval.failures import failure
+from ssl_eo.eval.failures import failure, failures
 from ssl_eo.eval.features import (
     FeatureSet,
     Featurise,
@@ -34,16 +36,16 @@ from ssl_eo.eval.features import (
     tap_layers,
     tap_name,
 )
-from ssl_eo.eval.jobs import ENCODER, RANDOM, Evaluation, Job, OpenedTask
+from ssl_eo.eval.jobs import ENCODER, RANDOM, Evaluation, Job, OpenedTask, check_keys
 from ssl_eo.eval.leaks import count_alike, count_leaked, count_shared_groups
-from ssl_eo.eval.metrics import Classified, Segmented
-from ssl_eo.eval.partitions import parse_partition, partition_rows
-from ssl_eo.eval.probes import takes_seed
-from ssl_eo.eval.probing import Part, Probed, Probing, draw_of
+from ssl_eo.eval.partitions import parse_partition
+from ssl_eo.eval.probing import draw_of
 from ssl_eo.eval.provenance import code_digest, content_of, digest_of_tensors, task_facts
-from ssl_eo.eval.records import append, key_of, key_of_job, packed, read_results
+from ssl_eo.eval.records import add_to_plan, append, key_of, key_of_job, read_results
+from ssl_eo.eval.scoring import scored
 from ssl_eo.eval.splits import INTERPOLATION, Split
 from ssl_eo.eval.tasks import Task
+from ssl_eo.installation import commit
 from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
 from ssl_eo.seeding import derive_seed
 
@@ -52,7 +54,6 @@ __all__ = ["Evaluation", "Model", "evaluate"]
 logger = logging.getLogger(__name__)
 
 _MAX_DEATHS = 2  # of processes at one job, after which it counts as failed
-_MAX_CLASSES_OF_TABLE = 64  # of which the confusion matrix is kept
 _LEAST_READABLE = 0.9  # of a part of the training set: fewer are refused
 
 
@@ -70,81 +71,150 @@ class Model:
         return digest_of_tensors(self.encoder.state_dict())
 
 
-def evaluate(model: Model, plan: Evaluation, out: Path) -> list[dict[str, Any]]:
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def evaluate(model: Model, plan: Evaluation, out: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
     """Do what `plan` says and is not in `out` yet, together with other processes that do the same; returns its results.
 
     Results of other models and plans in `out` are left as they are, and not returned. What fails is a record and the
-    rest goes on; so is a job at which processes have died. The next call tries again.
+    rest goes on; so is a job at which processes have died, and a task that cannot be opened, whose jobs are not tried.
+    The next call tries again. What was asked for and is not there is an error among what is returned. `say` is told of
+    each forward pass.
     """
+    is_first = read_launch(os.environ, first_host=str).rank == 0  # nobody needs to know where ranks meet
     out.mkdir(parents=True, exist_ok=True)
-    runner = _Runner(model, plan, out)
-    jobs = {runner.claim_of(job): job for job in plan.jobs()}
-    work_through(out / ".claims", list(jobs), lambda name, claim: runner.work(jobs[name], claim))
-    return runner.results()
+    known = {record["key"] for record in read_results(out) if record["kind"] == "result"}
+    runner = _Runner(model, plan, out, say)
+    runner.prepare()
+    claims = {runner.claim_of(job): n for n, job in enumerate(runner.jobs)}
+    work_through(out / ".claims", list(claims), lambda name, claim: runner.work(claims[name], claim))
+    results = runner.results()
+    measured = [record for record in results if record["kind"] == "result"]
+    if measured and is_first:
+        if len(measured) == len(results) and known.issuperset(record["key"] for record in measured):
+            say(f"all {len(measured)} results were there already")
+        folder = shlex.quote(str(out))
+        say(f"results in {folder}; for a page of them: ssl-eo report {folder} --out report.html")
+    return results
 
 
 class _Runner:
     """Works on jobs, one after another."""
 
-    def __init__(self, model: Model, plan: Evaluation, out: Path) -> None:
-        self.model, self.plan, self.out = model, plan, out
+    def __init__(self, model: Model, plan: Evaluation, out: Path, say: Callable[[str], None]) -> None:
+        self.model, self.plan, self.out, self._say = model, plan, out, say
+        self.jobs: list[Job] = []  # of the tasks that can be opened
         self.weights = model.weights
         self.device = torch.device(plan.device)
         self._opened = OpenedTask(model.encoder.cfg.patch_size)
-        self._wanted: dict[str, dict[str, dict[str, Any]]] = {}  # by the name of a job: what is asked, by key
+        self._wanted: dict[str, dict[str, dict[str, Any]]] = {}  # by the id of a job: what is asked, by key
+        self._checked: set[str] = set()  # names of tasks whose keys have been compared
+        self._given_up: set[str] = set()  # names of tasks of which no job is tried
+
+    def prepare(self) -> None:
+        """Open each task, to find its jobs, and note what is asked for."""
+        problems: dict[str, Exception] = {}
+        for task in self.plan.tasks:
+            asked = self.plan.jobs_of(task)
+            try:
+                self.jobs += self.plan.jobs_of(task, self._open_any(asked))
+            except Exception as error:
+                problems[task.name] = error
+        told = failures(logger, problems, len(self.plan.tasks), "tasks cannot be opened")
+        for task in self.plan.tasks:
+            if task.name in told:
+                self._give_up(self.plan.jobs_of(task)[0], told[task.name])
+        names = ("job", "task", "features", "model", "subset", "size")
+        heads = [(job, self._head(job)) for job in self.jobs]
+        add_to_plan(self.out, [{**{key: head[key] for key in names}, **self.plan.axes(job)} for job, head in heads])
+
+    def _open_any(self, jobs: Sequence[Job]) -> Task:
+        """The task of `jobs` with all its bands, in the first of their sizes in which it can be shown."""
+        *firsts, last = {job.size: replace(job, subset="all", seed=None) for job in jobs}.values()
+        for job in firsts:
+            with contextlib.suppress(ValueError):
+                return self._opened.whole(job)
+        return self._opened.whole(last)
 
     def claim_of(self, job: Job) -> str:
         """The name of a job to all processes that are asked the same."""
         facts = {"job": self._id(job), "asked": list(self.plan.asked(job)), "task": task_facts(job.task)}
-        return f"{job.name}-{key_of({**facts, 'n_resamples': self.plan.n_resamples, 'code': code_digest()})}"
+        digest = key_of({**facts, "n_resamples": self.plan.n_resamples, "code": code_digest()})
+        return f"{job.name.replace(', ', '-')}-{digest}"
 
-    def work(self, job: Job, claim: Claim) -> None:
+    def work(self, n: int, claim: Claim) -> None:
+        """On the job `n`, counted from 0."""
+        job = self.jobs[n]
+        if job.task.name in self._given_up:
+            return
         if claim.n_before >= _MAX_DEATHS:
             self._fail(job, f"{claim.n_before} processes have ended while they were at it (out of memory?)")
             return
+        start = time.perf_counter()
         try:
-            self._measure(job)
+            is_done = self._measure(job)
         except Exception as error:
-            self._wanted.setdefault(job.name, {})
+            self._wanted.setdefault(self._id(job), {})
             self._fail(job, failure(logger, error, "%s could not be evaluated", job.name)["error"])
+        else:
+            if is_done:
+                self._say(f"{n + 1}/{len(self.jobs)} {job.name}, {time.perf_counter() - start:.0f} s")
 
     def results(self) -> list[dict[str, Any]]:
-        """What there is of all that the plan asks for."""
+        """What there is of all that the plan asks for, and an error for whatever there is not."""
         found = {record["key"]: record for record in read_results(self.out)}
-        own = []
-        for job in self.plan.jobs():
-            wanted = self._keys(job)
-            measured = [found[key] for key in wanted if key in found]
-            problem = found.get(key_of_job(self._id(job)))
-            # Of the whole job. It may be that of another plan, and all that is asked here has been measured.
-            is_open = not wanted or any(found.get(key, {}).get("kind") != "result" for key in wanted)
-            own += [problem, *measured] if problem is not None and is_open else measured
+        own: list[dict[str, Any]] = []
+        for task in self.plan.tasks:
+            jobs = [job for job in self.jobs if job.task is task] or self.plan.jobs_of(task)[:1]
+            is_told = False  # why there is nothing of the whole task
+            for job in jobs:
+                of_job = list(self._results_of(job, found, is_told))
+                is_told = is_told or any(record.get("of_task") for record in of_job)
+                own += of_job
         return own
+
+    def _results_of(self, job: Job, found: Mapping[str, dict[str, Any]], is_told: bool) -> Iterator[dict[str, Any]]:
+        wanted = {} if job.task.name in self._given_up else self._keys(job)
+        problem = found.get(key_of_job(self._id(job)))
+        # Of the whole job. It may be that of another plan, and all that is asked here has been measured.
+        is_open = not wanted or any(found.get(key, {}).get("kind") != "result" for key in wanted)
+        if problem is not None and is_open:
+            yield problem
+        is_told = is_told or (problem is not None and is_open)
+        for key, asked in wanted.items() or {key_of_job(self._id(job)): {}}.items():
+            if key in wanted and key in found:
+                yield found[key]
+            elif not is_told:
+                error = "no process has left a result of it, or said why; run the same command again"
+                yield {"key": key, "kind": "error", **self._head(job), **asked, "error": error}
 
     def _keys(self, job: Job) -> Mapping[str, dict[str, Any]]:
         """What is asked of a job by its key, whoever has worked on it; nothing where that cannot be known."""
-        if job.name not in self._wanted:
-            self._wanted[job.name] = {}
+        if self._id(job) not in self._wanted:
+            self._wanted[self._id(job)] = {}
             try:
                 task = self._opened.of(job)
             except Exception as error:
                 failure(logger, error, "%s: the task cannot be opened", job.name)
             else:
                 self._ask(job, task)
-        return self._wanted[job.name]
+        return self._wanted[self._id(job)]
 
     def _ask(self, job: Job, task: Task | None) -> dict[str, Any]:
         """Note what is asked of a job; returns the facts that it depends on."""
         facts = {} if task is None else self._facts(job, task)
         asked = [] if task is None else self.plan.asked(job)
-        self._wanted[job.name] = {key_of({**facts, **one}): one for one in asked}
+        self._wanted[self._id(job)] = {key_of({**facts, **one}): one for one in asked}
         return facts
 
     def _id(self, job: Job) -> str:
         """Of the question, whatever code and data it is put to."""
         of_weights = {ENCODER: self.weights, RANDOM: asdict(self.model.encoder.cfg)}.get(job.features)
-        how = [job.name, of_weights, self._pool(job), self._cell_px(job), self._precision(job)]
-        return key_of({"job": how})
+        how = [job.task.name, job.subset, job.size, job.features, job.seed]
+        return key_of({"job": [*how, of_weights, self._pool(job), self._cell_px(job), self._precision(job)]})
 
     def _precision(self, job: Job) -> str:
         """Of matrix products; controls have none that it would be worth to shorten."""
@@ -157,14 +227,24 @@ class _Runner:
         """Side of what stands for a patch in the features of a control: the same grid as that of the encoder."""
         return None if job.is_of_encoder or not job.is_of_patches else self.model.encoder.cfg.patch_size
 
-    def _fail(self, job: Job, error: str, kind: str = "error") -> None:
-        head = self._head(job)
-        append(self.out, [{"key": key_of_job(head["job"]), "kind": kind, **head, "error": error}])
+    def _fail(self, job: Job, error: str, kind: str = "error", **more: Any) -> None:
+        head = {**self._head(job), **more}
+        append(self.out, [{"key": key_of_job(head["job"]), "kind": kind, **head, "error": error, **_stamp()}])
+
+    def _give_up(self, job: Job, error: str) -> None:
+        """Try no job of the task of `job`, its first, and say why, once."""
+        self._given_up.add(job.task.name)
+        known = {(r["key"], r.get("error")) for r in read_results(self.out)}
+        if (key_of_job(self._id(job)), error) not in known:
+            self._fail(job, error, of_task=True)
 
     def _head(self, job: Job) -> dict[str, Any]:
         return {
             "job": self._id(job),
             "task": job.task.name,
+            "dataset": job.task.counts_as,
+            "kind_of_task": job.task.kind,
+            "metric": job.task.headline,
             "features": job.features,
             "model": self.model.name if job.is_of_encoder else None,
             "step": self.model.step if job.features == ENCODER else None,
@@ -173,16 +253,22 @@ class _Runner:
             **({} if job.seed is None else {"seed": job.seed}),
         }
 
-    def _measure(self, job: Job) -> None:
+    def _measure(self, job: Job) -> bool:
+        """Whether there was anything to measure."""
         task = self._opened.of(job)
         facts = self._ask(job, task)
         if task is None:
             self._fail(job, f"the tile has no bands {job.subset}", kind="skipped")
-            return
-        done = {record["key"] for record in read_results(self.out) if record["kind"] == "result"}
-        missing = {key: asked for key, asked in self._wanted[job.name].items() if key not in done}
+            return False
+        found = {record["key"]: record["kind"] for record in read_results(self.out)}
+        wanted = self._wanted[self._id(job)]
+        missing = {key: asked for key, asked in wanted.items() if found.get(key) != "result"}
         if not missing:
-            return
+            if (key := key_of_job(self._id(job))) in found:  # it has failed since, and does no more
+                append(self.out, [{"key": key, "kind": "cleared", "job": self._id(job), **_stamp()}])
+            return False
+        if not self._has_own_samples(job, task):
+            return False
         start = time.perf_counter()
         featurise = self._featurise(job)
         splits = [split for split in (task.train, task.val, task.test) if split is not None]
@@ -198,7 +284,20 @@ class _Runner:
             "n_shared_groups": count_shared_groups(task.name, sets, task.cfg.flags),
             "gflop": forward_gflop(featurise, task.train, self.device) if job.is_of_encoder else None,
         }
-        self._probe(task, sets, head, missing)
+        for key, found in scored(task, sets, missing, job.features, self.plan.n_resamples):
+            append(self.out, [{"key": key, **head, **found, **_stamp()}])
+        return True
+
+    def _has_own_samples(self, job: Job, task: Task) -> bool:
+        """Whether the splits of `task` share no sample; otherwise it is given up."""
+        if task.name not in self._checked:
+            self._checked.add(task.name)
+            try:
+                check_keys(task)
+            except Exception as error:
+                first = next(other for other in self.jobs if other.task is job.task)
+                self._give_up(first, failure(logger, error, "%s cannot be evaluated", task.name)["error"])
+        return task.name not in self._given_up
 
     def _extract(self, featurise: Featurise, split: Split) -> FeatureSet:
         """Of patches all that are scored, and as many of others as any part of the training set needs."""
@@ -207,37 +306,12 @@ class _Runner:
         draw = None if split.name == "test" else draw_of(split.shown, split.name, n_images)
         return extract(featurise, split, self.device, self.plan.batch_size, self.plan.n_workers, draw)
 
-    def _probe(
-        self, task: Task, sets: dict[str, FeatureSet], head: Mapping[str, Any], missing: Mapping[str, dict[str, Any]]
-    ) -> None:
-        probing = Probing(task.shown, sets["train"], sets.get("val"), sets["test"], tuple(task.cfg.no_data))
-        parts = _Parts(task, sets["train"])
-        known: dict[tuple[Any, ...], dict[str, Any]] = {}  # what was found, by all that it depends on
-        # Features are copied for one tap and one part at a time.
-        for key, asked in sorted(missing.items(), key=lambda item: _place_of(item[1])):
-            try:
-                part, of_part = parts.of(asked["partition"], asked["seed"])
-                seed = {"seed": asked["seed"]} if takes_seed(asked["probe"]) else {}
-                is_drawn = bool(seed) or of_part["partition_of"] == "nested"
-                address = (asked["tap"], asked["probe"], asked["partition"], asked["seed"] if is_drawn else None)
-                if address not in known:  # what draws nothing is the same for all seeds
-                    probed = probing.run(asked["probe"], asked["tap"], {**asked["options"], **seed}, part)
-                    known[address] = {"kind": "result", **of_part, **self._result(task, probed, sets)}
-                found = known[address]
-            except Exception as error:
-                what = f"{asked['probe']} of {head['features']}"
-                found = failure(logger, error, "%s: %s could not be measured", task.name, what)
-            append(self.out, [{"key": key, **head, **asked, **found}])
-
     def _facts(self, job: Job, task: Task) -> dict[str, Any]:
         """What results depend on, beside what is asked of the features."""
         splits = [split for split in (task.train, task.val, task.test) if split is not None]
         shown = task.shown
         return {
-            "task": task.name,
-            "dataset": task.cfg.counts_as,
-            "kind_of_task": task.cfg.kind,
-            "metric": task.cfg.headline,
+            **{key: self._head(job)[key] for key in ("task", "dataset", "kind_of_task", "metric", "subset", "size")},
             "ignore": task.cfg.ignore,
             "no_data": task.cfg.no_data,
             "classes": list(task.class_names),
@@ -271,62 +345,15 @@ class _Runner:
         encode = in_precision(partial(_encode, encoder, layers), self.plan.precision, self.device)
         return patch_taps(encode, names) if job.is_of_patches else pooled_taps(encode, names, self.plan.pool)
 
-    def _result(self, task: Task, probed: Probed, sets: dict[str, FeatureSet]) -> dict[str, Any]:
-        """Scores with their intervals, by classes, and what the probe chose."""
-        outcome, groups = probed.outcome, sets["test"].groups
-        scores = outcome.scores()
-        headline = task.cfg.headline
-        if not math.isfinite(scores.get(headline, math.nan)):
-            raise ValueError(f"{headline} is undefined for the samples of {task.name}")
-        # The same draws for all features of a dataset, so that differences are of pairs; other datasets have others.
-        seed = derive_seed(0, "bootstrap", task.cfg.counts_as)
-        n_groups = len(set(groups))
-        n_resamples = self.plan.n_resamples if n_groups >= FEWEST_GROUPS else 0
-        resampled = resampled_scores(outcome, groups, n_resamples, seed) if n_resamples else {}
-        bounds = {name: interval_of(values) for name, values in resampled.items()}
-        record: dict[str, Any] = {
-            "scores": {name: value for name, value in scores.items() if math.isfinite(value)},
-            "intervals": {k: [b.low, b.high] for k, b in bounds.items() if math.isfinite(b.low + b.high)},
-            "resampled": packed(resampled[headline]) if resampled else None,  # of the headline
-            "n_undefined": bounds[headline].n_undefined if resampled else 0,  # of these resamples
-            "chosen": probed.chosen,
-            "n_features": probed.n_features,
-            "n_fitted": probed.n_fitted,
-            "n_val": len(sets["val"]) if "val" in sets else 0,
-            "n_test": len(sets["test"]),
-            "n_groups": n_groups,
-            "seconds_probe": round(probed.seconds, 3),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "per_class": {name: _plain(column) for name, column in outcome.per_class().items()},
-        }
-        if isinstance(outcome, (Classified, Segmented)) and task.n_classes <= _MAX_CLASSES_OF_TABLE:
-            record["confusion"] = outcome.confusion.tolist()
-        return record
+
+def _stamp() -> dict[str, Any]:
+    """When, and by which commit of this package, a record was made."""
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}
 
 
-class _Parts:
-    """Parts of the training set, each made once."""
-
-    def __init__(self, task: Task, train: FeatureSet) -> None:
-        self._cfg, self._train = task.cfg, train
-        self._known: dict[tuple[str, int | None], tuple[Part, dict[str, Any]]] = {}
-
-    def of(self, partition: str, seed: int) -> tuple[Part, dict[str, Any]]:
-        """The samples of a partition, and what is said of them."""
-        for address in ((partition, None), (partition, seed)):
-            if address in self._known:
-                return self._known[address]
-        cfg, train = self._cfg, self._train
-        parsed = parse_partition(partition)
-        rows, origin = partition_rows(parsed, cfg.train, cfg.kind, train.keys, train.labels, seed)
-        found = Part(rows), {"partition_of": origin, "n_train": len(rows)}
-        self._known[partition, seed if origin == "nested" else None] = found
-        return found
-
-
-def _place_of(asked: Mapping[str, Any]) -> tuple[str, str, int]:
-    """What results have in common that are read off the same rows."""
-    return asked["tap"], asked["partition"], asked["seed"]
+@cache
+def _commit() -> str | None:
+    return commit()
 
 
 def _fresh(encoder: Encoder, seed: int) -> Encoder:
@@ -340,8 +367,3 @@ def _fresh(encoder: Encoder, seed: int) -> Encoder:
 
 def _encode(encoder: Encoder, layers: Sequence[int], inputs: EncoderInput) -> Sequence[Tokens]:
     return encoder.intermediates(inputs, layers)
-
-
-def _plain(column: Tensor) -> list[float | None]:
-    """Numbers as JSON knows them: null where undefined."""
-    return [value if math.isfinite(value) else None for value in column.tolist()]

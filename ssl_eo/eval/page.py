@@ -8,23 +8,27 @@ from typing import Any
 
 __all__ = ["check_written", "render"]
 
-_MEASURED = ("results.jsonl", "eval.jsonl", "metrics.jsonl", "study.jsonl")
+_PAGES = (".html", ".htm")
+# Names of files that runs, evaluations and studies go on from, and of the table that an evaluation keeps.
+_MEASURED = ("results.jsonl", "plan.jsonl", "eval.jsonl", "metrics.jsonl", "study.jsonl")
+_TABLE = "results.csv"
 
 
-def check_written(paths: Sequence[Path]) -> None:
-    """Make the folders of a page and of what is written beside it; the page comes first.
+def check_written(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
+    """Raise `ValueError` where files that are to be written would spoil what is there; the page comes first.
 
-    Raises `ValueError` where the first is no page, two are one file, or one holds what was measured.
+    The first must be a page, no two may be one file, none may hold what was measured, nor be the table that an
+    evaluation keeps in one of the folders `inputs`.
     """
-    if paths[0].suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--out: {paths[0]} is to be a page, so its name ends in .html")
+    if paths[0].suffix.lower() not in _PAGES:
+        raise ValueError(f"--out: {paths[0]} is to be a page, so its name ends in {' or '.join(_PAGES)}")
     for path in paths:
         if path.name in _MEASURED:
             raise ValueError(f"{path} holds what was measured, and is not replaced; give another name")
+        if path.resolve() in [(folder / _TABLE).resolve() for folder in inputs]:
+            raise ValueError(f"{path} is the table of ssl-eo eval in its folder, and is not replaced; name another")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"{', '.join(map(str, paths))}: each is to be a file of its own; give other names")
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def render(template: str, **values: Any) -> str:

@@ -23,13 +23,13 @@ __all__ = ["code_digest", "content_of", "digest_of_tensors", "scoring_files", "s
 _PACKAGE = Path(ssl_eo.__file__).parent
 _MEASURES = "ssl_eo.eval.offline"
 # What it imports and gets no score from: who works at what, what is written beside scores and how, what a forward pass
-# costs, how processes find each other and start others.
+# costs, how processes find each other and start others; and what the package offers to others.
 _TELLS_NOTHING = frozenset(
-    f"ssl_eo.{name}"
-    for name in (
-        *("eval.claims", "eval.cost", "eval.failures", "eval.leaks", "eval.provenance", "eval.records"),
-        *("cluster", "data.loader", "files"),
-    )
+    {
+        "ssl_eo",
+        *(f"ssl_eo.eval.{name}" for name in ("claims", "cost", "failures", "leaks", "provenance", "records")),
+        *(f"ssl_eo.{name}" for name in ("cluster", "data.loader", "files", "installation")),
+    }
 )
 
 

@@ -3,6 +3,9 @@
 A result has a `key`, the hash of everything that it depends on: weights, data, what was shown, probe, partition, seed,
 code. So an evaluation that was stopped goes on, and results of several machines are put together by
 concatenation. `results.csv` holds the scores in the columns of torchgeo-bench.
+
+`plan.jsonl` says what was asked for, so that what is missing can be told from what nobody wanted: one object a forward
+pass, with what is run on its features.
 """
 
 from __future__ import annotations
@@ -12,33 +15,41 @@ import csv
 import fcntl
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ssl_eo.eval.record_checks import is_of_evaluation
 from ssl_eo.files import atomic_write
 from ssl_eo.jsonl import JsonLines, read_jsonl
 
 __all__ = [
+    "PLAN",
     "QUESTION",
     "RESULTS",
     "Record",
+    "add_to_plan",
     "append",
     "key_of",
     "key_of_job",
     "packed",
+    "question_of",
+    "read_plan",
     "read_results",
+    "unmeasured",
     "unpacked",
     "write_csv",
 ]
 
 Record = Mapping[str, Any]  # an object of results.jsonl, or of the eval.jsonl of a run
 
-RESULTS = "results.jsonl"
+RESULTS, PLAN = "results.jsonl", "plan.jsonl"
 QUESTION = ("job", "tap", "taps", "probe", "partition", "seed")  # what a result answers, whatever data and code
 _COLUMNS = (
     *("dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "feature_dim", "best_c", "best_lr"),
@@ -69,32 +80,77 @@ def unpacked(text: str) -> NDArray[np.float64]:
 
 def append(folder: Path, records: Sequence[Record]) -> None:
     """Add `records` to the results of `folder`, all or, after a kill, the first of them. Processes may share it."""
-    with (folder / f".{RESULTS}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with JsonLines(folder / RESULTS) as file:
-            for record in records:
-                file.write(record)
+    with _locked(folder), JsonLines(folder / RESULTS) as file:
+        for record in records:
+            file.write(record)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Results by `key`, the newest of each, in the order in which they were first found.
 
     What could not be measured counts until it is: a later result takes the place of an error that answers the same
-    question, of which the key may be another (data were mended, the version has changed); and any later result of a job
-    that of an error of the whole job (`key_of_job`).
+    question, of which the key may be another (data were mended, the version has changed); any later result of a job
+    that of an error of the whole job (`key_of_job`); and a record `cleared` that of whatever has its key.
     """
     found: dict[str, dict[str, Any]] = {}
     errors: dict[tuple[str, ...], set[str]] = {}  # keys by question
-    for record in read_jsonl(folder / RESULTS):
-        if {"key", "kind", "job"} <= record.keys():
-            found[record["key"]] = record
-            question = tuple(str(record.get(name)) for name in QUESTION)
-            if record["kind"] == "error":
-                errors.setdefault(question, set()).add(record["key"])
-            elif record["kind"] == "result":
-                for key in {key_of_job(record["job"]), *errors.pop(question, ())} - {record["key"]}:
-                    found.pop(key, None)
+    for record in read_jsonl(folder / RESULTS, is_of_evaluation):
+        if record["kind"] == "cleared":
+            found.pop(record["key"], None)
+            continue
+        found[record["key"]] = record
+        if record["kind"] == "error":
+            errors.setdefault(question_of(record), set()).add(record["key"])
+        elif record["kind"] == "result":
+            answered = errors.pop(question_of(record), ())
+            for key in {key_of_job(record["job"]), *answered} - {record["key"]}:
+                found.pop(key, None)
     return list(found.values())
+
+
+def question_of(record: Record) -> tuple[str, ...]:
+    """What a result answers, or an asked one of `read_plan` would: the values of `QUESTION`."""
+    return tuple(str(record.get(name)) for name in QUESTION)
+
+
+def add_to_plan(folder: Path, jobs: Sequence[Record]) -> None:
+    """Note what is asked for in `folder`, unless it has been before. Processes may share it.
+
+    Each of `jobs` has `job`, what names it (`task`, `features`, `model`, `subset`, `size`), and lists of what is run on
+    its features, every combination of them: `places` (objects with `tap`, and `taps` where that is all of them),
+    `probes`, `partitions` and `seeds`.
+    """
+    with _locked(folder):
+        known = {key_of(line) for line in read_jsonl(folder / PLAN, _is_planned)}
+        with JsonLines(folder / PLAN) as file:
+            for job in jobs:
+                if key_of(job) not in known:
+                    file.write(job)
+
+
+def read_plan(folder: Path) -> list[dict[str, Any]]:
+    """All results that any call has asked for in `folder`, each once; none where nobody has written that down.
+
+    Each has the keys of `QUESTION`, and `task`, `features`, `model`, `subset` and `size`. See `unmeasured`.
+    """
+    found = {}
+    for line in read_jsonl(folder / PLAN, _is_planned):
+        head = {key: line.get(key) for key in ("job", "task", "features", "model", "subset", "size")}
+        for place, probe, part, seed in product(line["places"], line["probes"], line["partitions"], line["seeds"]):
+            asked = {**head, **place, "probe": probe, "partition": part, "seed": seed}
+            found[question_of(asked)] = asked
+    return list(found.values())
+
+
+def unmeasured(plan: Iterable[Record], records: Iterable[Record]) -> list[Record]:
+    """Those of `plan` (`read_plan`) for which `records` (`read_results`) hold no result.
+
+    What was skipped, since a tile has no such bands, is not among them.
+    """
+    records = list(records)
+    answered = {question_of(r) for r in records if r["kind"] == "result"}
+    skipped = {r["job"] for r in records if r["kind"] == "skipped"}
+    return [asked for asked in plan if question_of(asked) not in answered and asked["job"] not in skipped]
 
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
@@ -139,3 +195,20 @@ def _row(record: Record) -> dict[str, Any]:
         "bootstrap": record["n_resamples"],
         "merge_val": False,
     }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Whoever adds to the files of an evaluation is alone."""
+    with (folder / f".{RESULTS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_planned(line: Mapping[str, Any]) -> bool:
+    """Whether it is a line of the plan."""
+    texts = [line.get(key) for key in ("job", "task", "features", "subset", "size")]
+    lists = [line.get(key) for key in ("places", "probes", "partitions", "seeds")]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(values, list) for values in lists):
+        return False
+    return all(isinstance(place, dict) and isinstance(place.get("tap"), str) for place in line["places"])

@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 
 from ssl_eo.eval.comparison import probe_shown
-from ssl_eo.eval.metrics import best_of, score_text
+from ssl_eo.eval.metrics import best_of, metric_text, number_text, score_text
 from ssl_eo.eval.page import render
+from ssl_eo.eval.result_tables import Cell, Row, Table, with_numbers
+from ssl_eo.eval.rounding import fixed
 from ssl_eo.eval.run_charts import draw_all, health_charts, probe_charts, speed_charts, training_charts
 from ssl_eo.eval.run_records import Run, is_run
 from ssl_eo.eval.summary import Summary, summarise
+from ssl_eo.eval.wording import value_text
 from ssl_eo.files import atomic_write
 
 __all__ = ["is_run", "write_report"]
@@ -33,13 +36,16 @@ def write_report(run_dir: Path) -> Path:
         raise ValueError(f"{run_dir} has neither metrics.jsonl nor config.yaml: it is not a run directory")
     run = Run.read(run_dir)
     summaries = summarise(run.probed)
+    probed = [of for i, s in enumerate(summaries) if (of := _probed(run, s, f"task{i}"))["table"] is not None]
     html = render(
         "report.html.j2",
         title=run.name,
         subtitle=run.subtitle,
         facts=_facts(run),
+        colors={row.title: "var(--accent)" for of in probed for row in of["table"].rows if row.kind == "model"},
         verdicts=[v for summary in summaries if (v := _verdict(summary)) is not None],
-        tables=[_table(run, summary, f"task{i}") for i, summary in enumerate(summaries)],
+        has_probes=bool(summaries),
+        probed=probed,
         errors=[r for r in run.probed if r["kind"] == "error"],
         health=[_health(run, i, name) for i, name in enumerate(dict.fromkeys(str(r["source"]) for r in run.health))],
         put_off=[f"Step {r['step']:,}: {r['what']} put off: {r['reason']}" for r in run.put_off],
@@ -103,37 +109,49 @@ def _verdict(summary: Summary) -> dict[str, str] | None:
     return {**out, "gains": ", ".join(gains)}
 
 
-def _table(run: Run, summary: Summary, name: str) -> dict[str, Any]:
+def _probed(run: Run, summary: Summary, name: str) -> dict[str, Any]:
+    """The table of a task and its charts, which are called `name` in the page."""
+    return {"table": _table(summary), "charts": draw_all(f"{name}-", probe_charts(run, summary.task))}
+
+
+def _table(summary: Summary) -> Table | None:
     """One row for each row of `summary` and one column a measure, without the measures that no row has.
 
-    `name` is that of its charts, in the page.
+    None where there is none.
     """
     probes = sorted(summary.probes)
     columns = [
-        *((probe, summary.metric, [row.scores.get(probe) for row in summary.rows]) for probe in probes),
-        *((f"{p} (macro)", "macro_accuracy", [row.macro_accuracy.get(p) for row in summary.rows]) for p in probes),
+        *((p, _cells(summary.metric, [row.scores.get(p) for row in summary.rows])) for p in probes),
+        *(
+            (
+                f"{p}, {metric_text('macro_accuracy')}",
+                _cells("macro_accuracy", [row.macro_accuracy.get(p) for row in summary.rows]),
+            )
+            for p in probes
+        ),
+        (
+            "effective rank",
+            [Cell("" if row.effective_rank is None else fixed(row.effective_rank, 1)) for row in summary.rows],
+        ),
     ]
-    measured = [(title, _cells(of, values)) for title, of, values in columns if any(v is not None for v in values)]
-    if any(row.effective_rank is not None for row in summary.rows):
-        ranks = ["" if row.effective_rank is None else f"{row.effective_rank:.1f}" for row in summary.rows]
-        measured.append(("effective rank", [{"text": text, "is_best": False} for text in ranks]))
     taps = {row.tap for row in summary.rows} - {"pixels"}
     rows = [
-        {
-            "title": f"{row.title}, {row.tap}" if len(taps) > 1 and row.tap != "pixels" else row.title,
-            "is_final": row.kind == "model",
-            "cells": [cells[i] for _, cells in measured],
-        }
+        Row(
+            f"{row.title}, {value_text('tap', row.tap)}" if len(taps) > 1 and row.tap != "pixels" else row.title,
+            row.kind,
+            [cells[i] for _, cells in columns],
+        )
         for i, row in enumerate(summary.rows)
     ]
-    charts = draw_all(f"{name}-", probe_charts(run, summary.task))
-    shown = {"columns": [title for title, _ in measured], "rows": rows, "charts": charts}
-    return {"task": summary.task, "metric": summary.metric, **shown}
+    about = f": {metric_text(summary.metric)}" if summary.metric else ""
+    tables = with_numbers([Table(f"{summary.task}{about}", "features", [title for title, _ in columns], rows)])
+    return tables[0] if tables else None
 
 
-def _cells(metric: str, values: Sequence[float | None]) -> list[dict[str, Any]]:
-    best = best_of(metric, [v for v in values if v is not None], float)
-    return [{"text": "" if v is None else score_text(metric, v), "is_best": v == best} for v in values]
+def _cells(metric: str, values: Sequence[float | None]) -> list[Cell]:
+    known = [v for v in values if v is not None]
+    best = best_of(metric, known, float) if known else None
+    return [Cell() if v is None else Cell(number_text(metric, v), is_best=v == best) for v in values]
 
 
 def _health(run: Run, position: int, source: str) -> dict[str, Any]:

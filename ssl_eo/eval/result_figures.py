@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ssl_eo.eval.figures import FONT_SIZE, GRID, INK, MUTED, PAPER, SERIES, Line, label_ends, sheet
+from ssl_eo.eval.rounding import fixed
 
 __all__ = ["Bar", "Point", "draw_bars", "draw_confusion", "draw_points", "short"]
 
@@ -144,4 +145,4 @@ def _fill_cells(axes: object, shares: NDArray[np.float64]) -> None:
         if is_numbered:
             color = PAPER if share > 0.55 else INK
             middle = (column + 0.5, row + 0.5)
-            axes.annotate(f"{100 * share:.0f}", middle, ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)
+            axes.annotate(fixed(100 * share, 0), middle, ha="center", va="center", color=color, fontsize=FONT_SIZE - 2)

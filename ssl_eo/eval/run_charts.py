@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from functools import partial
 
 from ssl_eo.eval.figures import Chart, Line, draw
+from ssl_eo.eval.metrics import in_unit, metric_text
 from ssl_eo.eval.records import Record
 from ssl_eo.eval.run_records import Run, is_number
 from ssl_eo.eval.summary import score_of, title_of
@@ -18,12 +19,13 @@ _HEALTH = {  # measures that are drawn, as they are called in the charts
     "alpha_req": "Decay of the spectrum (alpha-ReQ)",
     "uniformity": "Uniformity",
     "mean_cosine": "Mean cosine",
-    "first_ratio": "Share of the first direction",
+    "first_ratio": "Share of the first direction, %",
     "mean_norm": "Mean norm",
     "norm_spread_ratio": "Spread of norms",
     "cls_patch_cosine": "Cosine of CLS token and patches",
-    "dead_ratio": "Share of dead features",
+    "dead_ratio": "Share of dead features, %",
 }
+_SHARES = ("first_ratio", "dead_ratio")  # are shown in percent, as scores are
 
 
 def training_charts(run: Run) -> list[Chart]:
@@ -37,12 +39,13 @@ def training_charts(run: Run) -> list[Chart]:
 def speed_charts(run: Run) -> list[Chart]:
     return [
         _trend(run, "samples_per_s", "Samples per second", zero=True),
-        _trend(run, "data_wait_ratio", "Share of time waiting for data", zero=True),
+        _trend(run, "data_wait_ratio", "Time waiting for data, %", zero=True, times=100),
     ]
 
 
-def _trend(run: Run, key: str, title: str, log: bool = False, zero: bool = False) -> Chart:
-    steps, values = run.column(key)
+def _trend(run: Run, key: str, title: str, log: bool = False, zero: bool = False, times: float = 1) -> Chart:
+    steps, logged = run.column(key)
+    values = [times * value for value in logged]
     if len(values) < 60 or key == "lr":
         return Chart(title, [Line(steps, values)], log, zero)
     return Chart(title, [Line(steps, values, "raw"), Line(steps, _smooth(values))], log, zero)
@@ -54,9 +57,9 @@ def probe_charts(run: Run, task: str) -> list[Chart]:
         curves = _tap_lines(run.of_task(task, "probe", probe=probe, features="encoder"))
         controls = [r for r in run.of_task(task, "probe", probe=probe) if r["features"] != "encoder"]
         end = max((x for line in curves for x in line.x), default=1)
-        flat = [Line([0, end], [score_of(r)] * 2, "reference", title_of(r)) for r in controls]
+        flat = [Line([0, end], [_shown(r)] * 2, "reference", title_of(r)) for r in controls]
         metric = next(r["metric"] for r in run.of_task(task, "probe", probe=probe))
-        charts.append(Chart(f"{probe} {metric}", [*curves, *flat]))
+        charts.append(Chart(f"{probe}, {metric_text(metric)}", [*curves, *flat]))
     ranks = _tap_lines(run.of_task(task, "health", features="encoder"), lambda r: float(r["effective_rank"]))
     return [*charts, Chart("Effective rank of the features", ranks, zero=True)]
 
@@ -65,7 +68,9 @@ def health_charts(records: Sequence[Record]) -> list[Chart]:
     """One chart for each measure of the health of features, of the records of one training source."""
     charts = []
     for name, title in _HEALTH.items():
-        lines = _tap_lines([r for r in records if is_number(r.get(name))], itemgetter(name))
+        times = 100 if name in _SHARES else 1
+        known = [r for r in records if is_number(r.get(name))]
+        lines = _tap_lines(known, partial(_times, times, name))
         charts.append(Chart(title, lines))
     return charts
 
@@ -76,14 +81,24 @@ def draw_all(name: str, charts: Sequence[Chart]) -> list[str]:
     return [draw(c, f"{name}{i}") for i, c in enumerate(full)]
 
 
-def _tap_lines(records: Sequence[Record], value_of: Callable[[Record], float] = score_of) -> list[Line]:
+def _tap_lines(records: Sequence[Record], value_of: Callable[[Record], float] | None = None) -> list[Line]:
+    value_of = value_of or _shown
     lines = []
     for tap in dict.fromkeys(r["tap"] for r in records):
         rows = sorted((r for r in records if r["tap"] == tap), key=lambda r: int(r["step"]))
-        label = {"last": "last block", "all": "all taps"}.get(tap, str(tap).replace("_", " "))
+        label = {"last": "last block", "all": "all depths"}.get(tap, str(tap).replace("_", " "))
         style = "main" if tap == "last" else "other"
         lines.append(Line([r["step"] for r in rows], [value_of(r) for r in rows], style, label))
     return lines
+
+
+def _times(times: float, key: str, record: Record) -> float:
+    return times * float(record[key])
+
+
+def _shown(record: Record) -> float:
+    """The score of a probe in the unit in which tables show it."""
+    return in_unit(record["metric"], score_of(record))
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_eo.eval.record_checks import is_of_training
 from ssl_eo.eval.records import Record
 from ssl_eo.eval.summary import newest, read_task_records
 from ssl_eo.jsonl import read_jsonl
@@ -45,10 +46,10 @@ class Run:
         try:
             config = yaml.safe_load(text)
             env = json.loads(_text(run_dir / "env.json") or "{}")
-        except (yaml.YAMLError, json.JSONDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{run_dir}: config.yaml or env.json cannot be read: {error}") from None
-        metrics = [r for r in read_jsonl(run_dir / "metrics.jsonl") if "step" in r]
-        told = [r for r in read_jsonl(run_dir / "eval.jsonl") if {"step", "kind"} <= r.keys()]
+        metrics = [r for r in read_jsonl(run_dir / "metrics.jsonl", _is_of_metrics) if "step" in r]
+        told = read_jsonl(run_dir / "eval.jsonl", is_of_training)
         return cls(
             name=run_dir.resolve().name,
             config=config if isinstance(config, dict) else {},
@@ -56,8 +57,8 @@ class Run:
             metrics=newest(metrics, ("step",)),
             probed=read_task_records(run_dir / "eval.jsonl"),
             health=newest([r for r in told if "source" in r], ("step", "kind", "source", "tap")),
-            put_off=newest([r for r in told if r["kind"] == "skipped" and "what" in r], ("step", "what")),
-            env=env,
+            put_off=newest([r for r in told if r["kind"] == "skipped"], ("step", "what")),
+            env=env if isinstance(env, dict) else {},
         )
 
     def setting(self, key: str) -> Any:
@@ -89,6 +90,10 @@ class Run:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _is_of_metrics(record: Mapping[str, Any]) -> bool:
+    return is_number(record.get("step", 0))
 
 
 def _text(path: Path) -> str:

@@ -39,6 +39,7 @@ INTERPOLATION: Interpolation = "bicubic"  # of tiles that are not shown at their
 # How many samples are looked at for each one wanted, in search of equal classes in a source that has others.
 _N_READ_PER_SAMPLE = 4
 _MAX_BAD_RATIO = 0.01  # of the samples that are looked at, and at least one, may be bad: else it is another split
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)  # labels that are numbers are kept in single precision
 UNREADABLE = (ValueError, OSError, EOFError)  # what reading a bad sample raises
 
 
@@ -100,7 +101,12 @@ class Split:
 
     def __len__(self) -> int:
         """The number of samples; of a split that is not held, before any turns out unreadable."""
-        return len(self.keys) if self.is_held else len(self._source)
+        return len(self.keys) if self.is_held else self.n_source
+
+    @property
+    def n_source(self) -> int:
+        """The number of samples in its source, shown or not."""
+        return len(self._source)
 
     @property
     def keys(self) -> list[str]:
@@ -139,8 +145,8 @@ class Split:
     def stream(self, batch_size: int, device: torch.device, n_workers: int = 0) -> Iterator[LabelledBatch]:
         """All samples, in order, each once; of a split that is not held read by `n_workers`, or none, beside.
 
-        Raises `ValueError` when more than one sample, and more than one in a hundred, cannot be read: the rest would be
-        another split.
+        Raises `ValueError` when more than one sample, and more than one in a hundred, cannot be read, for the rest
+        would be another split; and where fewer than two can.
         """
         if self.is_held:
             yield from self.batches(torch.arange(len(self)), batch_size, device)
@@ -151,12 +157,11 @@ class Split:
         for part in _read_by(parts, n_workers, on_cuda):
             for problem in part.problems:
                 n_bad += 1
-                self._leave_out(problem, n_bad, len(self._source))
+                self._leave_out(problem, n_bad, self.n_source)
             n_read += len(part.keys)
             if part.tiles is not None:
                 yield self._labelled(part, device)
-        if n_read == 0:
-            raise ValueError(f"task {self.shown.task}: {self.name} has 0 readable samples of {len(self._source)}")
+        self._check_number(n_read)
 
     def _labelled(self, part: _Part, device: torch.device) -> LabelledBatch:
         shown = self.shown
@@ -196,11 +201,7 @@ class Split:
             if len(chosen) == self._n_max:
                 break
         chosen += spare[: self._n_max - len(chosen)]
-        if len(chosen) < 2:
-            raise ValueError(
-                f"task {self.shown.task}: {self.name} has {len(chosen)} readable samples of {len(self._source)}, too"
-                " few for a probe"
-            )
+        self._check_number(len(chosen))
         return chosen
 
     def _met(self) -> Iterator[Sample]:
@@ -209,7 +210,7 @@ class Split:
         Raises `ValueError` when these are more than one, and more than one in a hundred of those looked at.
         """
         shown = self.shown
-        order = numpy_generator(shown.seed, "task", shown.task, self.name).permutation(len(self._source))
+        order = numpy_generator(shown.seed, "task", shown.task, self.name).permutation(self.n_source)
         order = order[: _N_READ_PER_SAMPLE * self._n_max]
         n_bad = 0
         for n_seen, index in enumerate(order.tolist(), start=1):
@@ -220,6 +221,13 @@ class Split:
                 self._leave_out(f"sample {index}: {error}", n_bad, max(n_seen, min(len(order), self._n_max)))
             else:
                 yield sample
+
+    def _check_number(self, n_read: int) -> None:
+        if n_read < 2:
+            raise ValueError(
+                f"task {self.shown.task}: {self.name} has {n_read} readable samples of {self.n_source}, too few for"
+                " a probe"
+            )
 
     def _leave_out(self, problem: str, n_bad: int, n_seen: int) -> None:
         """Warn of the `n_bad`-th sample that cannot be read; raise `ValueError` where that is too many of `n_seen`."""
@@ -317,9 +325,10 @@ def _map_problem(label: Any, shown: Shown) -> str | None:
 
 
 def _number_problem(label: Any, shown: Shown) -> str | None:
-    if isinstance(label, (int, float, np.number)) and math.isfinite(label):
+    value = label.item() if isinstance(label, np.generic) else label
+    if isinstance(value, (int, float)) and abs(value) <= _LARGEST_NUMBER:
         return None
-    return f"a finite number, got {label!r}"
+    return f"a finite number, got {label!r:.80} (single precision holds up to {_LARGEST_NUMBER:.4g})"
 
 
 _LABEL_PROBLEMS = {

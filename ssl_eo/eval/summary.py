@@ -43,6 +43,7 @@ class Row:
     scores: dict[str, float]
     macro_accuracy: dict[str, float]
     effective_rank: float | None
+    spreads: dict[str, float]  # by probe: standard deviation over seeds, where scores are means over several
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Summary:
     """One task: its rows with the final encoder first, and what of them could not be measured."""
 
     task: str
-    metric: str  # that ranks it
+    metric: str  # that ranks it; empty where nothing was measured that says it
     rows: list[Row]
     failures: list[str]
 
@@ -132,7 +133,7 @@ def _summary(task: str, records: Sequence[Record]) -> Summary:
             failures.pop(one, None)
             groups.setdefault((title, str(r["tap"]).replace("_", " ")), []).append(r)
     rows = [_row(title, tap, group) for (title, tap), group in groups.items()]
-    metric = next((str(r["metric"]) for r in records if r["kind"] == "probe"), "accuracy")
+    metric = next((str(r["metric"]) for r in records if r.get("metric")), "")
     return Summary(task, metric, rows, list(failures.values()))
 
 
@@ -147,6 +148,7 @@ def _row(title: str, tap: str, records: Sequence[Record]) -> Row:
         scores={r["probe"]: score_of(r) for r in probes},
         macro_accuracy={r["probe"]: r["macro_accuracy"] for r in probes if "macro_accuracy" in r},
         effective_rank=ranks[-1] if ranks else None,
+        spreads={r["probe"]: r["spread"] for r in probes if "spread" in r},
     )
 
 

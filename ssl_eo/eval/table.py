@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TextIO
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, TextIO
 
-from ssl_eo.eval.metrics import score_text
+from ssl_eo.eval.experiments import CONDITIONS
+from ssl_eo.eval.metrics import number_text, score_text
 from ssl_eo.eval.records import Record
-from ssl_eo.eval.summary import Summary, summarise, title_of
+from ssl_eo.eval.summary import Row, Summary, summarise, title_of
+from ssl_eo.eval.wording import condition_text, value_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["print_summary", "rows_of_results"]
-
-_PARTS = ("partition", "subset", "size", "seed")  # by which results of one task may differ
 
 
 def print_summary(records: Sequence[Record], stream: TextIO) -> bool:
@@ -20,18 +24,14 @@ def print_summary(records: Sequence[Record], stream: TextIO) -> bool:
     Returns whether all that the tables compare could be measured; what could not is named below its table.
     """
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(file=stream, soft_wrap=True, highlight=False, markup=False, emoji=False)
     summaries = summarise(records)
     for summary in summaries:
-        table = Table(title=f"{summary.task}: {summary.metric} of frozen features", title_justify="left")
-        for column in ("features", "read at", *summary.probes):
-            table.add_column(column, justify="right" if column in summary.probes else "left")
-        for row in summary.rows:
-            cells = (score_text(summary.metric, row.scores[p]) if p in row.scores else "" for p in summary.probes)
-            table.add_row(row.title, row.tap, *cells)
-        console.print(table)
+        n_seeds = max(r.get("n_seeds", 1) for r in records if r["task"] == summary.task)
+        of_seeds = f", mean of {n_seeds} seeds ± their standard deviation" if n_seeds > 1 else ""
+        about = f"{summary.metric} of frozen features{of_seeds}" if summary.rows else "failed"
+        _print_rows(summary, f"{summary.task}: {about}", console)
         for rival in dict.fromkeys(margin.rival for margin in summary.margins):
             gains = [f"{m.probe} {m.text}" for m in summary.margins if m.rival == rival]
             console.print(f"  margin over {rival}: {', '.join(gains)}")
@@ -41,27 +41,75 @@ def print_summary(records: Sequence[Record], stream: TextIO) -> bool:
 
 
 def rows_of_results(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Results of an evaluation (`ssl_eo.eval.records`) in the form of those of a training, a task for each variant.
+    """Results of an evaluation (`ssl_eo.eval.records`) in the form of those of a training, a task for each condition.
 
-    A variant is told by what differs between the results of a task: part of the training set, bands, size, seed.
+    Conditions by which results differ (part of the training set, bands, size) stand with the task. Scores are means
+    over seeds, with `spread` where these differ; what failed stands behind what was measured of its task.
     """
-    measured = [r for r in results if r["kind"] != "skipped"]
-    varied = [part for part in _PARTS if len({r[part] for r in measured if part in r}) > 1]
-    rows = []
-    for r in measured:
-        said = [str(r[part]) for part in varied if part in r]
-        head = {
-            "task": " ".join([r["task"], *(f"[{text}]" for text in said)]),
-            "features": "encoder" if r["features"] == "random_encoder" else r["features"],
-            "is_trained": r["features"] == "encoder",
-            "step": r["step"] or 0,
-        }
-        said_of_probe = {key: r[key] for key in ("tap", "probe", "metric") if key in r}
+    every = [r for r in results if r["kind"] != "skipped"]
+    varied = [axis for axis in CONDITIONS if len({r[axis] for r in every if axis in r}) > 1]
+    seeds = {r["seed"] for r in every if "seed" in r}
+    measured: dict[str, dict[tuple[str, ...], list[Mapping[str, Any]]]] = {}
+    failed: dict[str, list[dict[str, Any]]] = {}
+    for r in every:
+        title = ", ".join([str(r["task"]), *(condition_text(axis, str(r[axis])) for axis in varied if axis in r)])
+        of_task = measured.setdefault(title, {})
         if r["kind"] == "error":
-            rows.append({**head, "kind": "error", **said_of_probe, "error": r["error"]})
+            of_seed = f" (seed {r['seed']})" if len(seeds) > 1 and "seed" in r else ""
+            said = {key: r[key] for key in ("tap", "probe", "metric") if key in r}
+            row = {**_head(r, title), "kind": "error", **said, "error": f"{r['error']}{of_seed}"}
+            failed.setdefault(title, []).append(row)
         else:
-            rows.append({**head, "kind": "probe", **said_of_probe, **r["scores"], "chosen": r["chosen"]})
-    return rows
+            of_task.setdefault((r["features"], str(r["model"]), r["tap"], r["probe"]), []).append(r)
+    return [
+        row
+        for title, of_task in measured.items()
+        for row in (*(_mean(title, of_seeds) for of_seeds in of_task.values()), *failed.get(title, ()))
+    ]
+
+
+def _print_rows(summary: Summary, title: str, console: Console) -> None:
+    from rich.table import Table
+
+    if not summary.rows:
+        console.print(title)
+        return
+    table = Table(title=title, title_justify="left")
+    for column in ("features", "read at", *summary.probes):
+        table.add_column(column, justify="right" if column in summary.probes else "left")
+    for row in summary.rows:
+        table.add_row(row.title, value_text("tap", row.tap), *(_cell(summary, row, p) for p in summary.probes))
+    console.print(table)
+
+
+def _cell(summary: Summary, row: Row, probe: str) -> str:
+    if probe not in row.scores:
+        return ""
+    spread = f" ± {number_text(summary.metric, row.spreads[probe])}" if probe in row.spreads else ""
+    return f"{score_text(summary.metric, row.scores[probe])}{spread}"
+
+
+def _head(record: Mapping[str, Any], title: str) -> dict[str, Any]:
+    return {
+        "task": title,
+        "features": "encoder" if record["features"] == "random_encoder" else record["features"],
+        "is_trained": record["features"] == "encoder",
+        "step": record["step"] or 0,
+    }
+
+
+def _mean(title: str, of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The row of results that differ by their seed alone."""
+    first, metric = of_seeds[0], of_seeds[0]["metric"]
+    shared = [key for key in first["scores"] if all(key in r["scores"] for r in of_seeds)]
+    values = [r["scores"][metric] for r in of_seeds]
+    said: dict[str, Any] = {key: first[key] for key in ("tap", "probe", "metric")}
+    if len(set(values)) > 1:
+        said["spread"] = stdev(values)
+    edges = [r["chosen"]["at_edge"] for r in of_seeds if "at_edge" in r["chosen"]]
+    scores = {key: fmean(r["scores"][key] for r in of_seeds) for key in shared}
+    chosen = {**first["chosen"], "at_edge": max(edges)} if edges else first["chosen"]
+    return {**_head(first, title), "kind": "probe", **said, **scores, "chosen": chosen, "n_seeds": len(of_seeds)}
 
 
 def _at_edges(summary: Summary, records: Iterable[Record]) -> list[str]:

@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from ssl_eo.components import suggest
+from ssl_eo.components import check_names, suggest
 from ssl_eo.data.opening import SourceConfig, open_source
 from ssl_eo.data.plans import whole
 from ssl_eo.data.stacking import check_sample
@@ -26,6 +26,7 @@ from ssl_eo.eval.splits import UNREADABLE, Shown, Split
 __all__ = ["Task", "TaskConfig"]
 
 _USUAL_PROBES = ("knn", "ridge")
+_FEWEST_CLASSES: dict[Kind, int] = {"classification": 2, "multilabel": 1, "segmentation": 2}
 
 
 @dataclass
@@ -55,31 +56,57 @@ class TaskConfig:
     # Where each band's mean and deviation are from: train's source states them, or they are measured on all of it. To
     # be measured where a source states the same for many bands.
     statistics: Literal["stated", "measured"] = "stated"
-    # While training, and where an evaluation names none; of ssl_eo.eval.probes. Empty: knn and ridge, where they take
-    # the kind.
-    probes: list[str] = field(default_factory=list)
+    # While training, and where an evaluation names none; of ssl_eo.eval.probes. None: knn and ridge, and ridge alone of
+    # segmentation and regression, which knn does not take.
+    probes: list[str] | None = None
     # Known defects that a reader of the scores must know. What begins with "leak", "shared keys" or "shared places"
     # admits them: see ssl_eo.eval.leaks.
     flags: list[str] = field(default_factory=list)
     seed: int = 0  # of the choice of samples
 
     def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable():
+            raise ValueError(f"name must be text that can be printed, got {self.name!a}; it is that of the task's file")
+        if self.dataset is not None and not (self.dataset and self.dataset.isprintable()):
+            raise ValueError(f"task {self.name}: dataset must be text that can be printed, got {self.dataset!a}")
+        try:
+            self._check_view()
+            self._check_probes()
+            self._check_labels()
+        except ValueError as error:
+            raise ValueError(f"task {self.name}: {error}") from None
+
+    def _check_view(self) -> None:
         for key in ("max_train", "max_val", "max_test"):
             if (value := getattr(self, key)) is not None and value < 2:
                 raise ValueError(f"{key} must be at least 2, or null for all, got {value}")
         if self.size_px is not None and self.size_px < 1:
             raise ValueError(f"size_px must be positive or absent, got {self.size_px}")
+        if self.bands is not None:
+            check_names("bands", self.bands)
+
+    def _check_probes(self) -> None:
         if self.metric is not None and self.metric not in METRICS[self.kind]:
             known = list(METRICS[self.kind])
             raise ValueError(
                 f"metric: {self.kind} has no {self.metric!r}{suggest(self.metric, known)} ({', '.join(known)})"
             )
+        if self.probes is None:
+            return
+        if not self.probes:
+            usual = ", ".join(_usual_probes(self.kind))
+            raise ValueError(f"probes is empty: name at least one, or leave the key out for the usual ({usual})")
+        check_names("probes", self.probes)
         for probe in self.probes:
             check_probe(probe, self.kind)
+
+    def _check_labels(self) -> None:
         if self.kind != "segmentation" and (self.ignore is not None or self.no_data):
             raise ValueError(f"ignore and no_data are of segmentation, got kind {self.kind}")
         if self.ignore is not None and not -(2**15) <= self.ignore < 2**15:
             raise ValueError(f"ignore must fit 16 bits with a sign, as labels of pixels do, got {self.ignore}")
+        if len(set(self.no_data)) < len(self.no_data):
+            raise ValueError(f"no_data must name each class once, got {self.no_data}")
 
     @property
     def counts_as(self) -> str:
@@ -89,7 +116,7 @@ class TaskConfig:
     @property
     def usual_probes(self) -> list[str]:
         """`probes`, or those that are usual for the kind."""
-        return self.probes or [probe for probe in _USUAL_PROBES if self.kind in kinds_of(probe)]
+        return _usual_probes(self.kind) if self.probes is None else self.probes
 
     @property
     def headline(self) -> str:
@@ -157,6 +184,10 @@ class Task:
         return Split(name, source, self.shown, n_max)
 
 
+def _usual_probes(kind: Kind) -> list[str]:
+    return [probe for probe in _USUAL_PROBES if kind in kinds_of(probe)]
+
+
 # By source and tile: a task is opened again and again.
 _MEASURED: dict[tuple[str, str], BandStatistics] = {}
 
@@ -176,6 +207,7 @@ def _measured(task: str, source: Source, tile: str) -> TileSchema:
                 found = found.merge(BandStatistics.of(sample.tiles[tile].array, schema.sensor.no_data))
         if not found.count.any():
             raise ValueError(f"task {task}: statistics are measured on train, which has no readable sample of {tile}")
+        found.check_values(schema.bands, f"tile {tile} of task {task}")
         _MEASURED[address] = found
     found = _MEASURED[address]
     std = tuple(float(s) if s > 0 else 1.0 for s in found.std)
@@ -187,6 +219,18 @@ def _class_names(cfg: TaskConfig, source: Source) -> tuple[str, ...]:
         return ()
     if not source.label_names:
         raise ValueError(f"task {cfg.name}: the source {cfg.train.name} names no classes, and {cfg.kind} needs some")
+    n, fewest = len(source.label_names), _FEWEST_CLASSES[cfg.kind]
+    if n < fewest:
+        raise ValueError(
+            f"task {cfg.name}: the source {cfg.train.name} names one class, {source.label_names[0]!r}, and {cfg.kind}"
+            f" needs {fewest} at least: there is nothing to tell apart"
+        )
+    if cfg.ignore is not None and 0 <= cfg.ignore < n and n - 1 < fewest:
+        raise ValueError(
+            f"task {cfg.name}: ignore {cfg.ignore} leaves one of {n} classes, and {cfg.kind} needs {fewest} at least"
+        )
+    if unknown := [c for c in cfg.no_data if not 0 <= c < n]:
+        raise ValueError(f"task {cfg.name}: no_data holds {unknown}, expected classes, from 0 to {n - 1}")
     return source.label_names
 
 

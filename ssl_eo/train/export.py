@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 
+from ssl_eo.baking import bake
 from ssl_eo.components import resolve
-from ssl_eo.config import Config, build, read_yaml
+from ssl_eo.config import Config, build, read_yaml, to_dict
 from ssl_eo.data.types import TileSchema
-from ssl_eo.hub import BundlePair, SensorInput, check_free, load_bundle, write_bundle, write_pair_bundle
+from ssl_eo.eval.features import Pool, check_taps
+from ssl_eo.eval.summary import read_task_records, score_of
+from ssl_eo.hub import (
+    UNSAID,
+    BundleEncoder,
+    BundlePair,
+    SensorInput,
+    check_free,
+    load_bundle,
+    write_bundle,
+    write_pair_bundle,
+)
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder
 from ssl_eo.objectives.base import Objective, Schemas
+from ssl_eo.resources import resource_dir
 from ssl_eo.train.checkpoint import load_weights
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
@@ -94,33 +107,73 @@ def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
     """
     if (path / "encoder.json").is_file():
         bundle = load_bundle(path)
-        step = bundle.facts.get("step")
-        if type(step) is not int or step < 0:
-            raise ValueError(f"{path}/encoder.json: step must be a whole number from 0, got {step!r:.40}")
-        return bundle.encoder, step, _features_of(path, bundle.facts.get("features", {}))
+        return bundle.encoder, _step_of(path, bundle), _features_of(path, bundle.facts.get("features", {}))
     trained = load_encoder(path)
     return trained.encoder, trained.step, {"pool": trained.config.eval.pool, "taps": trained.config.eval.taps}
 
 
+def _step_of(path: Path, bundle: BundleEncoder | BundlePair) -> int:
+    step = bundle.facts.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path}/encoder.json: step must be a whole number from 0, got {step!r:.40}")
+    return step
+
+
 def _features_of(path: Path, raw: Any) -> dict[str, Any]:
     """What a bundle may say of an evaluation: how features are read, and not what is asked of them."""
-    features = {key: raw[key] for key in ("pool", "taps") if key in raw} if isinstance(raw, Mapping) else None
-    taps = [] if features is None else features.get("taps", [])
-    is_known = isinstance(taps, list) and all(type(tap) in (int, float) for tap in taps)
-    if features is None or not is_known or not isinstance(features.get("pool", ""), str):
-        raise ValueError(f"{path}/encoder.json: features must be a pool and a list of numbers, taps, got {raw!r:.80}")
+    try:
+        if not isinstance(raw, Mapping):
+            raise ValueError("they are no mapping")
+        features = {key: raw[key] for key in ("pool", "taps") if key in raw}
+        if features.get("pool", "mean") not in get_args(Pool):
+            raise ValueError(f"pools are {', '.join(get_args(Pool))}")
+        taps = features.get("taps", [1.0])
+        if not isinstance(taps, list) or not all(type(tap) in (int, float) for tap in taps):
+            raise ValueError("taps are a list of numbers")
+        check_taps(taps)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}/encoder.json: features must be a pool and a list of numbers, taps, got {raw!r:.80}: {error!s:.200}"
+        ) from None
     return features
 
 
-def export_encoder(path: Path, out: Path, overwrite: bool = False) -> int:
-    """Write the bundle `out` from the run or checkpoint at `path`; returns the training step it is from.
+def export_encoder(
+    path: Path, out: Path, overwrite: bool = False, licence: str | None = None, sensor: str | None = None
+) -> int:
+    """Write the bundle `out` from the run, checkpoint or bundle at `path`; returns the training step it is from.
 
-    Raises `ValueError` when `out` holds a bundle already, unless it may `overwrite` it.
+    `licence` is that of the weights. With a `sensor` the encoder is made for it alone, see `ssl_eo.baking.bake`. Raises
+    `ValueError` when `out` holds a bundle already, unless it may `overwrite` it, and for a bundle of two encoders.
     """
     check_free(out, overwrite)
-    trained = load_encoder(path)
-    write_bundle(out, trained.encoder, inputs_of_run(trained), _facts(trained))
-    return trained.step
+    encoder, inputs, facts, step = _published(path)
+    if licence is not None:
+        facts["licence"] = licence
+    if sensor is not None:
+        encoder, inputs = bake(encoder, inputs, sensor)
+        facts["baked"] = sensor
+    write_bundle(out, encoder, inputs, facts)
+    return step
+
+
+class _Published(NamedTuple):
+    """What a bundle of one encoder is made of, and the step it is from."""
+
+    encoder: Encoder
+    inputs: Inputs
+    facts: dict[str, Any]
+    step: int
+
+
+def _published(path: Path) -> _Published:
+    if not (path / "encoder.json").is_file():
+        trained = load_encoder(path)
+        return _Published(trained.encoder, inputs_of_run(trained), _facts(trained), trained.step)
+    bundle = load_bundle(path)
+    if isinstance(bundle, BundlePair):
+        raise ValueError(f"{path}: it holds two encoders; give the run or checkpoint that it is from, or --as")
+    return _Published(bundle.encoder, bundle.inputs, bundle.facts, _step_of(path, bundle))
 
 
 def inputs_of_run(trained: Trained) -> Inputs:
@@ -130,16 +183,19 @@ def inputs_of_run(trained: Trained) -> Inputs:
     return _inputs(read_schemas(trained.run))
 
 
-def export_pair(path: Path, out: Path, overwrite: bool = False) -> int:
+def export_pair(path: Path, out: Path, overwrite: bool = False, licence: str | None = None) -> int:
     """Write the bundle `out` of both encoders and what joins them; returns the training step they are from.
 
-    Raises `ValueError` as `export_encoder`, and for a run whose objective has one encoder.
+    `licence` is that of the weights. Raises `ValueError` as `export_encoder`, and for a run whose objective has one
+    encoder.
     """
     check_free(out, overwrite)
     trained = load_encoder(path)
     paired = _paired(trained)
     inputs = {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
     facts = {**_facts(trained), "published": paired.published}
+    if licence is not None:
+        facts["licence"] = licence
     write_pair_bundle(out, paired.whole(), inputs, facts)
     return trained.step
 
@@ -153,12 +209,38 @@ def _paired(trained: Trained) -> PairedObjective:
 def _facts(trained: Trained) -> dict[str, Any]:
     config = trained.config
     return {
+        **UNSAID,
         "objective": config.objective.name,
         "step": trained.step,
         "run": config.run.name,
         "features": {"pool": config.eval.pool, "taps": config.eval.taps},
         "commit": read_environment(trained.run).get("commit"),
+        "licence": _licence_of_data(config) or UNSAID["licence"],
+        "scores": _scores(trained.run, trained.step),
+        "config": to_dict(config),
     }
+
+
+def _licence_of_data(config: Config) -> str | None:
+    """Of the datasets that a run has seen, by their cards; None where one of them has none."""
+    import yaml
+
+    found: dict[str, str] = {}
+    for source in config.data.sources:
+        card = resource_dir("datasets_meta") / "datasets" / f"{source.name}.yaml"
+        if not card.is_file():
+            return None
+        found[source.name] = yaml.safe_load(card.read_text(encoding="utf-8"))["licence"]
+    return "not stated; of the data: " + "; ".join(f"{name}: {licence}" for name, licence in found.items())
+
+
+def _scores(run: Path, step: int) -> list[dict[str, Any]]:
+    """What probes have found at `step` or, before it, last; with the controls, which are measured once a run."""
+    probed = [r for r in read_task_records(run / "eval.jsonl") if r["kind"] == "probe" and r["step"] <= step]
+    last = max((r["step"] for r in probed if r["features"] == "encoder"), default=None)
+    kept = [r for r in probed if r["features"] != "encoder" or r["step"] == last]
+    keys = ("step", "task", "split", "features", "tap", "probe", "metric")
+    return [{**{key: r.get(key) for key in keys}, "score": score_of(r)} for r in kept]
 
 
 def _inputs_of(tiles: list[TileSchema]) -> Inputs:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ssl_eo.components import one_line
 from ssl_eo.hub import read_tensors
 
-__all__ = ["find_encoder", "read_state_dict"]
+__all__ = ["find_encoder", "is_plain", "load_pickled", "read_state_dict"]
 
 _WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod)\.")  # what data-parallel and compiled modules put into names
 _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2 with block_chunks > 0: blocks.<chunk>.<block>
@@ -38,14 +38,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     read.
     """
     path = Path(path)
-    content: Any = read_tensors(path) if _is_safetensors(path) else _load_pickled(path)
+    content: Any = read_tensors(path) if _is_safetensors(path) else load_pickled(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected tensors by name, found a {type(content).__name__}")
     tensors: dict[str, Tensor] = {}
     for name, tensor in _flatten(path, content):
         if name in tensors:
             raise ValueError(f"{path}: two tensors are named {name} once parts such as 'module.' are left out")
-        if not _is_plain(tensor):
+        if not is_plain(tensor):
             raise ValueError(f"{path}: {name} {list(tensor.shape)} is sparse, or has fewer values than its shape says")
         tensors[name] = tensor
     if not tensors:
@@ -88,7 +88,7 @@ def _choose(path: Path, tensors: Mapping[str, Tensor], found: list[str], token: 
     return teachers[0]
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether all values are there: a repeated one would take no place in a file, and any in memory."""
     if tensor.layout != torch.strided or tensor.is_meta:
         return False
@@ -108,7 +108,8 @@ def _is_safetensors(path: Path) -> bool:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-def _load_pickled(path: Path) -> Any:
+def load_pickled(path: Path) -> Any:
+    """What a file of `torch.save` holds, if that is tensors and plain values. Raises `ValueError` otherwise."""
     try:
         # The format that torch wrote before 1.6 cannot be mapped.
         with torch.serialization.safe_globals([argparse.Namespace]):  # many keep the arguments of their training

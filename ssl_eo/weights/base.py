@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ssl_eo.components import available, one_line, suggest
 from ssl_eo.files import atomic_file
-from ssl_eo.hub import SensorInput, check_free, write_bundle, write_tensors
+from ssl_eo.hub import UNSAID, SensorInput, check_free, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.weights._reading import find_encoder, read_state_dict
 
@@ -34,6 +35,7 @@ __all__ = [
     "read_released",
     "read_state_dict",
     "released_facts",
+    "released_name_of",
     "released_state_dict",
 ]
 
@@ -64,6 +66,7 @@ class Released:
     restore: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are  # and back
     pool: Literal["cls", "mean"] = "cls"  # what the authors take as features of an image
     sha256: tuple[str, ...] = ()  # first digits, of files that are known to be this one and no other
+    file_name: str | None = None  # what its authors call the file, without suffix, as a regular expression
 
 
 def find_released(name: str) -> Released:
@@ -73,6 +76,21 @@ def find_released(name: str) -> Released:
         known = sorted([*models, *_pair_names()])
         raise ValueError(f"no published encoder {name!r}{suggest(name, known)} (known: {', '.join(known)})")
     return models[name]
+
+
+def released_name_of(path: Path) -> str:
+    """The name of the published encoder, or pair of such, whose file is called as `path`: by its authors, or by it.
+
+    Raises `ValueError` for any other file, and where one file holds several.
+    """
+    patterns = {name: one.file_name for family in _families() for name, one in _published_by(family)}
+    for name, pattern in patterns.items():
+        if re.fullmatch(pattern or re.escape(name), path.stem, re.IGNORECASE) or path.stem == name:
+            return name
+    raise ValueError(
+        f"{path}: no published file is known by this name: say which encoder it is with --as (known:"
+        f" {', '.join(sorted(patterns))})"
+    )
 
 
 def load_released(path: str | Path, name: str, prefix: str | None = None) -> Encoder:
@@ -140,6 +158,8 @@ def released_facts(path: Path, name: str, licence: str, source: str) -> dict[str
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {
+        **UNSAID,
+        "licence": licence,
         # No file says after how many steps it was saved; evaluation takes step 0 for an encoder that nobody trained.
         "step": 1,
         "released": {"name": name, "licence": licence, "source": source, "file": path.name, "sha256": sha256},
@@ -186,6 +206,11 @@ def _all_released() -> list[Released]:
 def _pair_names() -> list[str]:
     """Of what holds two encoders (`PAIRS` of a family)."""
     return [name for family in _families() for name in getattr(family, "PAIRS", {})]
+
+
+def _published_by(family: ModuleType) -> list[tuple[str, Any]]:
+    """Encoders and pairs of a family, by name."""
+    return [*((released.name, released) for released in family.MODELS), *getattr(family, "PAIRS", {}).items()]
 
 
 def _families() -> list[ModuleType]:

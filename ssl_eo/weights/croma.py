@@ -150,6 +150,11 @@ class ReleasedPair:
     licence: str = "MIT"
     source: str = "https://github.com/antofuller/CROMA"
 
+    @property
+    def file_name(self) -> str:
+        """What its authors and torchgeo call the file, without suffix, as a regular expression."""
+        return rf"{self.name}(-[0-9a-f]{{8}})?"
+
     def build(self) -> OpticalRadar:
         """The model without values, on the meta device."""
         half = self.config.n_blocks // 2

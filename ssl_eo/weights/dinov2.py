@@ -34,6 +34,7 @@ def _released(letter: str, n_registers: int) -> Released:
         source="https://github.com/facebookresearch/dinov2",
         n_channels=3,
         inputs=colour_inputs,
+        file_name=f"dinov2_vit{letter}14{'_reg4' if n_registers else ''}_pretrain",
     )
 
 

@@ -125,6 +125,7 @@ def _released(letter: str, suffix: str) -> Released:
         adapt=_encoder_of,
         pool="mean",
         sha256=(_SHA256[letter, suffix],),
+        file_name=f"dofa_{_SIZES[letter]}_patch16_224-{_SHA256[letter, suffix]}",  # torchgeo's
     )
 
 

@@ -43,6 +43,7 @@ def _released(letter: str, size: str, patch_size: int) -> Released:
         inputs=colour_inputs,
         adapt=_encoder_alone,
         pool="mean",
+        file_name=f"mae_(pretrain|visualize)_vit_{size}(_full)?",
     )
 
 

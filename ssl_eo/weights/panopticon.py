@@ -28,5 +28,6 @@ MODELS = (
         ),
         licence="CC-BY-4.0",
         source="https://github.com/Panopticon-FM/panopticon",
+        file_name="panopticon_vitb14_teacher",
     ),
 )

@@ -140,6 +140,7 @@ def _released(
         inputs=partial(_inputs, statistics),
         adapt=partial(_adapt, native=native),
         restore=partial(_restore, n_dates=n_dates, native=native),
+        file_name=f"Prithvi_EO_{name.replace('00', '00M')}",
     )
 
 

@@ -1,8 +1,10 @@
-"""The commands `ssl-eo study` and `ssl-eo predict`, from a config to a map."""
+"""The commands `ssl-eo study`, `predict` and `export-ensemble`, from a config to a map, from runs to an ensemble."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,11 @@ import yaml
 from toy_study import SENSOR, bundle, source, task
 
 from ssl_eo.adapt.saved import load_model
+from ssl_eo.adapt.specialists import load_ensemble
 from ssl_eo.cli import main
 from ssl_eo.config import build
 from ssl_eo.data.opening import SourceConfig, open_source
+from ssl_eo.train.export import load_encoder
 
 pytest.importorskip("rasterio")
 
@@ -131,3 +135,112 @@ def test_the_sensor_of_the_toy_has_four_bands() -> None:
     from ssl_eo.sensors import load_sensor
 
     assert len(load_sensor(SENSOR).bands) == 4
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two toy runs and a bundle."""
+    folder = tmp_path_factory.mktemp("runs")
+    short = ("train.total_steps=1", "train.global_batch_size=8", "optim.warmup_steps=0", "data.n_workers=0")
+    off = ("eval.every_n_steps=0", "checkpoint.every_n_steps=1", "log.every_n_steps=1", "log.report=false")
+    of_run = ("model.depth=4", "model.patch_embed=conv", "objective.output=linear", f"run.out_dir={folder}")
+    for name, sensor in (("optical", "sentinel2_l2a"), ("radar", "sentinel1_grd")):
+        source = f"data.sources=[{{name: synthetic, sensors: [{sensor}], n_samples: 8}}]"
+        command = ["train", "--config", "debug/mae", f"run.name={name}", source, *of_run, *short, *off]
+        assert main(command) == 0
+    bundle(folder / "any", depth=6)
+    return folder
+
+
+def test_runs_and_bundles_of_a_folder_become_an_ensemble(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each called as its folder, with the sensors and statistics of its run; the runs stay as they are."""
+    before = sorted(path for path in runs.rglob("*"))
+    out = tmp_path / "ensemble"
+    assert main(["export-ensemble", str(runs), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {out}: any, optical, radar"
+    found = {specialist.name: specialist for specialist in load_ensemble(out)}
+    assert {name: s.n_channels for name, s in found.items()} == {"any": None, "optical": 12, "radar": 4}
+    assert list(found["radar"].inputs) == [SENSOR]
+    trained = load_encoder(runs / "optical").encoder.state_dict()
+    kept = found["optical"].encoder.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in kept.items())
+    assert sorted(path for path in runs.rglob("*")) == before
+    assert main(["export-ensemble", str(runs), "--out", str(out)]) == 2
+    assert "holds an ensemble already" in capsys.readouterr().err
+    assert main(["export-ensemble", str(runs), "--out", str(out), "--overwrite"]) == 0
+
+
+def _no_checkpoint(folder: Path, runs: Path) -> None:
+    shutil.copytree(runs / "radar", folder / "cut", ignore=shutil.ignore_patterns("step_*"))
+
+
+def _wrong_config(folder: Path, runs: Path) -> None:
+    shutil.copytree(runs / "radar", folder / "odd")
+    (folder / "odd" / "config.yaml").write_text("objective: [")
+
+
+def _shallow(folder: Path, runs: Path) -> None:
+    bundle(folder / "shallow", depth=2)
+
+
+def _not_json(folder: Path, runs: Path) -> None:
+    (folder / "broken").mkdir()
+    (folder / "broken" / "encoder.json").write_text("{")
+
+
+def _dotted(folder: Path, runs: Path) -> None:
+    bundle(folder / "v1.2", depth=6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (None, "neither runs (folders with config.yaml) nor bundles (with encoder.json) lie in it"),
+        (_no_checkpoint, "cut"),
+        (_wrong_config, "config.yaml"),
+        (_shallow, "shallow: taps [0.33"),
+        (_not_json, "broken: not an encoder bundle"),
+        (_dotted, "v1.2: a specialist is named by up to 100 letters"),
+    ],
+)
+def test_folders_that_give_no_ensemble_are_one_line(
+    make: Callable[[Path, Path], None] | None,
+    message: str,
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    if make is not None:
+        make(folder, runs)
+    assert main(["export-ensemble", str(folder), "--out", str(out)]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert str(folder) in line
+    assert not (out / "ensemble.json").exists()
+
+
+def test_numbers_of_another_kind_are_warned_of(
+    studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stored integers where the sensor has decibels, as floats where it has integers; the map is made all the same."""
+    import rasterio
+
+    values = np.ones((4, 8, 8), np.int16)
+    place = {"crs": "EPSG:32632", "transform": rasterio.transform.from_origin(6e5, 5e6, 10, 10)}
+    with rasterio.open(
+        tmp_path / "scene.tif", "w", driver="GTiff", count=4, height=8, width=8, dtype="int16", **place
+    ) as file:
+        file.write(values)
+    model = str(studied / "out" / "models" / "scenes-tiny-frozen-linear-default-0")
+    command = ["predict", str(tmp_path / "scene.tif"), "--model", model, "--out", str(tmp_path / "classes.tif")]
+    assert main([*command, "--bands", "1", "2", "3", "4"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ssl-eo: warning: {tmp_path / 'scene.tif'} holds int16, and {SENSOR} is stored as float32")
+    scene(tmp_path / "right.tif")
+    command[1] = str(tmp_path / "right.tif")
+    assert main([*command, "--overwrite", "--bands", "4", "3", "2", "1"]) == 0
+    assert capsys.readouterr().err == ""

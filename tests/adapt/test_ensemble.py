@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from ssl_eo.adapt.ensemble import Ensemble, prune
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.protocols import apply_protocol
+from ssl_eo.adapt.selection import GATE_LR_RATIO, GatedDecoder, TopKGate
 from ssl_eo.adapt.specialists import Specialist
+from ssl_eo.adapt.training import TrainingConfig, _optimizer
 from ssl_eo.eval.decoders import TapMaps, build_decoder
+from ssl_eo.eval.decoders.identity import Decoder as Identity
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.sensors import Band, load_sensor
 
@@ -242,45 +245,80 @@ def test_a_pruned_ensemble_gives_the_same_and_runs_no_others(norm: str, adaptati
         assert torch.equal(only(inputs).maps[0], expected[0][:, whole.channels_of(["any"])[0]])
 
 
-def test_a_gate_masks_runs_what_it_selects_and_is_pruned_to_that() -> None:
+def gated(ensemble: Ensemble, k: int, decoder: str = "upernet") -> TaskModel:
+    torch.manual_seed(0)
+    made = build_decoder(decoder, {"channels": 8} if decoder == "upernet" else {}, ensemble.shape, 3)
+    gate = TopKGate(len(ensemble.names), k)
+    return TaskModel(ensemble, GatedDecoder(gate, made, ensemble.owners))
+
+
+def test_a_decoder_behind_a_gate_is_shown_what_is_selected_and_zeros() -> None:
+    """A pruned ensemble gives the decoder the same, where its weights are cut to its channels, and runs no others."""
     specialists = [pyramid(f"s{i}", 3, known("sentinel2_l2a", RGB), i) for i in range(4)]
     ensemble = Ensemble(specialists, CHANNELS)
+    model = gated(ensemble, 2, "identity").eval()
+    decoder = model.decoder
+    assert isinstance(decoder, GatedDecoder)
     inputs = images(CHANNELS)
     with torch.no_grad():
-        ungated = ensemble(inputs).maps
-    calls = count_calls(ensemble)
-    gate = ensemble.add_gate(2)
-    with torch.no_grad():
-        gate.scores.copy_(torch.tensor([0.3, -1.0, 0.1, 0.7]))
-        masked = ensemble(inputs).maps
-    assert calls == {"s0": 1, "s3": 1}
-    kept = ensemble.channels_of(["s0", "s3"])
-    for a, b, index in zip(masked, ungated, kept, strict=True):
-        mask = torch.zeros(b.shape[1]).index_fill(0, index, 1.0)
-        assert torch.equal(a, b * mask[:, None, None])
-    pruned = prune(ensemble)
+        decoder.gate.scores.copy_(torch.tensor([0.3, -1.0, 0.1, 0.7]))
+        expected = model(inputs)
+    pruned = prune(ensemble, [ensemble.names[i] for i in decoder.gate.selected()])
     assert pruned.names == ("s0", "s3")
+    index = ensemble.channels_of(pruned.names)[-1]
+    inner = decoder.decoder
+    assert isinstance(inner, Identity)
+    calls = count_calls(ensemble)
     with torch.no_grad():
-        assert all(torch.equal(a, b[:, i]) for a, b, i in zip(pruned(inputs).maps, masked, kept, strict=True))
-    assert calls == {"s0": 2, "s3": 2}
+        means = pruned(inputs).maps[-1].mean((2, 3))
+        found = means @ inner.out.weight[:, index].T + inner.out.bias
+    torch.testing.assert_close(found, expected)
+    assert calls == {"s0": 1, "s3": 1}
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in ensemble.parameters()) * 0.6
+
+
+def test_channels_are_told_apart_by_their_owners() -> None:
+    ensemble = Ensemble(three(), CHANNELS)
+    taps = ensemble(images(CHANNELS))
+    assert [len(owner) for owner in ensemble.owners] == list(ensemble.shape.widths)
+    pooled = ensemble.pooled(taps)
+    assert list(pooled) == ["rgb", "infrared", "any"]
+    for i, name in enumerate(ensemble.names):
+        parts = [x[:, index] for x, index in zip(taps.maps, ensemble.channels_of([name]), strict=True)]
+        torch.testing.assert_close(pooled[name], torch.cat([x.mean((2, 3)) for x in parts], 1))  # sums of another order
+        assert all(
+            bool((owner[index] == i).all())
+            for owner, index in zip(ensemble.owners, ensemble.channels_of([name]), strict=True)
+        )
 
 
 def test_a_decoder_on_frozen_specialists_with_a_gate_trains() -> None:
     """Through UPerNet, on images of any size; encoders stay as they are, scores of those not selected move."""
     ensemble = Ensemble(three(), CHANNELS)
     apply_protocol(ensemble, "frozen")
-    gate = ensemble.add_gate(1)
-    torch.manual_seed(0)
-    model = TaskModel(ensemble, build_decoder("upernet", {"channels": 8}, ensemble.shape, 3)).train()
+    model = gated(ensemble, 1).train()
+    assert model.is_frozen
     assert not any(module.training for backbone in ensemble.backbones for module in backbone.modules())
     logits = model(images(CHANNELS, 2, (40, 50)))
     assert logits.shape == (2, 3, 40, 50)
     logits.square().mean().backward()
-    assert gate.scores.grad is not None
-    assert (gate.scores.grad != 0).all()
+    assert isinstance(model.decoder, GatedDecoder)
+    scores = model.decoder.gate.scores
+    assert scores.grad is not None
+    assert (scores.grad != 0).all()
     assert all(p.grad is None for p in ensemble.backbones.parameters())
-    assert ensemble.layers()[0][1] is ensemble.backbones
+
+
+def test_scores_of_a_gate_learn_more_slowly_than_its_decoder() -> None:
+    model = gated(Ensemble(three(), CHANNELS).requires_grad_(False), 1)
+    assert isinstance(model.decoder, GatedDecoder)
+    optimizer, _ = _optimizer(model, TrainingConfig())
+    rates = {id(p): group["lr_multiplier"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay_multiplier"] for group in optimizer.param_groups for p in group["params"]}
+    scores = id(model.decoder.gate.scores)
+    assert (rates.pop(scores), decays[scores]) == (GATE_LR_RATIO, 0.0)
+    assert set(rates.values()) == {1.0}
+    assert GATE_LR_RATIO < 1
 
 
 def test_finetuning_reaches_every_encoder() -> None:
@@ -291,8 +329,9 @@ def test_finetuning_reaches_every_encoder() -> None:
     sum(x.square().mean() for x in ensemble(images(CHANNELS)).maps).backward()
     silent = [name for name, p in ensemble.named_parameters() if p.grad is None]
     assert all("mask_token" in name for name in silent), silent
-    (prefix, module), *_ = ensemble.layers()
-    assert {name for name, _ in ensemble.named_parameters()} == {prefix + name for name, _ in module.named_parameters()}
+    optimizer, trained = _optimizer(TaskModel(ensemble, nn.Linear(1, 1)), TrainingConfig())
+    assert len(trained) == len(list(ensemble.parameters())) + 2
+    assert {group["lr_multiplier"] for group in optimizer.param_groups} == {0.1, 1.0}
 
 
 def test_a_copy_prunes_its_own_encoders() -> None:
@@ -301,13 +340,6 @@ def test_a_copy_prunes_its_own_encoders() -> None:
     pruned = prune(copied, ["any"])
     assert pruned.backbones[0] is copied.backbones[2]
     assert pruned.backbones[0] is not ensemble.backbones[2]
-
-
-def test_layers_of_a_pyramid_hold_all_its_weights() -> None:
-    backbone = rgb().backbone
-    names = [prefix + name for prefix, module in backbone.layers() for name, _ in module.named_parameters()]
-    assert names == [name for name, _ in backbone.named_parameters()]
-    assert len(backbone.layers()) == 5
 
 
 @pytest.mark.parametrize(
@@ -339,8 +371,4 @@ def test_what_an_ensemble_was_not_built_for_is_refused() -> None:
         ensemble.channels_of(["other"])
     with pytest.raises(ValueError, match="keep one specialist at least"):
         prune(ensemble, [])
-    with pytest.raises(ValueError, match="has no gate"):
-        prune(ensemble)
-    with pytest.raises(ValueError, match="k must be from 1 to 1"):
-        ensemble.add_gate(2)
     assert isinstance(ensemble.norms[0][0], nn.Identity)

@@ -107,9 +107,8 @@ def test_features_that_are_computed_once_change_nothing(task: Task) -> None:
     labels, samples = of(task)
     make = maker(task, "frozen", "segformer")
     model = make()
-    kept = {
-        name: Samples(s.examples, Features(model, s.examples, 3, autocast(CPU, SHORT))) for name, s in samples.items()
-    }
+    context = autocast(CPU, SHORT)
+    kept = {name: Samples(s.examples, Features.of(model, s.examples, 3, context)) for name, s in samples.items()}
     plain = fit(make, labels, samples["train"], samples["val"], SHORT)
     quick = fit(make, labels, kept["train"], kept["val"], SHORT)
     assert plain.curves == quick.curves

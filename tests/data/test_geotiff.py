@@ -490,6 +490,14 @@ def test_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
     assert source.fingerprint()
 
 
+def test_a_class_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    for label in ("dry", "wet"):
+        write_raster(tmp_path / label / f"{label}.tif", tile_pixels(0, (4, 8, 8)).astype("uint8"))
+    (tmp_path / "wet").rename(tmp_path / os.fsdecode(b"wet\xff"))
+    with pytest.raises(ValueError, match=r"^tiles\[0\]\.pattern: the class wet\\udcff has a name that is not UTF-8"):
+        make(tmp_path, {"sensor": "naip", "pattern": "{label}/{key}.tif"})
+
+
 def test_a_root_without_rasters_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none of the 0 files of .* fits '\*\*/\{key\}\.tif' \(found: nothing\)"):
         make(tmp_path, {"sensor": "naip"})

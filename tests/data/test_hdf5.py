@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from hashlib import blake2b
@@ -188,12 +189,45 @@ def test_nan_pixels_are_kept_and_left_out_of_statistics(path: Path) -> None:
         cut_to_views(source.read(0), plans, source.schema)
 
 
-@pytest.mark.parametrize("values", [np.arange(N) + 0.5, np.arange(N) * 1.0, np.array([b"a"] * N)])
-def test_labels_that_are_no_integers_are_refused(path: Path, values: Any) -> None:
+@pytest.mark.parametrize(
+    "values", [np.zeros((N, 3)), np.zeros((N, 4, 4), "f4"), np.array([b"a"] * N), np.zeros(N, "c8")]
+)
+def test_labels_that_are_no_integers_and_no_numbers_are_refused(path: Path, values: Any) -> None:
     with h5py.File(path, "a") as file:
         file["wrong"] = values
     with pytest.raises(ValueError, match=r"label_dataset: wrong in .* must hold integers or booleans .* dtype is"):
         Source(config(path, label_dataset="wrong"))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4"])
+def test_numbers_are_labels_to_predict(path: Path, dtype: str, tmp_path: Path) -> None:
+    heights = np.arange(N, dtype=dtype) + 0.5
+    heights[[2, 5]] = np.nan, np.inf
+    with h5py.File(path, "a") as file:
+        file["height"] = heights
+    source = Source(config(path, label_dataset="height"))
+    check_sample(source.read(3), source.schema)
+    assert (source.label_names, source.read(3).label, type(source.read(3).label)) == ((), 3.5, float)
+    for row, found in ((2, "nan"), (5, "inf")):
+        with pytest.raises(
+            ValueError, match=rf"tiles\.h5: row {row} of height holds {found}, expected a finite number"
+        ):
+            source.read(row)
+    pack(source, tmp_path / "packed", max_bad_ratio=0.2)
+    left_out = [json.loads(line) for line in (tmp_path / "packed" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["index"] for entry in left_out] == [2, 5]
+    packed = shards.Source(shards.Config(str(tmp_path / "packed")))
+    assert [packed.read(i).label for i in range(len(packed))] == [n + 0.5 for n in range(N) if n not in (2, 5)]
+
+
+def test_numbers_have_no_names(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file["height"] = np.arange(N) / 4
+        file["cover"] = np.arange(N) % 2 * 1.0
+        file["cover"].attrs["classes"] = ["field", "water"]
+    for options in ({"label_dataset": "height", "label_names": ["a", "b"]}, {"label_dataset": "cover"}):
+        with pytest.raises(ValueError, match=r"label_names: .* holds numbers \(float64\), .* store classes as int"):
+            Source(config(path, **options))
 
 
 @pytest.mark.parametrize("dtype", ["complex64", ">u2", "S4"])
@@ -246,6 +280,27 @@ def test_rows_that_were_never_written_are_refused(path: Path) -> None:
         Source(config(path, label_dataset="vectors"))
     with pytest.raises(ValueError, match=r"drop_bands: .* no data"):  # so few of them are nobody's mistake
         Source(config(path, dataset="few"))
+
+
+def test_a_file_that_is_large_hides_no_column_that_was_never_written(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        file["ballast"] = np.zeros(1 << 20, np.uint8)
+        file.create_dataset("groups", (N, 200), "S500000", chunks=(1, 200))
+        file.create_dataset("vectors", (N, 100_000_000), "u1", chunks=(1, 1000))
+    for key, name in (("label_dataset", "vectors"), ("group_dataset", "groups")):
+        with pytest.raises(ValueError, match=rf"^{key}: .*{name} says that it has 10 rows, 1,000,000,000 bytes"):
+            Source(config(path, **{key: name}))
+
+
+@pytest.mark.timeout(30)  # without a look at what it is, the pipe is waited for
+def test_a_pipe_is_no_file_of_arrays(path: Path) -> None:
+    source = Source(config(path))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=r"it is no regular file: '.*tiles\.h5'"):
+        source.read(0)
+    with pytest.raises(ValueError, match="root: no such file"):
+        Source(config(path))
 
 
 def test_the_fingerprint_is_the_same_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

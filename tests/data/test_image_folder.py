@@ -189,6 +189,17 @@ def test_named_classes_keep_their_numbers(tmp_path: Path) -> None:
         open_folder(root, split="all", classes=["a", "b"])
 
 
+def test_no_data_that_nobody_declared_is_named(tmp_path: Path) -> None:
+    for i in range(4):
+        pixels = pixels_of(i, (2, 16, 16)).astype(np.float32) / -10
+        pixels[1, 3, 3] = -1e30 if i == 2 else pixels[1, 3, 3]
+        write_raster(tmp_path / ("dry", "wet")[i % 2] / f"{i}.tif", pixels, descriptions=("VH", "VV"))
+    with pytest.raises(
+        ValueError, match=r"^sensor: band VV of tile sentinel1_grd holds -1\.0\d+e\+30, .* declare it in no_data"
+    ):
+        open_folder(tmp_path, sensor="sentinel1_grd", split="all")
+
+
 @pytest.mark.timeout(30)  # without a look at what it is, the pipe is waited for
 def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
     write_pictures(tmp_path)
@@ -237,6 +248,8 @@ def test_folders_that_mean_two_things_are_refused(spoil: Any, message: str, tmp_
         ({"n_statistics_samples": 0}, "n_statistics_samples must be at least 1"),
         ({"classes": []}, "classes must name at least one class"),
         ({"bands": ["R", "X", "B"]}, "rgb has no band 'X'"),
+        ({"bands": []}, r"bands must name at least one, and each once, got \[\]"),
+        ({"bands": ["R", "R", "B"]}, "bands must name at least one, and each once"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

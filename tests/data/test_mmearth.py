@@ -510,6 +510,7 @@ def test_side_files_that_are_no_records_are_refused(root: Path, content: bytes, 
         (b'{"sentinel2_l1c": 3}', "must hold lists"),
         (b" " * 20_000_000, "has 20,000,000 bytes, expected"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"sentinel2_l1c": {"mean": [1%s], "std": [1]}}' % (b"0" * 400), "must hold lists .* too large"),
     ],
 )
 def test_statistics_that_make_no_sense_are_refused(root: Path, content: bytes, match: str) -> None:

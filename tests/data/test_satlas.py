@@ -4,8 +4,14 @@ import json
 import math
 import os
 import pickle
+import resource
 import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +22,7 @@ from hypothesis import strategies as st
 
 from ssl_eo.data.plans import whole
 from ssl_eo.data.sources._mercator import pixel_size_m, places_of_tiles
+from ssl_eo.data.sources._png import PngBands
 from ssl_eo.data.sources.satlas import Config, Source
 from ssl_eo.data.stacking import check_sample, cut_to_views, stack_tiles
 
@@ -177,6 +184,95 @@ def test_files_that_are_not_as_expected_are_refused(root: Path) -> None:
     write_png(first, 3, 20_000 // 20, 3)
     with pytest.raises(ValueError, match="has 1000 x 1000 pixels, expected a square of at most 512"):
         source(root).read(1)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _png(side: int, depth: int = 8, colour: int = 0, pixels: bytes = b"", extra: bytes = b"") -> bytes:
+    """`colour` is 0 of grey, 2 of RGB, 3 of a palette, 6 of RGBA."""
+    head = _chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0))
+    body = _chunk(b"IDAT", zlib.compress(pixels, 9)) + _chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + extra + body
+
+
+_ROWS = 512 * (1 + 512)  # bytes of 512 rows, each with the number of its filter
+HOSTILE = {
+    "a gigapixel": (_png(32_000, pixels=bytes(10_000_000)), r"b06/1867_3288\.png"),
+    "10 gigapixels": (_png(100_000), r"b06/1867_3288\.png is not a readable PNG: .*decompression bomb"),
+    "more than it says": (_png(512, pixels=bytes(50_000_000)), None),  # what does not belong to it is left
+    "less than it says": (_png(512, pixels=bytes(_ROWS - 600)), r"b06/1867_3288\.png is not a readable PNG"),
+    "a text that swells": (
+        _png(512, pixels=bytes(_ROWS), extra=_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(500_000_000), 1))),
+        r"b06/1867_3288\.png is not a readable PNG",
+    ),
+    "palette": (
+        _png(512, 8, 3, bytes(_ROWS), _chunk(b"PLTE", bytes(range(6)))),
+        r"has mode, height, width \('P', 512, 512\), expected \('L', 512, 512\)",
+    ),
+    "16 bits": (_png(512, 16, 0, bytes(512 * 1025)), r"has mode, height, width \('I;16', 512, 512\), expected \('L'"),
+    "alpha": (_png(512, 8, 6, bytes(512 * 2049)), r"has mode, height, width \('RGBA', 512, 512\), expected \('L'"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_png_is_one_bad_sample_that_takes_no_memory(name: str, root: Path) -> None:
+    content, match = HOSTILE[name]
+    (folder(root, "sentinel2", 1) / "b06" / "1867_3288.png").write_bytes(content)
+    tiles = source(root)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if match is None:
+        assert tiles.read(1).tiles["satlas_sentinel2@0"].array[1].max() == 0
+    else:
+        with pytest.raises((ValueError, OSError), match=match):
+            _ = tiles.read(1).tiles["satlas_sentinel2@0"].array
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KB
+    assert tiles.read(0).tiles["satlas_sentinel2@0"].array.any()
+
+
+def test_a_file_that_no_png_of_this_size_has_is_not_read(root: Path) -> None:
+    path = folder(root, "sentinel2", 1) / "b06" / "1867_3288.png"
+    head = _png(512)[:33] + struct.pack(">I", (1 << 31) - 1) + b"prIv"  # all that follows belongs to one chunk
+    path.write_bytes(head)
+    os.truncate(path, 2 << 30)  # zeros that take no room
+    with pytest.raises(OSError, match=r"it has 2,147,483,648 bytes, expected at most 4,194,304"):
+        _ = source(root).read(1).tiles["satlas_sentinel2@0"].array
+
+
+@pytest.mark.timeout(30)  # without a look at what it is, the pipe is waited for
+@pytest.mark.parametrize("band", ["tci", "b06"])
+def test_a_pipe_is_no_png(band: str, root: Path) -> None:
+    path = folder(root, "sentinel2", 1) / band / "1867_3288.png"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match=rf"{band}/1867_3288\.png is not a readable PNG: .*it is no regular file"):
+        _ = source(root).read(1).tiles["satlas_sentinel2@0"].array
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(8, 400), st.integers(0, 255)), min_size=1, max_size=4), st.integers(20, 5000))
+def test_a_damaged_png_is_named_or_read(changes: list[tuple[int, int]], n_bytes: int) -> None:
+    content = bytearray(_png(64, pixels=bytes(64 * 65)))
+    for at, byte in changes:
+        content[at % len(content)] = byte
+    with TemporaryDirectory() as made:
+        path = Path(made) / "damaged.png"
+        path.write_bytes(bytes(content[:n_bytes]))
+        with suppress_named("damaged.png"):
+            bands = PngBands.open({path: 1})
+            assert bands is not None
+            assert bands[:, :, :].shape == bands.shape
+
+
+@contextmanager
+def suppress_named(name: str) -> Iterator[None]:
+    """What a source may say of a bad sample, as far as it names the file."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if name not in str(error):
+            raise
 
 
 def test_sensors_and_scenes_are_chosen(archive: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ssl_eo.data.manifest import Manifest
 from ssl_eo.data.members import (
     CODECS,
     check_tile_names,
@@ -208,6 +210,24 @@ def test_layout_is_plain_ustar_and_the_same_every_time(tmp_path):
             assert member.offset_data % 512 == 0
             assert (member.size, member.mtime, member.uid) == (index.size[row, column], 0, 0)
     assert not members
+
+
+@pytest.mark.timeout(30)  # without a look at what they are, pipes are waited for
+def test_a_pipe_is_no_shard_no_index_and_no_manifest(tmp_path):
+    path = tmp_path / "a.tar"
+    write_shard(path)
+    index = ShardIndex.load(index_path(path))
+    for name in (path, index_path(path), tmp_path / "manifest.json"):
+        name.unlink(missing_ok=True)
+        os.mkfifo(name)
+    with pytest.raises(OSError, match=r"it is no regular file: '.*a\.tar'"):
+        ShardIndex.build(path)
+    with pytest.raises(OSError, match=r"it is no regular file: '.*a\.tar'"):
+        LocalShard(path, index).open()
+    with pytest.raises(ValueError, match=r"a\.index\.npz: not a shard index \(.*it is no regular file"):
+        ShardIndex.load(index_path(path))
+    with pytest.raises(ValueError, match=r"manifest\.json: it is no regular file"):
+        Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ssl_eo.eval import claims
 from ssl_eo.eval.claims import Claim, claimed, next_turn, work_through
 
 NAMES = [f"piece {i}" for i in range(12)]
@@ -162,3 +165,78 @@ def test_a_claim_is_of_one_at_a_time(tmp_path: Path) -> None:
     with claimed(tmp_path, "a") as third:
         assert third is not None
         assert third.n_before == 0  # it was held, and never begun
+
+
+def _hold_beside_a_child(folder: Path) -> None:
+    """Begin a piece of work and fork a child that lives on, until killed."""
+    with claimed(folder, "a") as claim:
+        assert claim is not None
+        claim.begin()
+        FORK.Process(target=time.sleep, args=(8,)).start()
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_death_frees_a_claim_although_a_child_lives_on(tmp_path: Path) -> None:
+    """As one that reads samples does for seconds."""
+    process = FORK.Process(target=_hold_beside_a_child, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    with claimed(tmp_path, "a") as claim:
+        assert claim is not None
+        assert claim.n_before == 1
+
+
+def test_who_waits_for_another_process_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other, looks = ExitStack(), list[float]()
+    other.enter_context(claimed(tmp_path, "a"))
+    other.enter_context(claimed(tmp_path, "b"))
+
+    def look_again(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            other.close()
+
+    monkeypatch.setattr(claims, "_SILENT_S", 0.0)
+    monkeypatch.setattr(time, "sleep", look_again)
+    seen: list[str] = []
+    work_through(tmp_path, ["a", "b", "c"], lambda name, _: seen.append(name))
+    assert seen == ["c", "a", "b"]
+    assert [r.getMessage() for r in caplog.records] == ["waiting for another process, which is at a and 1 more"]
+
+
+@pytest.mark.parametrize("turns", [None, b"", bytes(8), b"12 monkeys", b"1"], ids=repr)
+def test_work_is_looked_at_again_whatever_became_of_the_turns(tmp_path: Path, turns: bytes | None) -> None:
+    seen: list[str] = []
+    for _ in range(3):
+        work_through(tmp_path, ["a", "b"], lambda name, _: seen.append(name))
+    (path,) = tmp_path.glob(".turns")
+    path.unlink() if turns is None else path.write_bytes(turns)
+    work_through(tmp_path, ["a", "b"], lambda name, _: seen.append(name))
+    assert seen == ["a", "b"] * 4
+    assert next_turn(tmp_path) > 9
+
+
+@pytest.mark.parametrize("content", [bytes(9), b"ended " + bytes(3), b"ended", b"x\0", "ended ½".encode()], ids=repr)
+def test_a_damaged_claim_has_never_ended_and_nobody_has_died_at_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    with claimed(tmp_path, "a") as claim:
+        assert claim is not None
+        assert (claim.n_before, claim.ended) == (0, None)
+    seen: list[str] = []
+    work_through(tmp_path, ["a"], lambda name, _: seen.append(name))
+    assert seen == ["a"]
+
+
+def test_names_may_be_anything_and_stay_apart(tmp_path: Path) -> None:
+    names = ["a/b", "a_b", "a b", "", ".", "..", ".turns", "x" * 300, "x" * 301, "é" * 200, "a\0b", "../a", "\ud800"]
+    seen: list[str] = []
+    work_through(tmp_path / "claims", names, lambda name, _: seen.append(name))
+    assert seen == names
+    assert len(list((tmp_path / "claims").iterdir())) == len(names) + 1  # and the turns
+    assert [path.name for path in tmp_path.iterdir()] == ["claims"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from toy.results import N_RESAMPLES, N_TEST, outcome, problem, record
+from toy.results import N_RESAMPLES, N_TEST, outcome, problem, record, written
 
 from ssl_eo.eval.aggregates import aggregates, mean_ranks, read_ranges, tasks_of_mean, tasks_of_rank
 from ssl_eo.eval.bootstrap import interval_of, interval_over_seeds, resampled_scores
@@ -132,7 +133,7 @@ def test_each_model_is_read_in_its_own_way() -> None:
     comparison = Comparison(records)
     assert _n_right(comparison) == {"a": 40, "b": 30, "band statistics": 9}
     readings = [comparison.reading(e, ["scenes"], ["ridge"]) for e in comparison.entrants]
-    assert readings == ["read at last, cls", "read at depth 0.50, mean", ""]
+    assert readings == ["read at the last block, cls", "read at depth 0.50, mean", ""]
     assert len(aggregates(comparison, "ridge", None)) == 3
     assert all(a.mean is not None for a in aggregates(comparison, "ridge", None))
 
@@ -144,12 +145,36 @@ def test_each_model_is_read_in_its_own_way() -> None:
     assert [alike.reading(e, ["scenes"], ["ridge"]) for e in alike.entrants] == ["", ""]
 
 
+def test_a_model_that_is_read_at_other_depths_on_some_tasks_is_mixed() -> None:
+    records = [record("encoder", outcome(40), task=task, tap=tap) for task, tap in (("p", "all"), ("q", "depth_0.50"))]
+    records += [record("encoder", outcome(30), "b", task=task) for task in "pq"]
+    records += [record("band_statistics", outcome(9), task=task) for task in "pq"]
+    comparison = Comparison(records)
+    a, b, control = comparison.entrants
+    assert [comparison.is_mixed(e, ["p", "q"], "ridge") for e in (a, b, control)] == [True, False, False]
+    assert not comparison.is_mixed(a, ["p"], "ridge")
+    assert comparison.reading(a, ["p", "q"], ["ridge"]) == (
+        "read at all depths together, mean; read at depth 0.50, mean on q"
+    )
+    assert comparison.reading(b, ["p", "q"], ["ridge"]) == "read at the last block, mean"
+    patches = [
+        record("encoder", outcome(9), m, task="maps", tap=t, pool=None) for m, t in (("a", "all"), ("b", "last"))
+    ]
+    with_maps = Comparison([*records, *patches])
+    readings = [with_maps.reading(e, with_maps.tasks, ["ridge"]) for e in with_maps.entrants[:2]]
+    assert readings == [comparison.reading(e, ["p", "q"], ["ridge"]) for e in (a, b)]  # they are not pooled: no word
+    alone = Comparison([r for r in records if r["model"] != "b"])
+    assert alone.reading(alone.entrants[0], ["p", "q"], ["ridge"]) == (
+        "read at all depths together, mean; read at depth 0.50, mean on q"
+    )
+
+
 def test_the_random_encoder_is_read_where_it_is_best() -> None:
     records = [record("encoder", outcome(40), tap=tap) for tap in ("all", "last")]
     records += [record("random_encoder", outcome(n), tap=tap) for tap, n in (("all", 10), ("last", 30))]
     (margin,) = Comparison(records).margins("scenes", "ridge")
     assert margin.margin.rival_score == 30 / N_TEST
-    assert margin.reading == "read at last, mean"
+    assert margin.reading == "read at the last block, mean"
 
 
 def test_controls_that_see_cells_are_read_by_their_size() -> None:
@@ -178,7 +203,7 @@ def test_conditions_are_those_of_most_entrants_and_who_lacks_them_is_named() -> 
     ]
     assert _n_right(comparison) == {"a": 20, "b": 21, "band statistics": None}
     control = comparison.entrants[-1]
-    assert comparison.absence(control, "scenes", "ridge") == "only with labels 1.00x, bands rgb, size 224"
+    assert comparison.absence(control, "scenes", "ridge") == "only with labels 1.00x, bands rgb, size 224 px"
     assert comparison.absence(control, "scenes", "knn") == "not measured"
     assert [a.mean is None for a in aggregates(comparison, "ridge", None)] == [False, False, True]
 
@@ -284,6 +309,45 @@ def test_copies_of_validation_samples_are_told_and_leave_no_task_out() -> None:
     comparison = Comparison([record("encoder", outcome(30), n_leaked_val=6)])
     assert comparison.flags("scenes") == ["6 of 60 test samples (10 %) have the content of a validation sample"]
     assert comparison.left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"n_test": 1}, "they are of one test sample"),
+        ({"per_class": {"support": [0, 60, 0]}}, "all test samples are of one class (wood)"),
+        (
+            {"per_class": {"support": [0, 60, 0]}, "kind_of_task": "segmentation"},
+            "all test pixels are of one class (wood)",
+        ),
+        (
+            {"classes": ["ash", "no ash"], "kind_of_task": "segmentation", "ignore": 0, "per_class": {}},
+            "beside what is ignored there is one class (no ash)",
+        ),
+    ],
+    ids=["one sample", "one class", "one class of pixels", "ignored"],
+)
+def test_a_score_that_tells_nothing_is_said_to_and_is_in_no_mean(changes: dict[str, Any], why: str) -> None:
+    comparison = Comparison([record("encoder", outcome(40)), record("encoder", outcome(40), task="odd", **changes)])
+    said = f"its scores tell nothing: {why}"
+    assert said in comparison.flags("odd")
+    assert comparison.left_out == {"odd": said}
+    assert comparison.flags("scenes") == []
+    assert tasks_of_rank(comparison, "ridge") == ["scenes"]
+
+
+def test_an_ignored_value_that_is_no_class_leaves_all_of_them() -> None:
+    two = {"classes": ["a", "b"], "kind_of_task": "segmentation", "ignore": 255, "per_class": {"support": [3, 4]}}
+    assert Comparison([record("encoder", outcome(40), **two)]).flags("scenes") == []
+
+
+def test_parts_that_are_as_large_as_others_are_named() -> None:
+    sizes = {"0.01x": 15, "0.10x": 15, "nested_0.10x": 15, "0.50x": 60, "1.00x": 120, "nested_1.00x": 120}
+    comparison = Comparison([record("encoder", outcome(9), partition=p, n_train=n) for p, n in sizes.items()])
+    (flag,) = [flag for flag in comparison.flags("scenes") if "equally" in flag]
+    assert flag == (
+        "the parts 0.01x and 0.10x of the training set have equally many samples (15): it is too small for both"
+    )
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -480,10 +544,50 @@ def test_an_error_that_a_later_result_answers_is_none() -> None:
     error = problem("error", "OSError: gone", **{**asked, "key": "of an older version"})
     whole_job = problem("error", "OSError: all gone", job=result["job"])
     skipped = problem("skipped", "no such bands")
-    assert Comparison([error, whole_job, skipped, result]).problems == [skipped]
-    assert Comparison([result, error, whole_job]).problems == [error, whole_job]
-    other = {**error, "seed": 1}
-    assert Comparison([other, result]).problems == [other]
+
+    def said(*records: dict[str, Any]) -> list[str]:
+        return [r["error"] for r in Comparison(records).problems]
+
+    assert said(error, whole_job, skipped, result) == ["no such bands"]
+    assert said(result, error, whole_job) == ["OSError: gone", "OSError: all gone"]  # it fails since
+    assert said({**error, "seed": 1}, result) == ["OSError: gone"]
+
+
+def _state(comparison: Comparison) -> Any:
+    """All that a page says of who has which score, and why others have none, whatever its order."""
+    scores = {
+        (e.identity, task, probe): (None if (s := comparison.score(e, task, probe)) is None else (s.values, s.setting))
+        for e in comparison.entrants
+        for task in comparison.tasks
+        for probe in comparison.probes
+    }
+    margins = {
+        (m.model.title, m.rival.kind): m.margin for t in comparison.tasks for m in comparison.margins(t, "ridge")
+    }
+    steps = {
+        (task, axis): comparison.steps(task, axis) for task in comparison.tasks for axis in ("tap", "pool", "size")
+    }
+    return scores, margins, steps, sorted(r["error"] for r in comparison.problems)
+
+
+def test_folders_may_come_in_any_order_and_twice(tmp_path: Path) -> None:
+    old, new = {"date": "2026-01-01T00:00:00+00:00"}, {"date": "2026-02-01T00:00:00+00:00"}
+    again = {"key": "the same question", **new}
+    a = [record("encoder", outcome(30), pool="cls"), record("band_statistics", outcome(20), size="224", **old)]
+    a += [
+        record("encoder", outcome(30), pool="mean", **old),
+        {**record("encoder", outcome(9), task="t"), **again, **old},
+    ]
+    b = [record("encoder", outcome(31), "b", size="224"), {**record("encoder", outcome(50), task="t"), **again}]
+    b += [record("texture_statistics", outcome(20), size="224", **old)]
+    answered = {key: a[0][key] for key in ("job", "tap", "probe", "partition", "seed")}
+    c = [problem("error", "OSError: gone then", **answered), problem("error", "OSError: still gone", job="z", key="z")]
+    folders = [written(tmp_path / name, records) for name, records in (("a", a), ("b", b), ("c", c))]
+    expected = _state(Comparison.read(folders))
+    assert expected[-1] == ["OSError: still gone"]
+    assert expected[0]["a 11aa", "t", "ridge"][0] == [50 / N_TEST]
+    for order in permutations([*folders, folders[1]]):
+        assert _state(Comparison.read(order)) == expected
 
 
 def test_entrants_are_told_apart_and_no_more() -> None:

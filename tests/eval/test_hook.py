@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ssl_eo.eval.features import (
 from ssl_eo.eval.hook import EvalConfig, EvalHook
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import HEADLINE, HIGHER_IS_BETTER
+from ssl_eo.eval.probes import logistic
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.jsonl import read_jsonl
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
@@ -356,6 +357,25 @@ def test_a_probe_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: 
     assert {key.rpartition("/")[2] for key in found} == {"knn", "effective_rank"}
     failed = [(r["probe"], r["error"]) for r in read_jsonl(tmp_path / "eval.jsonl") if r["kind"] == "error"]
     assert failed == [("ridge", "RuntimeError: no luck")] * 3  # of two taps, and both together
+
+
+def test_a_fit_that_did_not_come_to_its_optimum_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @dataclass
+    class Hasty(logistic.Config):
+        max_steps: int = 1
+        lambdas: list[float] = field(default_factory=lambda: [1e-4])
+
+    monkeypatch.setattr(logistic, "Config", Hasty)
+    encoder, encode = _encoder()
+    hook = _hook(tmp_path, controls=False, tasks=[replace(_task(), probes=["ridge", "logistic"])])
+    hook.run(encode, 10, encoder)
+    told = [record.getMessage() for record in caplog.records if "optimum" in record.getMessage()]
+    remark = "is not at its optimum, its score may be a little lower than it could be"
+    assert told == [
+        f"step 10: encoder of task toy: logistic at {tap} {remark}" for tap in ("depth_0.50", "last", "all")
+    ]
 
 
 def test_controls_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,8 +245,10 @@ def test_what_does_not_fit_the_budget_is_put_off(
     [
         ({"health_every_n_steps": -1}, "health_every_n_steps must be 0"),
         ({"health_samples": 1}, "health_samples must be at least 2, got 1"),
-        ({"max_time_ratio": 0.0}, "max_time_ratio must be above 0 and at most 1"),
-        ({"max_time_ratio": 1.5}, "max_time_ratio must be above 0 and at most 1"),
+        *(
+            ({"max_time_ratio": ratio}, "max_time_ratio must be at least 1e-06 and at most 1, or null")
+            for ratio in (0.0, 1e-320, 1.5)
+        ),
     ],
 )
 def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import asdict, make_dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from toy import scenes, tasks
 
 from ssl_eo.data.types import Sample
+from ssl_eo.eval import jobs, offline
 from ssl_eo.eval.bands import bands_of
 from ssl_eo.eval.bootstrap import resampled_scores
 from ssl_eo.eval.controls import CONTROLS
@@ -26,9 +28,10 @@ from ssl_eo.eval.metrics import HEADLINE, Outcome
 from ssl_eo.eval.offline import Evaluation, Model, _fresh, evaluate
 from ssl_eo.eval.probes import knn, linear, ridge
 from ssl_eo.eval.provenance import code_digest
-from ssl_eo.eval.records import RESULTS, read_results, unpacked, write_csv
+from ssl_eo.eval.records import RESULTS, read_plan, read_results, unmeasured, unpacked, write_csv
 from ssl_eo.eval.splits import INTERPOLATION
 from ssl_eo.eval.table import print_summary, rows_of_results
+from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.seeding import derive_seed
 
@@ -145,7 +148,7 @@ def test_partitions_and_seeds(tmp_path: Path) -> None:
     score = {key: r["scores"]["accuracy"] for key, r in zip(labels, found, strict=True)}
     assert score["1.00x", 0] == score["1.00x", 1]  # nothing is drawn
     text, _ = _summary(rows_of_results(found))
-    assert "toy [0.10x] [1]: accuracy of frozen features" in text
+    assert "toy, labels 0.10x: accuracy of frozen features" in text
 
 
 def test_sizes_and_subsets(tmp_path: Path) -> None:
@@ -158,6 +161,31 @@ def test_sizes_and_subsets(tmp_path: Path) -> None:
     text, complete = _summary(rows_of_results(found))
     assert complete
     assert "no-rgb" not in text
+
+
+@pytest.mark.parametrize("asked", [["task"], ["native"], ["8"], ["08"], ["task", "native", "8"]], ids=str)
+def test_a_size_is_called_by_what_is_shown(tmp_path: Path, asked: list[str]) -> None:
+    """The tiles have 8 pixels, and the task has no size of its own: all of these are one condition."""
+    first = _evaluate(tmp_path, controls=False)
+    written = (tmp_path / RESULTS).read_bytes()
+    assert _evaluate(tmp_path, controls=False, sizes=asked) == first
+    assert {r["size"] for r in first} == {"native"}
+    assert (tmp_path / RESULTS).read_bytes() == written
+
+
+def test_the_size_of_a_task_is_its_pixels(tmp_path: Path) -> None:
+    found = _evaluate(tmp_path, controls=False, tasks=[tasks.task(size_px=16)], sizes=["task", "native", "16"])
+    assert [(r["size"], r["size_px"]) for r in found if r["probe"] == "knn"] == [("16", 16), ("native", 8)]
+
+
+def test_a_subset_that_is_all_bands_is_all(tmp_path: Path) -> None:
+    encoder = tasks.encoder()
+    passes = _count_passes(encoder)
+    found = _evaluate(tmp_path, encoder, controls=False, subsets=["rgb", "all"])
+    assert [(r["probe"], r["subset"]) for r in found] == [("knn", "all"), ("ridge", "all")]
+    assert len(passes) == 3  # train, test, and one sample whose operations are counted
+    other_way_round = _evaluate(tmp_path, controls=False, subsets=["rgb"], tasks=[tasks.task(bands=["B", "G", "R"])])
+    assert [(r["subset"], r["bands"]) for r in other_way_round] == [("rgb", ["R", "G", "B"])] * 2
 
 
 def test_what_was_shown_and_in_which_precision_is_recorded(tmp_path: Path) -> None:
@@ -270,8 +298,117 @@ def test_an_error_of_another_plan_is_not_returned(tmp_path: Path) -> None:
     with (tmp_path / RESULTS).open("a") as file:
         file.write(json.dumps(error) + "\n")
     assert _evaluate(tmp_path, controls=False) == first
+    assert {r["kind"] for r in read_results(tmp_path)} == {"result"}  # nothing was missing: it does not fail any more
     more = _evaluate(tmp_path, controls=False, partitions=["0.50x"])
     assert {r["kind"] for r in more} == {"result"}
+
+
+def _gone(source: scenes.Source, cfg: scenes.Config) -> None:
+    raise OSError("the disk is gone")
+
+
+def test_a_failure_that_passes_is_forgotten(tmp_path: Path) -> None:
+    first = _evaluate(tmp_path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(scenes.Source, "__init__", _gone)
+        (failed,) = _evaluate(tmp_path)
+        assert failed["error"] == "OSError: the disk is gone"
+        n_lines = len(_lines(tmp_path))
+        assert _evaluate(tmp_path) == [failed]
+        assert len(_lines(tmp_path)) == n_lines  # said once
+    assert failed in read_results(tmp_path)
+    assert _evaluate(tmp_path) == first
+    assert read_results(tmp_path) == first
+
+
+# --- what was asked for -----------------------------------------------------------------------------------------------
+
+
+class _StopError(BaseException):
+    """As a request to end."""
+
+
+def test_the_plan_says_what_an_interrupted_evaluation_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, n_begun = offline._Runner._measure, []
+
+    def stop_at_the_third(runner: Any, job: Any) -> bool:
+        n_begun.append(job.name)
+        if len(n_begun) == 3:
+            raise _StopError
+        return measure(runner, job)
+
+    monkeypatch.setattr(offline._Runner, "_measure", stop_at_the_third)
+    with pytest.raises(_StopError):
+        _evaluate(tmp_path, taps=[0.5, 1.0], partitions=["0.50x", "1.00x"])
+    plan = read_plan(tmp_path)
+    assert len(plan) == (2 * 3 + 3) * 2 * 2  # taps of the encoders and pixels of controls, probes, parts
+    assert len(unmeasured(plan, read_results(tmp_path))) == 3 * 2 * 2
+    assert {a["features"] for a in unmeasured(plan, read_results(tmp_path))} == set(CONTROLS)
+    _evaluate(tmp_path, taps=[0.5, 1.0], partitions=["0.50x", "1.00x"])
+    assert unmeasured(plan, read_results(tmp_path)) == []
+    _evaluate(tmp_path, controls=False, probes=["linear"], subsets=["all", "no-rgb"])  # of which there are none
+    assert len(read_plan(tmp_path)) == len(plan) + 2
+    assert unmeasured(read_plan(tmp_path), read_results(tmp_path)) == []
+
+
+def test_what_is_neither_there_nor_explained_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "work_through", lambda *_: None)
+    found = _evaluate(tmp_path, controls=False)
+    assert [(r["kind"], r["probe"], r["tap"]) for r in found] == [("error", "knn", "last"), ("error", "ridge", "last")]
+    text, complete = _summary(rows_of_results(found))
+    assert not complete
+    assert "ridge at last could not be measured: no process has left a result of it" in text
+    assert read_results(tmp_path) == []
+
+
+def test_lost_results_are_measured_again_whatever_became_of_the_claims(tmp_path: Path) -> None:
+    first = _evaluate(tmp_path, controls=False)
+    (tmp_path / RESULTS).unlink()
+    (tmp_path / ".claims" / ".turns").unlink()
+    assert _timeless(_evaluate(tmp_path, controls=False)) == _timeless(first)
+
+
+def test_each_pass_is_told_of_and_what_was_there_already(tmp_path: Path) -> None:
+    said: list[str] = []
+    plan = Evaluation([tasks.task("regression")], n_resamples=0, seeds=[0, 1])
+    out = tmp_path / "my scores"
+    evaluate(Model("toy-run", tasks.encoder(), STEP), plan, out, said.append)
+    *passes, last = said
+    assert [line.rpartition(", ")[0] for line in passes] == [
+        "1/7 toy, all, native, encoder",
+        "2/7 toy, all, native, random_encoder, seed 0",
+        "3/7 toy, all, native, random_encoder, seed 1",
+        "4/7 toy, all, native, band_statistics",
+        "5/7 toy, all, native, texture_statistics",
+        "6/7 toy, all, native, random_convolution, seed 0",
+        "7/7 toy, all, native, random_convolution, seed 1",
+    ]
+    assert all(line.endswith(" s") for line in passes)
+    assert last == f"results in '{out}'; for a page of them: ssl-eo report '{out}' --out report.html"
+    said.clear()
+    evaluate(Model("toy-run", tasks.encoder(), STEP), plan, out, said.append)
+    assert said == ["all 10 results were there already", last]
+
+
+def test_a_record_has_a_date_and_a_commit_and_neither_makes_it_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tasks.task(name="broken", tile="none")
+    monkeypatch.setattr(offline, "_commit", lambda: "1f0a")
+    first = _evaluate(tmp_path, controls=False, tasks=[broken, tasks.task()])
+    assert [r["kind"] for r in first] == ["error", "result", "result"]
+    for r in first:
+        assert r["commit"] == "1f0a"
+        assert datetime.fromisoformat(r["date"]).tzinfo == UTC
+    monkeypatch.setattr(offline, "_commit", lambda: None)
+    assert _evaluate(tmp_path, controls=False) == first[1:]
+
+
+def test_tasks_of_any_name_stay_apart(tmp_path: Path) -> None:
+    names = ["a/b", "a_b", "x" * 300, "é" * 200]
+    found = _evaluate(tmp_path, controls=False, tasks=[tasks.task("regression", name=name) for name in names])
+    assert [(r["task"], r["kind"]) for r in found] == [(name, "result") for name in names]
+    assert len({r["job"] for r in found}) == len(names)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -434,7 +571,7 @@ def test_tasks_are_resampled_apart_and_their_features_alike(tmp_path: Path, monk
         seeds.append(seed)
         return resampled_scores(outcome, groups, n, seed)
 
-    monkeypatch.setattr("ssl_eo.eval.offline.resampled_scores", noted)
+    monkeypatch.setattr("ssl_eo.eval.scoring.resampled_scores", noted)
     both = [tasks.task(), tasks.task(name="other")]
     _evaluate(tmp_path, tasks=both, probes=["ridge"], n_resamples=5)
     assert seeds == [derive_seed(0, "bootstrap", name) for name in ("toy", "other") for _ in FEATURES]
@@ -461,6 +598,60 @@ def test_a_task_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert "could not be measured" not in whole
     assert "encoder, step 1,500 could not be measured: ValueError: task broken: " in failed
     assert "margin" not in failed
+
+
+def test_tasks_that_cannot_be_opened_are_one_line_and_a_record_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = [tasks.task("segmentation", name=name, tile="none") for name in ("maps", "more_maps")]
+    found = _evaluate(tmp_path, tasks=[*bad, tasks.task()], sizes=["native", "16"], seeds=[0, 1])
+    failed = [r for r in found if r["kind"] == "error"]
+    assert [(r["task"], r["features"], r["of_task"]) for r in failed] == [
+        ("maps", "encoder", True),
+        ("more_maps", "encoder", True),
+    ]
+    assert {(r["metric"], r["kind_of_task"]) for r in failed} == {("miou_present", "segmentation")}
+    assert [r.getMessage() for r in caplog.records] == [
+        "2 of 3 tasks cannot be opened: maps, more_maps. The first: task maps: there is no tile 'none' (rgb)"
+    ]
+    assert len([r for r in _lines(tmp_path) if r["kind"] == "error"]) == 2
+    assert {r["kind"] for r in found if r["task"] == "toy"} == {"result"}
+
+
+@pytest.mark.parametrize("sizes", [["native", "16"], ["16", "native"]], ids=str)
+def test_a_size_that_a_task_cannot_be_shown_in_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[str]
+) -> None:
+    def resized_alone(cfg: TaskConfig, patch_px: int) -> Task:
+        if cfg.size_px is None:
+            raise ValueError("tiles are not square, set size_px")
+        return Task(cfg, patch_px)
+
+    monkeypatch.setattr(jobs, "Task", resized_alone)
+    found = {r["size"]: r for r in _evaluate(tmp_path, sizes=sizes, controls=False, probes=["ridge"])}
+    assert (found["native"]["kind"], found["16"]["kind"]) == ("error", "result")
+    assert "of_task" not in found["native"]
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_splits_that_share_samples_are_refused_before_any_pass_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_held: bool
+) -> None:
+    def locate(source: scenes.Source, index: int) -> tuple[str, None]:
+        return f"toy-{source.cfg.seed}-{index:03d}", None
+
+    monkeypatch.setattr(scenes.Source, "locate", locate, raising=False)
+    limits = {} if is_held else {"max_train": None, "max_test": None}
+    task = tasks.task(test=tasks.source(seed=0, n=40), **limits)
+    encoder = tasks.encoder()
+    passes = _count_passes(encoder)
+    (failed,) = _evaluate(tmp_path, encoder, tasks=[task])
+    assert passes == []
+    assert failed["error"].startswith("ValueError: task toy: 40 of 40 samples of test are in train too, the first is")
+    assert failed["of_task"]
+    assert len(caplog.records) == len(_lines(tmp_path)) == 1
+    admitted = replace(task, flags=["shared keys: both count from 0"])
+    assert {r["kind"] for r in _evaluate(tmp_path, tasks=[admitted], probes=["ridge"])} == {"result"}
 
 
 def test_an_error_is_gone_once_it_is_mended(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ssl_eo.components import available, resolve
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.probes import Labelled, knn, linear, logistic, ridge
+from ssl_eo.eval.probes import Labelled, is_at_optimum, knn, linear, logistic, ridge
 from ssl_eo.eval.probes.base import hold_out, selection_score
 from ssl_eo.eval.probes.ridge import RidgePath
 from ssl_eo.seeding import torch_generator
@@ -502,12 +502,27 @@ def test_several_labels_of_which_one_is_never_and_one_is_always_there() -> None:
     assert only.positive().unique(dim=0).tolist() == [[False, True]]
 
 
-def test_a_fit_that_is_cut_short_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("has_val", [True, False])
+def test_whether_the_fit_came_to_its_optimum_is_told(has_val: bool, caplog: pytest.LogCaptureFixture) -> None:
     train = _labelled(60, 8, "classification")
-    logistic.predict(train, train, train.features, logistic.Config())
-    assert not caplog.records
-    logistic.predict(train, train, train.features, logistic.Config(lambdas=[1e-4], max_steps=1))
-    assert "lambda 0.0001 is not at its optimum" in caplog.text
+    val = train if has_val else None
+    for cfg, converged in ((logistic.Config(), 1.0), (logistic.Config(lambdas=[1e-4], max_steps=1), 0.0)):
+        chosen = logistic.predict(train, val, train.features, cfg).chosen
+        assert chosen["converged"] == converged
+        assert is_at_optimum(chosen) == bool(converged)
+    assert is_at_optimum(ridge.predict(train, val, train.features).chosen)
+    assert not caplog.records  # whoever runs a probe knows of which task it is
+
+
+@pytest.mark.parametrize(("scores", "value", "converged"), [((0.9, 0.5), 1e3, 1.0), ((0.5, 0.9), 1e-6, 0.0)])
+def test_and_of_the_chosen_penalty_alone(
+    scores: tuple[float, float], value: float, converged: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, found = _labelled(60, 8, "classification"), iter(scores)
+    monkeypatch.setattr(logistic, "selection_score", lambda *_: next(found))
+    cfg = logistic.Config(lambdas=[1e3, 1e-6], max_steps=4)  # enough for the strong one
+    chosen = logistic.predict(train, train, train.features, cfg).chosen
+    assert (chosen["lambda"], chosen["converged"]) == (value, converged)
 
 
 # Linear heads

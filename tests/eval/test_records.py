@@ -9,18 +9,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toy import results
 
-from ssl_eo.eval.records import RESULTS, append, key_of, key_of_job, read_results, write_csv
+from ssl_eo.eval.record_checks import is_of_evaluation, is_of_training
+from ssl_eo.eval.records import (
+    PLAN,
+    RESULTS,
+    add_to_plan,
+    append,
+    key_of,
+    key_of_job,
+    read_plan,
+    read_results,
+    unmeasured,
+    write_csv,
+)
 
 FORK = multiprocessing.get_context("fork")
+WHOLE = results.record("encoder", results.outcome(30))
 
 
 def _result(key: str = "a", job: str = "j", **more: Any) -> dict[str, Any]:
-    return {"key": key, "kind": "result", "job": job, **more}
+    return {**WHOLE, "key": key, "job": job, **more}
 
 
 def _error(key: str, job: str = "j") -> dict[str, Any]:
-    return {"key": key, "kind": "error", "job": job, "error": "OSError: gone"}
+    head = {"task": "scenes", "features": "encoder", "model": "a"}
+    return {"key": key, "kind": "error", "job": job, **head, "error": "OSError: gone"}
 
 
 def test_a_key_is_of_the_values_and_not_of_their_order() -> None:
@@ -74,12 +89,160 @@ def test_an_error_after_results_of_its_job_is_not_hidden(tmp_path: Path) -> None
     assert [r["kind"] for r in read_results(tmp_path)] == ["result", "error"]
 
 
+def test_an_error_that_was_cleared_is_gone_until_it_comes_back(tmp_path: Path) -> None:
+    key = key_of_job("j")
+    append(tmp_path, [_result("a"), _error(key), {"key": key, "kind": "cleared", "job": "j"}])
+    assert [r["kind"] for r in read_results(tmp_path)] == ["result"]
+    append(tmp_path, [_error(key)])
+    assert [r["kind"] for r in read_results(tmp_path)] == ["result", "error"]
+
+
+# --- lines that are no records ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "results"},
+        {"kind": ["result"]},
+        {"key": 3},
+        {"task": None},
+        {"scores": "high"},
+        {"scores": {"macro_f1": 0.5}},
+        {"scores": {"accuracy": float("nan")}},
+        {"metric": "beauty"},
+        {"metric": []},
+        {"seed": "0"},
+        {"seed": True},
+        {"n_test": -1},
+        {"n_groups": 10**400},
+        {"partition": "half"},
+        {"partition_of": "mine"},
+        {"chosen": [1]},
+        {"intervals": {"accuracy": [0.1]}},
+        {"resampled": "???"},
+        {"classes": ["one"]},
+        {"confusion": [[1]]},
+        {"encoder": "tiny"},
+        {"flags": "leak"},
+        {"data": None},
+    ],
+    ids=str,
+)
+def test_what_is_no_result_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any]
+) -> None:
+    append(tmp_path, [_result("a"), {**_result("b"), **changes}, _result("c")])
+    for _ in range(2):
+        assert [r["key"] for r in read_results(tmp_path)] == ["a", "c"]
+    path = tmp_path / RESULTS
+    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2: no record of this file; left out"]
+
+
+def test_a_result_needs_all_its_keys_and_an_error_its_text() -> None:
+    assert is_of_evaluation(_result())
+    assert is_of_evaluation(_error("a"))
+    for key in ("job", "features", "probe", "tap", "subset", "size", "n_train", "weights", "chosen", "pool", "step"):
+        assert not is_of_evaluation({k: v for k, v in _result().items() if k != key}), key
+    assert not is_of_evaluation({**_error("a"), "error": None})
+    assert not is_of_evaluation({"kind": "cleared", "job": "j"})
+
+
+PROBED = {
+    "step": 3,
+    "kind": "probe",
+    "task": "toy",
+    "features": "encoder",
+    "tap": "last",
+    "probe": "knn",
+    "metric": "accuracy",
+    "accuracy": 0.5,
+    "chosen": {"penalty": 1.0},
+    "is_trained": True,
+}
+HEALTHY = {
+    "step": 3,
+    "kind": "health",
+    "source": "toy",
+    "features": "encoder",
+    "tap": "last",
+    "spread_ratio": 0.3,
+    "collapsed": [],
+}
+
+
+def test_records_of_a_training_are_told_from_other_lines() -> None:
+    failed = {"step": 0, "kind": "error", "task": "toy", "features": "encoder", "error": "OSError: gone"}
+    put_off = {"step": 5, "kind": "skipped", "what": "probes", "reason": "it would take more"}
+    for record in (PROBED, HEALTHY, failed, put_off):
+        assert is_of_training(record)
+        assert not is_of_training({**record, "step": "3"})
+        assert not is_of_training({**record, "kind": None})
+    for record, changes in (
+        (PROBED, {"accuracy": "high"}),
+        (PROBED, {"task": 3}),
+        (PROBED, {"metric": "macro_f1"}),
+        (PROBED, {"chosen": []}),
+        (HEALTHY, {"spread_ratio": None}),
+        (HEALTHY, {"collapsed": "yes"}),
+        (HEALTHY, {"source": None}),
+        (failed, {"error": None}),
+    ):
+        assert not is_of_training({**record, **changes}), changes
+    assert not is_of_training({k: v for k, v in HEALTHY.items() if k != "source"})
+
+
+# --- what was asked for -----------------------------------------------------------------------------------------------
+
+
+def _job(name: str = "j", **changes: Any) -> dict[str, Any]:
+    head = {"job": name, "task": "scenes", "features": "encoder", "model": "a", "subset": "all", "size": "native"}
+    places = [{"tap": "last"}, {"tap": "all", "taps": ["depth_0.50", "last"]}]
+    axes = {"places": places, "probes": ["ridge"], "partitions": ["1.00x"], "seeds": [0, 1]}
+    return {**head, **axes, **changes}
+
+
+def test_the_plan_is_what_all_calls_have_asked_for(tmp_path: Path) -> None:
+    assert read_plan(tmp_path) == []
+    add_to_plan(tmp_path, [_job()])
+    add_to_plan(tmp_path, [_job(), _job(seeds=[1, 2])])  # a later call with another question
+    assert len((tmp_path / PLAN).read_text().splitlines()) == 2
+    asked = read_plan(tmp_path)
+    assert [(a["tap"], a.get("taps"), a["seed"]) for a in asked] == [
+        ("last", None, 0),
+        ("last", None, 1),
+        ("all", ["depth_0.50", "last"], 0),
+        ("all", ["depth_0.50", "last"], 1),
+        ("last", None, 2),
+        ("all", ["depth_0.50", "last"], 2),
+    ]
+    of_last = {"job": "j", "task": "scenes", "features": "encoder", "model": "a", "subset": "all", "size": "native"}
+    assert asked[0] == {**of_last, "tap": "last", "probe": "ridge", "partition": "1.00x", "seed": 0}
+
+
+def test_what_was_asked_for_and_is_not_there_is_known(tmp_path: Path) -> None:
+    add_to_plan(tmp_path, [_job(seeds=[0]), _job("no such bands", seeds=[0])])
+    plan = read_plan(tmp_path)
+    assert unmeasured(plan, []) == plan
+    skipped = {**_error(key_of_job("no such bands"), "no such bands"), "kind": "skipped"}
+    found = [_result("a", tap="last"), {**_error("b"), "tap": "all", "probe": "ridge"}, skipped]
+    (missing,) = unmeasured(plan, found)
+    assert (missing["job"], missing["tap"]) == ("j", "all")
+    there = _result("b", tap="all", taps=["depth_0.50", "last"])
+    assert unmeasured(plan, [*found, there]) == []
+
+
+def test_odd_lines_of_a_plan_are_left_out(tmp_path: Path) -> None:
+    add_to_plan(tmp_path, [_job(places=[3]), _job(job=None), _job(seeds=0), _job()])
+    assert len(read_plan(tmp_path)) == 4
+
+
 N_TOGETHER = 200  # records appended at once, which takes longer than a process is left alone
 
 
 def _append_many(folder: Path, n_of: int) -> None:
     for i in range(8):
-        append(folder, [_result(f"{n_of}-{i}-{k}", text="x" * 2000) for k in range(N_TOGETHER)])
+        append(folder, [{"key": f"{n_of}-{i}-{k}", "text": "x" * 2000} for k in range(N_TOGETHER)])
 
 
 def test_processes_append_beside_each_other(tmp_path: Path) -> None:

@@ -228,3 +228,35 @@ def test_names_of_tasks_are_text_and_nothing_else(name: str, run_dir: Path) -> N
     assert {link for link in page.links if not link.startswith(("#", "data:"))} == set()
     assert "<script" not in html
     assert [found for found in page.ids if not re.fullmatch(r"[\w.-]+", found)] == []
+
+
+def test_scores_and_shares_are_in_percent_wherever_they_stand(run_dir: Path) -> None:
+    records = [_health(step, "synthetic", "last", first_ratio=0.25, dead_ratio=0.5) for step in (0, 50)]
+    with (run_dir / "eval.jsonl").open("a") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in records))
+    waits = [{"step": s, "loss": 1.0, "data_wait_ratio": 0.4} for s in (210, 220)]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(r) + "\n" for r in waits))
+    html = write_report(run_dir).read_text()
+    text = " ".join(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", html, flags=re.DOTALL).split())
+    assert "scenes: accuracy % features knn ridge knn, macro accuracy % ridge, macro accuracy %" in text
+    assert "encoder, step 200 60.0 72.5 59.0 71.5" in text
+    charts = dict(re.findall(r'aria-label="([^"]*)"(.*?)</svg>', html, re.DOTALL))
+    ticks = {title: [float(t) for t in re.findall(r">([\d.]+)</text>", svg)] for title, svg in charts.items()}
+    for title, low, high in (
+        ("ridge, accuracy %", 40, 75),
+        ("Time waiting for data, %", 10, 45),
+        ("Share of the first direction, %", 20, 30),
+        ("Share of dead features, %", 40, 60),
+    ):
+        assert any(low <= tick <= high for tick in ticks[title]), (title, ticks[title])
+        assert not any(0 < tick < 1 for tick in ticks[title]), (title, ticks[title])
+
+
+def test_a_task_that_could_not_be_measured_has_no_table(run_dir: Path) -> None:
+    error = {"step": 100, "task": "maps", "features": "encoder", "kind": "error", "error": "OSError: gone"}
+    _write(run_dir / "eval.jsonl", [error])
+    html = write_report(run_dir).read_text()
+    assert "<table><thead>" not in html.replace("\n", "").split("<h2>Training")[0]
+    assert "encoder on maps could not be evaluated: OSError: gone" in html
+    assert "accuracy" not in html.split("<h2>Probes")[1]

@@ -5,24 +5,33 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy import tasks
 from toy.results import outcome, problem, record, written
 
-from ssl_eo.cli import main
+from ssl_eo.cli import _parser, main
+from ssl_eo.eval.citing import encoder_text, facts_of_tasks
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.offline import Evaluation, Model, evaluate
-from ssl_eo.eval.records import RESULTS
+from ssl_eo.eval.records import RESULTS, add_to_plan
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
-from ssl_eo.eval.results_page import write_results_page
+from ssl_eo.eval.results_page import Files, write_results_page
+
+
+def _write(folders: Sequence[Path], out: Path, normalizer: Sequence[Path] = (), **files: Path) -> Path:
+    """The page `out`, after it and the other files are written."""
+    return write_results_page(folders, Files(out, **files), normalizer=normalizer)[0]
 
 
 def _entrant(comparison: Comparison, title: str) -> Entrant:
@@ -133,7 +142,7 @@ def _text(page: _Page) -> str:
 
 
 def test_the_page_is_whole_and_loads_nothing(results: list[Path], tmp_path: Path) -> None:
-    html = write_results_page(results, tmp_path / "report.html").read_text()
+    html = _write(results, tmp_path / "report.html").read_text()
     page = _Page(html)
     assert page.open == []
     assert all(link.startswith("#") for link in page.links)
@@ -146,7 +155,7 @@ def test_the_page_is_whole_and_loads_nothing(results: list[Path], tmp_path: Path
 
 
 def test_the_page_shows_what_was_measured(results: list[Path], tmp_path: Path) -> None:
-    page = _Page(write_results_page(results, tmp_path / "report.html").read_text())
+    page = _Page(_write(results, tmp_path / "report.html").read_text())
     text = _text(page)
     assert "Evaluation of first, second" in text
     for kind in tasks.KINDS:
@@ -172,10 +181,13 @@ def test_the_page_shows_what_was_measured(results: list[Path], tmp_path: Path) -
 
 
 def test_scores_are_written_in_three_more_forms(results: list[Path], tmp_path: Path) -> None:
-    out, markdown, latex = (tmp_path / name for name in ("report.html", "tables.md", "tables.tex"))
-    write_results_page(results, out, markdown=markdown, latex=latex)
+    names = ("report.html", "scores.csv", "tables.md", "tables.tex")
+    files = Files(*(tmp_path / "new" / name for name in names))
+    assert write_results_page(results, files) == [tmp_path / "new" / name for name in names]
+    assert {path.name for path in (tmp_path / "new").iterdir()} == set(names)
+    _, table, markdown, latex = files.all
     comparison = Comparison.read(results)
-    with (tmp_path / "report-scores.csv").open() as file:
+    with table.open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(comparison.results)
     assert {row["dataset"] for row in rows} == set(comparison.tasks)
@@ -186,10 +198,10 @@ def test_scores_are_written_in_three_more_forms(results: list[Path], tmp_path: P
     assert shown in next(line for line in text.split("## ridge")[1].splitlines() if line.startswith("| second |"))
     assert len({line.count(" | ") for line in text.split("## ridge")[1].split("\n\n")[1].splitlines()[2:]}) == 1
     assert r"<noise\>" in text or r"\<noise\>" in text
-    table = latex.read_text().split(r"\caption{ridge}")[1].split(r"\end{table}")[0]
-    assert shown in next(line for line in table.splitlines() if line.startswith("second &"))
-    assert len({line.count("&") for line in table.splitlines() if line.endswith(r"\\")}) == 1
-    assert not re.search(r"(?<!\\)[%_#$](?!pm)", table.replace("{!}{%", "").replace(r"$\pm$", ""))
+    written = latex.read_text().split(r"\label{tab:ridge}")[1].split(r"\end{table}")[0]
+    assert shown in next(line for line in written.splitlines() if line.startswith("second &"))
+    assert len({line.count("&") for line in written.splitlines() if line.endswith(r"\\")}) == 1
+    assert not re.search(r"(?<!\\)[%_#$](?!pm)", written.replace("{!}{%", "").replace(r"$\pm$", ""))
 
 
 def test_failures_flags_and_odd_names_are_shown(tmp_path: Path) -> None:
@@ -199,12 +211,12 @@ def test_failures_flags_and_odd_names_are_shown(tmp_path: Path) -> None:
         record("band_statistics", outcome(20), task=name),
     ]
     records += [problem("error", "OSError: <gone>"), problem("skipped", "the tile has no bands rgb")]
-    out = write_results_page([written(tmp_path / "a", records)], tmp_path / "report.html", latex=tmp_path / "t.tex")
+    out = _write([written(tmp_path / "a", records)], tmp_path / "report.html", latex=tmp_path / "t.tex")
     page = _Page(out.read_text())
     text = _text(page)
     assert page.open == []
     assert "3 of 60 test samples (5 %) have the content of a training sample" in text
-    assert "a, encoder, on scenes, subset rgb, size task (failed) : OSError: <gone>" in text.replace("):", ") :")
+    assert "scenes, a, bands rgb (failed): OSError: <gone>" in text
     assert "(skipped)" in text
     assert name in text
     assert r"<b>\$x\$ \& y" in (tmp_path / "t.tex").read_text()
@@ -213,7 +225,7 @@ def test_failures_flags_and_odd_names_are_shown(tmp_path: Path) -> None:
 def test_failures_alone_make_a_page(tmp_path: Path) -> None:
     files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
     records = [problem("error", "OSError: gone"), problem("skipped", "no such bands", task="fields")]
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
     text = _text(page)
     assert page.open == []
     assert "Evaluation of a Frozen features on scenes, fields" in text
@@ -234,14 +246,14 @@ def test_who_is_not_compared_is_named_with_the_reason(tmp_path: Path) -> None:
     records.append(record("encoder", outcome(55), "moved", content={"train": "x", "test": "z"}))
     records = [{"content": {"train": "x", "test": "y"}, **r} for r in records]
     out, markdown = tmp_path / "r.html", tmp_path / "t.md"
-    page = _Page(write_results_page([written(tmp_path, records)], out, markdown=markdown).read_text())
+    page = _Page(_write([written(tmp_path, records)], out, markdown=markdown).read_text())
     text = _text(page)
     assert "In no mean and no rank: leaky (leak: chips overlap)." in text
-    assert "Not shown: late by ridge (only with size 224)." in text
+    assert "Not shown: late by ridge (only with size 224 px)." in text
     assert "scored on other test samples than the rest, and not compared with it: moved" in text
     (start,) = [i for i, row in enumerate(page.rows) if row[:2] == ["features", "scenes, accuracy %"]]
     rows = {row[0]: row[1] for row in page.rows[start + 1 : start + 7]}
-    assert rows["late"].strip() == "only with size 224"
+    assert rows["late"].strip() == "only with size 224 px"
     assert rows["moved"].startswith("91.7 ")
     assert rows["moved"].endswith("other test samples")
     (start, *_) = [i for i, row in enumerate(page.rows) if row == ["features", "ridge, 2 tasks"]]
@@ -261,7 +273,7 @@ def test_means_are_named_for_what_they_are(tmp_path: Path) -> None:
     ranges.write_text(json.dumps({task: [0.0, 0.5] for task in right}))
     folder = written(tmp_path / "a", records)
     for normalizer, scale, mean_name in (((), 1, "plain"), ((ranges,), 2, "normalised")):
-        write_results_page([folder], tmp_path / "r.html", normalizer=normalizer, markdown=markdown)
+        _write([folder], tmp_path / "r.html", normalizer=normalizer, markdown=markdown)
         tables = {t.splitlines()[0]: t.splitlines()[4:6] for t in markdown.read_text().split("## ")[1:]}
         a, b = (scale * 100 * sum(sorted(of)[1:3]) / 2 / 60 for of in zip(*right.values(), strict=True))
         first, second = tables["Interquartile mean over tasks"]
@@ -275,7 +287,7 @@ def test_means_are_named_for_what_they_are(tmp_path: Path) -> None:
 def test_one_task_has_no_mean_over_tasks(tmp_path: Path) -> None:
     files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
     records = [record("encoder", outcome(40)), record("encoder", outcome(30), "b")]
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
     assert "There are no two tasks of which something can be said together." in _text(page)
     assert [line for line in files["markdown"].read_text().splitlines() if line.startswith("## ")] == ["## ridge"]
     assert files["latex"].read_text().count(r"\begin{table}") == 1
@@ -283,19 +295,19 @@ def test_one_task_has_no_mean_over_tasks(tmp_path: Path) -> None:
 
 def test_tasks_of_one_dataset_are_named_and_counted(tmp_path: Path) -> None:
     of = {"optical": "places", "radar": "places", "other": None}
-    records = [record("encoder", outcome(30), task=task, dataset=dataset) for task, dataset in of.items()]
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    records = [record("encoder", outcome(30), task=t, **({"dataset": d} if d else {})) for t, d in of.items()]
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text())
     assert "Tasks of places count as one: optical, radar." in _text(page)
     assert ["features", "ridge, 3 tasks of 2 datasets"] in page.rows
-    one = [r for r in records if r["dataset"]]
-    page = _Page(write_results_page([written(tmp_path / "one", one)], tmp_path / "r.html").read_text())
+    one = [r for r in records if "dataset" in r]
+    page = _Page(_write([written(tmp_path / "one", one)], tmp_path / "r.html").read_text())
     assert "There are no two tasks of which something can be said together." in _text(page)
 
 
 def test_classes_are_of_all_seeds_by_a_probe_that_no_test_score_chose(tmp_path: Path) -> None:
     records = [record("encoder", outcome(55 + i), probe="knn", seed=i) for i in (0, 1)]
     records += [record("encoder", outcome(20 + 20 * i), seed=i) for i in (0, 1)]
-    html = write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text()
+    html = _write([written(tmp_path, records)], tmp_path / "r.html").read_text()
     page = _Page(html)
     assert "Classes: a, ridge, mean of 2 seeds" in _text(page)
     assert "a, knn" not in html
@@ -315,7 +327,7 @@ def test_a_class_that_a_seed_leaves_undefined_has_the_mean_of_the_others(tmp_pat
     records = [record("encoder", outcome(30), seed=i) for i in (0, 1)]
     records[0]["per_class"] = {**records[0]["per_class"], "precision": [None, None, 0.5]}
     records[1]["per_class"] = {**records[1]["per_class"], "precision": [None, 0.25, 1.0]}
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text())
     (start,) = [i for i, row in enumerate(page.rows) if row[0] == "class"]
     at = page.rows[start].index("precision %")
     assert [row[at] for row in page.rows[start + 1 : start + 4]] == ["", "25.0", "75.0"]
@@ -327,25 +339,25 @@ def test_published_and_nested_parts_are_drawn_apart(tmp_path: Path) -> None:
         record("encoder", outcome(n), partition=part, partition_of=origin, n_train=int(1000 * float(part[-5:-1])))
         for part, (origin, n) in parts.items()
     ]
-    html = write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text()
+    html = _write([written(tmp_path, records)], tmp_path / "r.html").read_text()
     curves = re.findall(r'aria-label="(ridge, accuracy %, [^"]*)"', html)
     assert curves == ["ridge, accuracy %, published parts", "ridge, accuracy %, nested parts"]
     assert ["features", "0.014x, nested", "0.10x, published", "nested_0.10x", "1.00x"] in _Page(html).rows
     alone = [r for r in records if r["partition_of"] != "published"]
-    html = write_results_page([written(tmp_path / "alone", alone)], tmp_path / "r.html").read_text()
+    html = _write([written(tmp_path / "alone", alone)], tmp_path / "r.html").read_text()
     assert "ridge, accuracy %, nested parts" not in html  # of one draw alone, which needs no name
     assert ["features", "0.014x", "nested_0.10x", "1.00x"] in _Page(html).rows
 
 
 def test_several_versions_of_the_code_are_named(tmp_path: Path) -> None:
     records = [record("encoder", outcome(40), code="c0de"), record("encoder", outcome(30), "b", version="0.2.0")]
-    text = _text(_Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text()))
+    text = _text(_Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text()))
     assert "Results are of 2 versions of the code (0.1.0 c0de, 0.2.0)." in text
 
 
 def test_long_names_leave_room_for_what_is_drawn(tmp_path: Path) -> None:
     name = "an_encoder_with_a_very_long_name_of_which_only_the_end_differs_1"
-    out = write_results_page([written(tmp_path, [record("encoder", outcome(40), name)])], tmp_path / "r.html")
+    out = _write([written(tmp_path, [record("encoder", outcome(40), name)])], tmp_path / "r.html")
     drawn = re.findall(r"<text[^>]*>([^<]*)</text>", out.read_text())
     assert "an_encoder_w…end_differs_1" in " ".join(drawn)
     assert name not in drawn
@@ -353,12 +365,12 @@ def test_long_names_leave_room_for_what_is_drawn(tmp_path: Path) -> None:
 
 def test_rows_say_how_a_model_is_read_where_models_differ(tmp_path: Path) -> None:
     records = [record("encoder", outcome(40)), record("encoder", outcome(30), "b", tap="depth_0.50", pool="cls")]
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text())
     titles = {row[0] for row in page.rows}
-    assert {"a read at last, mean", "b read at depth 0.50, cls"} <= titles
+    assert {"a read at the last block, mean", "b read at depth 0.50, cls"} <= titles
     assert "Where features are read" not in _text(page)  # nobody was read in several places
     records.append(record("encoder", outcome(20), tap="depth_0.50"))
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text())
     assert "Where features are read" in _text(page)
 
 
@@ -384,9 +396,9 @@ def test_ranges_bring_every_task_onto_one_scale(results: list[Path], tmp_path: P
 
 def test_sizes_are_compared(tmp_path: Path) -> None:
     records = [record("encoder", outcome(n), size=size) for size, n in (("task", 30), ("224", 45))]
-    page = _Page(write_results_page([written(tmp_path, records)], tmp_path / "r.html").read_text())
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text())
     assert "Sizes" in _text(page)
-    (start,) = [i for i, row in enumerate(page.rows) if row == ["features", "task", "224"]]
+    (start,) = [i for i, row in enumerate(page.rows) if row == ["features", "the task's size", "224 px"]]
     assert [cell.split()[0] for cell in page.rows[start + 1][1:]] == ["50.0", "75.0"]
 
 
@@ -394,7 +406,7 @@ def test_old_records_without_resamples_have_scores_alone(tmp_path: Path) -> None
     bare = [record(f, outcome(n)) for f, n in (("encoder", 40), ("band_statistics", 20))]
     for found in bare:
         del found["resampled"], found["gflop"]
-    page = _Page(write_results_page([written(tmp_path, bare)], tmp_path / "r.html").read_text())
+    page = _Page(_write([written(tmp_path, bare)], tmp_path / "r.html").read_text())
     assert ["a", "66.7"] in page.rows
     assert ["a over the best control", "+33.3 band statistics"] in page.rows
 
@@ -428,10 +440,18 @@ def test_the_command_tells_folders_apart(
     (run / "config.yaml").write_text("objective: {name: mae}\n")
     assert main(["report", str(folder), str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n{folder / 'results.html'}\n"
+    assert main(["report", str(folder / RESULTS)]) == 0  # the file that holds the results stands for its folder
+    assert capsys.readouterr().out == f"{folder / 'results.html'}\n"
+    named = {name: tmp_path / "new" / f"file.{name}" for name in ("html", "csv", "markdown", "latex")}
+    options = [f"--{'out' if name == 'html' else name}={path}" for name, path in named.items()]
+    assert main(["report", str(folder), *options]) == 0
+    assert capsys.readouterr().out == "".join(f"{path}\n" for path in named.values())
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {path.name for path in named.values()}
     for arguments, message in (
         ([str(tmp_path)], "it is not a run directory"),
         ([str(folder), str(tmp_path / "rnu"), "--out", "x.html"], "rnu has no results.jsonl"),
         ([str(run), "--latex", "x.tex"], "--latex is for results of ssl-eo eval"),
+        ([str(run), str(run), "--out", "x.html"], f"ssl-eo eval --model {run} --tasks ... --out scores for each of"),
     ):
         assert main(["report", *arguments]) == 2
         assert message in capsys.readouterr().err
@@ -439,9 +459,197 @@ def test_the_command_tells_folders_apart(
 
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no results\.jsonl"):
-        write_results_page([tmp_path], tmp_path / "r.html")
+        _write([tmp_path], tmp_path / "r.html")
     with pytest.raises(ValueError, match="nothing was measured"):
-        write_results_page([written(tmp_path, [])], tmp_path / "r.html")
+        _write([written(tmp_path, [])], tmp_path / "r.html")
+
+
+# --- what is missing --------------------------------------------------------------------------------------------------
+
+
+def _top(path: Path) -> str:
+    """What stands above the first heading."""
+    return _text(_Page(path.read_text().split("<h2>")[0] + "</body></html>"))
+
+
+def _planned(task: str, probes: list[str], taps: list[str]) -> dict[str, Any]:
+    """What an evaluation writes down before it begins, of one model."""
+    job = record("encoder", outcome(9), task=task)["job"]
+    head = {"job": job, "task": task, "features": "encoder", "model": "a", "subset": "all", "size": "task"}
+    return {**head, "places": [{"tap": t} for t in taps], "probes": probes, "partitions": ["1.00x"], "seeds": [0]}
+
+
+def test_an_interrupted_evaluation_says_how_much_of_it_is_there(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40), task="p", tap=tap) for tap in ("last", "all")]
+    records += [record("encoder", outcome(40), task="q")]
+    files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
+    folder = written(tmp_path / "a", records)
+    assert "asked" not in _write([folder], tmp_path / "r.html", **files).read_text()  # nobody said what was wanted
+    add_to_plan(folder, [_planned("p", ["ridge"], ["last", "all"]), _planned("q", ["ridge", "knn"], ["last", "all"])])
+    said = "3 of 6 asked results are there: not yet measured are results of q (3). The same command goes on."
+    assert said in _top(_write([folder], tmp_path / "r.html", **files))
+    assert said in files["markdown"].read_text()
+    assert said in files["latex"].read_text()
+    rest = [record("encoder", outcome(9), task="q", tap=t, probe=p) for t in ("last", "all") for p in ("knn", "ridge")]
+    other = written(tmp_path / "b", rest)  # of another machine
+    assert "asked" not in _write([folder, other], tmp_path / "r.html").read_text()
+
+
+def test_what_failed_and_what_was_skipped_is_not_yet_to_come(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40), task="p")]
+    failed, skipped = (_planned(task, ["ridge"], ["last"]) for task in ("q", "r"))
+    records += [problem("error", "OSError: gone", task="q", job=failed["job"], key="1")]
+    records += [problem("skipped", "no such bands", task="r", job=skipped["job"], key="2")]
+    folder = written(tmp_path, records)
+    add_to_plan(folder, [_planned("p", ["ridge"], ["last"]), failed, skipped])
+    assert "1 of 2 asked results are there, the others failed." in _top(_write([folder], tmp_path / "r.html"))
+
+
+def test_a_task_that_failed_as_a_whole_is_not_yet_to_come_for_anyone(tmp_path: Path) -> None:
+    error = problem("error", "OSError: gone", task="q", job="of the encoder", key="1", of_task=True)
+    folder = written(tmp_path, [record("encoder", outcome(40), task="p"), error])
+    planned = [{**_planned("q", ["ridge"], ["last"]), "job": f"of {features}"} for features in ("the encoder", "bands")]
+    add_to_plan(folder, [_planned("p", ["ridge"], ["last"]), *planned])
+    out = _write([folder], tmp_path / "r.html")
+    assert "1 of 3 asked results are there, the others failed." in _top(out)
+    assert "q, all features, bands rgb (failed): OSError: gone" in _text(_Page(out.read_text()))
+
+
+def test_tasks_that_failed_are_named_at_the_top_and_in_one_line(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40))]
+    names = [f"broken{i}" for i in range(5)]
+    for name in names:
+        for features in ("encoder", "random_encoder", "band_statistics"):
+            job = f"{name} {features}"
+            records.append(problem("error", f"OSError: no {name}", task=name, features=features, job=job, key=job))
+    records.append(problem("error", "ValueError: odd", job="odd", key="odd"))
+    files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
+    out = _write([written(tmp_path / "a", records)], tmp_path / "r.html", **files)
+    top, text = _top(out), _text(_Page(out.read_text()))
+    for name in names[:3]:
+        assert f"{name} is in no mean: could not be measured (OSError: no {name})." in top
+    assert "Neither are broken3, broken4; the reasons are below." in top
+    assert "Of scenes some could not be measured; what and why stands below." in top
+    assert "broken0, a, random encoder, band statistics, bands rgb (failed): OSError: no broken0" in text
+    for path in files.values():
+        lines = [line for line in path.read_text().splitlines() if "broken0" in line]
+        assert len(lines) == 1
+        assert lines[0][2:] == "broken0: could not be measured: OSError: no broken0"
+
+
+def test_a_model_at_mixed_depths_says_so_and_is_never_bold(tmp_path: Path) -> None:
+    depths = (("p", "all", 50), ("q", "depth_0.50", 50))
+    records = [record("encoder", outcome(n), task=task, tap=tap) for task, tap, n in depths]
+    records += [record("band_statistics", outcome(20), task=task) for task in "pq"]
+    markdown = tmp_path / "t.md"
+    page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html", markdown=markdown).read_text())
+    said = "read at all depths together, mean; read at depth 0.50, mean on q"
+    assert f"a {said}" in {row[0] for row in page.rows}
+    assert f"| a ({said}) | 83.3 [" in markdown.read_text()
+    assert "**" not in markdown.read_text()
+    alike = [{**r, "tap": "last"} if r["model"] else r for r in records]
+    _write([written(tmp_path / "b", alike)], tmp_path / "r.html", markdown=markdown)
+    assert "| a | **83.3** [" in markdown.read_text()
+
+
+def test_what_has_no_rival_is_not_the_best(tmp_path: Path) -> None:
+    markdown = tmp_path / "t.md"
+    _write([written(tmp_path, [record("encoder", outcome(40))])], tmp_path / "r.html", markdown=markdown)
+    assert "| a | 66.7 [" in markdown.read_text()
+
+
+def test_a_probe_without_any_number_has_no_table(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40), task=task) for task in "pq"]
+    records += [record("band_statistics", outcome(20), task="p")]
+    # By logistic there is nothing under the conditions that are compared.
+    records += [record("encoder", outcome(9), task="p", probe="logistic", partition="0.10x")]
+    out, markdown = tmp_path / "r.html", tmp_path / "t.md"
+    page = _Page(_write([written(tmp_path, records)], out, markdown=markdown).read_text())
+    headings = [line for line in markdown.read_text().splitlines() if line.startswith("## ")]
+    assert headings[-2:] == ["## ridge", "## Margins on p"]
+    assert "<h3>logistic</h3>" not in out.read_text()
+    assert all(any(cell.strip() for cell in row[1:]) for row in page.rows if len(row) > 1)
+
+
+# --- what it takes to cite --------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_what_it_takes_to_cite_it(tmp_path: Path) -> None:
+    shape = {"size": "tiny", "embed_dim": 64, "depth": 4, "patch_size": 8}
+    source = {"name": "eurosat", "options": {"split": "train"}}
+    own = {"name": "hdf5", "options": {}}
+    common = {"encoder": shape, "commit": "c0ffee", "n_val": 11, "pool": "cls", "bands": ["R", "G"], "tile": "camera"}
+    records = [
+        record("encoder", outcome(40), task="eurosat_ms", sources={"train": source, "test": source}, **common),
+        record("encoder", outcome(30), task="mine", sources={"train": own}, date="2026-03-04T00:00:00+00:00", **common),
+    ]
+    text = _text(_Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text()))
+    for said in (
+        "Frozen features on eurosat_ms, mine; measured 2026-01-01 to 2026-03-04",
+        "classification of 3 classes, accuracy %, 90 training, 11 validation and 60 test samples",
+        "ViT, 64 wide x 4 blocks, patches of 8 px, weights 11aa, step 30",
+        "ssl-eo eval --model a --tasks eurosat_ms mine.yaml --protocol ridge --partitions 1.00x --bands all --seeds 0"
+        " --taps 1 --pool cls --resamples 100 --out scores",
+        'dataset EuroSAT. Helber et al. 2019, "EuroSAT", IEEE JSTARS 12(7)',
+        "licence: MIT; Copernicus Sentinel data terms samples",
+        "dataset no reference known; read by the source hdf5",
+        "training 90 (labels 1.00x), validation 11, test 60",
+        "shown camera, 2 bands: R, G",
+        "commit c0ffee",
+    ):
+        assert said in text
+    assert "ViT-tiny" not in text
+
+
+def test_the_command_that_is_cited_can_be_read(tmp_path: Path) -> None:
+    taps = ["depth_0.25", "last", "all"]
+    every = [(tap, subset) for tap in taps for subset in ("all", "rgb")]
+    records = [record("encoder", outcome(40), "a b", tap=t, subset=s, size="native") for t, s in every]
+    text = _text(_Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text()))
+    command = re.search(r"measured by (ssl-eo eval .*?--out scores)", text)
+    assert command is not None
+    arguments = _parser().parse_args(shlex.split(command[1])[1:])
+    assert (arguments.model, arguments.tasks, arguments.bands) == ("a b", ["scenes.yaml"], ["all", "rgb"])
+    assert (arguments.taps, arguments.size, arguments.pool) == (["0.25", "1"], ["native"], "mean")
+
+
+def test_members_of_a_collection_have_its_reference_and_their_own_licence() -> None:
+    members = {"m-eurosat": "GeoBench v1, m-eurosat. Lacoste et al. 2023", "m-pv4ger": "GeoBench v1, m-pv4ger. Lacoste"}
+    for member, begins in members.items():
+        source = {"name": "geobench", "options": {"dataset": member}}
+        comparison = Comparison([record("encoder", outcome(9), sources={"train": source})])
+        (facts,) = facts_of_tasks(comparison)
+        assert dict(facts.pairs)["dataset"].startswith(begins)
+        assert ("licence: MIT" in dict(facts.pairs)["dataset"]) == (member == "m-eurosat")
+
+
+def test_a_size_that_a_config_did_not_change_is_told_in_numbers() -> None:
+    assert encoder_text({"size": "base", "patch_size": 16}) == "ViT, 768 wide x 12 blocks, patches of 16 px"
+
+
+def test_a_caption_of_latex_says_all_that_the_table_needs(tmp_path: Path) -> None:
+    latex = tmp_path / "t.tex"
+    records = [record("encoder", outcome(40), size="native"), record("band_statistics", outcome(20), size="native")]
+    _write([written(tmp_path, records)], tmp_path / "r.html", latex=latex)
+    text = latex.read_text()
+    caption = (
+        r"Frozen features scored by ridge: accuracy \%; labels 1.00x, bands all, own size, encoders read at the last"
+        r" block, pooled by mean. In brackets: 95 \% of a bootstrap over test samples; after $\pm$: one standard"
+        r" deviation over seeds. Bold: the best of a column."
+    )
+    assert rf"\caption{{{caption}}}" in text
+    labels = re.findall(r"\\label\{(.*?)\}", text)
+    assert labels == ["tab:ridge", "tab:margins-on-scenes"]
+
+
+def test_words_of_the_page_are_plain(results: list[Path], tmp_path: Path) -> None:
+    text = _text(_Page(_write(results, tmp_path / "report.html").read_text()))
+    assert "read at all," not in text
+    assert "size task" not in text
+    every = [record("encoder", outcome(n), tap=tap) for tap, n in (("all", 30), ("last", 20), ("depth_0.25", 10))]
+    page = _Page(_write([written(tmp_path, every)], tmp_path / "r.html").read_text())
+    assert ["features", "depth 0.25", "the last block", "all depths together"] in page.rows
+    assert "encoders read at all depths together" in _text(page)
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
@@ -489,7 +697,7 @@ def chromium() -> str:
 def test_a_browser_draws_every_chart_and_complains_of_nothing(
     chromium: str, results: list[Path], tmp_path: Path, width_px: int
 ) -> None:
-    out = write_results_page(results, tmp_path / "report.html")
+    out = _write(results, tmp_path / "report.html")
     asking = tmp_path / "asking.html"
     html = out.read_text()
     asking.write_text(html.replace("</body>", _ASK))
@@ -516,7 +724,7 @@ def test_long_names_stay_on_a_narrow_page(chromium: str, tmp_path: Path) -> None
         written(
             tmp_path / name, [record("encoder", outcome(40), name, partition=p, **changes) for p in ("0.10x", "1.00x")]
         )
-    out = write_results_page([tmp_path / name for name in names], tmp_path / "report.html")
+    out = _write([tmp_path / name for name in names], tmp_path / "report.html")
     asking = tmp_path / "asking.html"
     asking.write_text(out.read_text().replace("</body>", _ASK))
     done = _browse(chromium, asking, tmp_path / "profile", "--window-size=500,1000", "--dump-dom")
@@ -535,19 +743,28 @@ def test_a_browser_that_complains_is_heard(chromium: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"out": "results.jsonl"}, "is to be a page, so its name ends in .html"),
+        ({"out": "results.jsonl"}, "is to be a page, so its name ends in .html or .htm"),
         ({"out": "page.html", "markdown": "results.jsonl"}, "holds what was measured, and is not replaced"),
+        ({"out": "page.html", "csv": "plan.jsonl"}, "holds what was measured, and is not replaced"),
         ({"out": "page.html", "markdown": "page.html"}, "each is to be a file of its own"),
-        ({"out": "page.html", "latex": "page-scores.csv"}, "each is to be a file of its own"),
+        ({"out": "page.html", "latex": "results.csv"}, "is the table of ssl-eo eval in its folder"),
+        ({"out": "page.html", "csv": "../scores/results.csv"}, "is the table of ssl-eo eval in its folder"),
+        ({"out": "page.htm", "csv": "page.htm"}, "each is to be a file of its own"),
+        ({"out": "page.md"}, "is to be a page, so its name ends in .html or .htm"),
     ],
 )
 def test_what_was_measured_is_not_replaced(files: dict[str, str], message: str, tmp_path: Path) -> None:
-    folder = tmp_path / "scores"
-    folder.mkdir()
-    (folder / RESULTS).write_text(json.dumps(record("encoder", outcome(50))) + "\n")
-    before = (folder / RESULTS).read_bytes()
+    folder = written(tmp_path / "scores", [record("encoder", outcome(50))])
+    (folder / "results.csv").write_text("of ssl-eo eval")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(ValueError, match=message):
-        write_results_page([folder], **{name: folder / file for name, file in files.items()})  # type: ignore[arg-type]
-    assert (folder / RESULTS).read_bytes() == before
-    write_results_page([folder], tmp_path / "new" / "page.html")
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"page.html", "page-scores.csv"}
+        _write([folder], **{name: folder / file for name, file in files.items()})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_files_that_nobody_named_stay_as_they_are(tmp_path: Path) -> None:
+    folder = written(tmp_path / "scores", [record("encoder", outcome(50))])
+    for name in ("page.csv", "page-scores.csv", "page.md"):
+        (tmp_path / name).write_text("my own")
+    assert write_results_page([folder], Files(tmp_path / "page.html")) == [tmp_path / "page.html"]
+    assert {(tmp_path / name).read_text() for name in ("page.csv", "page-scores.csv", "page.md")} == {"my own"}

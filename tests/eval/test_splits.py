@@ -139,6 +139,8 @@ WRONG: list[tuple[Kind, Any, str]] = [
     ("regression", math.nan, "regression needs a finite number, got nan"),
     ("regression", np.float32("inf"), "a finite number, got"),
     ("regression", "warm", "a finite number, got 'warm'"),
+    ("regression", 10**400, "a finite number, got 1000"),
+    ("regression", 1e300, "got 1e+300 (single precision holds up to 3.403e+38)"),
     ("regression", np.zeros(2), "a finite number, got array"),
 ]
 RIGHT = {"classification": 1, "multilabel": np.array([1, 0, 1]), "segmentation": np.full((8, 8), 2), "regression": 0.5}
@@ -211,8 +213,15 @@ def test_a_batch_of_nothing_but_bad_samples_is_passed_over() -> None:
 
 def test_a_source_that_has_nothing_is_an_error() -> None:
     for options in ({"n": 0}, {"n": 1, "broken": [0]}):
-        with pytest.raises(ValueError, match=r"task toy: train has 0 readable samples of [01]$"):
+        with pytest.raises(ValueError, match=r"task toy: train has 0 readable samples of [01], too few"):
             list(_split(**options).stream(4, CPU))
+
+
+@pytest.mark.parametrize("n_max", [4, None], ids=["held", "streamed"])
+def test_one_sample_is_no_split(n_max: int | None) -> None:
+    for options, n in (({"n": 1}, 1), ({"n": 2, "broken": [1]}, 2)):
+        with pytest.raises(ValueError, match=f"task toy: train has 1 readable samples of {n}, too few for a probe"):
+            list(_split(n_max=n_max, **options).stream(4, CPU))
 
 
 def test_what_is_read_as_it_is_used_has_no_positions() -> None:
@@ -224,6 +233,7 @@ def test_a_split_is_told_by_its_source_and_by_what_of_it_is_taken() -> None:
     found = {_split(**options).fingerprint() for options in ({}, {"n_max": 30}, {"n_max": 20}, {"seed": 1})}
     assert len(found) == 4
     assert _split(n_max=20).fingerprint() in found
+    assert (len(_split(n_max=20)), _split(n_max=20).n_source) == (20, 30)
     source = scenes.Source(scenes.Config(n=30))
     balanced = Split("train", source, _shown("classification", source), 20, is_balanced=True)
     assert balanced.fingerprint() not in found

@@ -125,3 +125,8 @@ def test_a_probe_that_fails_is_named_though_others_of_its_row_do_not(tmp_path: P
     assert summary.failures == ["encoder, step 20: logistic at last could not be measured: OSError: gone"]
     made_good = _summary(tmp_path, failed, _probe("encoder", 20, 0.6, probe="logistic"))
     assert made_good.failures == []
+
+
+def test_what_only_failed_has_the_metric_that_its_errors_name_or_none(tmp_path: Path) -> None:
+    assert _summary(tmp_path, _error("encoder", 20)).metric == ""
+    assert _summary(tmp_path, {**_error("encoder", 20), "metric": "miou_present"}).metric == "miou_present"

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from toy.results import outcome, problem, record
+
 from ssl_eo.eval.summary import read_task_records
-from ssl_eo.eval.table import print_summary
+from ssl_eo.eval.table import print_summary, rows_of_results
 
 
 def _summary(records: list[Any]) -> tuple[str, bool]:
@@ -81,3 +83,46 @@ def test_a_choice_at_the_end_of_a_grid_is_remarked(tmp_path: Path) -> None:
     remark = "  ridge chose the end of its grid for encoder, step 20 at depth 0.50, texture statistics at pixels\n"
     assert remark in text
     assert "step 10 at" not in text
+
+
+def test_conditions_are_named_and_seeds_averaged() -> None:
+    right = {("0.10x", 0): 30, ("0.10x", 1): 36, ("1.00x", 0): 45, ("1.00x", 1): 45}
+    records = [
+        record(f, outcome(n), partition=part, seed=seed, size="native")
+        for (part, seed), n in right.items()
+        for f in ("encoder", "band_statistics")
+    ]
+    text, complete = _summary(rows_of_results(records))
+    assert complete
+    seeds = "accuracy of frozen features, mean of 2 seeds ± their standard deviation"
+    assert [line for line in text.splitlines() if "frozen" in line] == [
+        f"scenes, labels 0.10x: {seeds}",
+        f"scenes, labels 1.00x: {seeds}",
+    ]
+    assert text.count("55.0 % ± 7.1") == 2  # 50 and 60, of both rows
+    assert text.count("75.0 %") == 2
+    assert "75.0 % ±" not in text  # no seed differs
+
+
+def test_a_seed_that_fails_is_named_behind_those_that_did_not() -> None:
+    records = [record("random_encoder", outcome(30), seed=0)]
+    failed = {"features": "random_encoder", "subset": "all", "seed": 1}
+    text, complete = _summary(rows_of_results([problem("error", "OSError: gone", **failed), *records]))
+    assert not complete
+    assert "50.0 %" in text
+    assert "random encoder could not be measured: OSError: gone (seed 1)" in text
+
+
+def test_a_task_that_failed_is_called_so_and_has_no_table() -> None:
+    maps = {"metric": "miou_present"}
+    for changes in ({}, maps):
+        text, complete = _summary(rows_of_results([problem("error", "OSError: gone", task="maps", **changes)]))
+        assert not complete
+        assert text == "maps: failed\n  encoder, step 30 could not be measured: OSError: gone\n"
+
+
+def test_depths_are_called_by_their_names(tmp_path: Path) -> None:
+    records = _written(tmp_path / "eval.jsonl", *(_probe("encoder", 9, 0.5, tap=tap) for tap in ("all", "last")))
+    text, _ = _summary(records)
+    assert "all depths together" in text
+    assert "the last block" in text

@@ -14,6 +14,7 @@ import torch
 from toy import scenes
 
 from ssl_eo.data.opening import SourceConfig
+from ssl_eo.eval import tasks
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.tasks import Task, TaskConfig
 
@@ -121,7 +122,12 @@ def _positions(keys: list[str]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("kind", "probes"),
-    [("classification", ["knn", "ridge"]), ("multilabel", ["knn", "ridge"]), ("segmentation", ["ridge"])],
+    [
+        ("classification", ["knn", "ridge"]),
+        ("multilabel", ["knn", "ridge"]),
+        ("segmentation", ["ridge"]),
+        ("regression", ["ridge"]),
+    ],
 )
 def test_usual_probes_are_those_that_take_the_kind(kind: Kind, probes: list[str]) -> None:
     assert _config(kind=kind).usual_probes == probes
@@ -158,12 +164,89 @@ def test_a_task_that_cannot_be_is_refused_at_once(changes: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (
+            ["water"],
+            {},
+            "task toy: the source toy.scenes names one class, 'water', and classification needs 2 at least",
+        ),
+        (["water"], {"kind": "segmentation"}, "names one class, 'water', and segmentation needs 2"),
+        (
+            ["a", "b"],
+            {"kind": "segmentation", "ignore": 1},
+            "task toy: ignore 1 leaves one of 2 classes, and segmentati",
+        ),
+        (
+            ["a", "b"],
+            {"kind": "segmentation", "no_data": [1, 7]},
+            r"task toy: no_data holds \[7\], expected classes, fr",
+        ),
+        (["a", "b"], {"kind": "segmentation", "no_data": [-1]}, r"task toy: no_data holds \[-1\]"),
+    ],
+)
+def test_there_is_something_to_tell_apart(
+    names: list[str], changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "open_source", lambda cfg: _named(names, cfg))
+    with pytest.raises(ValueError, match=message):
+        Task(_config(**changes))
+    names += ["c"]  # so it is what the test says that was wrong
+    if "no_data" not in changes:
+        assert Task(_config(**changes)).n_classes == len(names)
+
+
+def test_one_label_that_samples_have_or_not_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "open_source", lambda cfg: _named(["burnt"], cfg))
+    assert Task(_config(kind="multilabel")).n_classes == 1
+
+
+def _named(names: list[str], cfg: SourceConfig) -> scenes.Source:
+    source = scenes.Source(cfg.options)
+    source.label_names = tuple(names)
+    return source
+
+
+@pytest.mark.parametrize("value", [-3.4028235e38, -1e30])
+def test_no_data_that_nobody_declared_is_named_where_statistics_are_measured(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(source: scenes.Source, index: int) -> Any:
+        sample = plain(source, index)
+        pixels = sample.tiles["rgb"].array.astype(np.float32)
+        pixels[1, 2, 3] = value if index == 5 else 7
+        return replace(sample, tiles={"rgb": replace(sample.tiles["rgb"], pixels=pixels)})
+
+    def opened(cfg: SourceConfig) -> scenes.Source:
+        source = scenes.Source(cfg.options)
+        source.schema = {"rgb": replace(source.schema["rgb"], dtype="float32")}
+        return source
+
+    plain = scenes.Source.read
+    monkeypatch.setattr(scenes.Source, "read", read)
+    monkeypatch.setattr(tasks, "open_source", opened)
+    monkeypatch.setattr(tasks, "_MEASURED", {})
+    with pytest.raises(ValueError, match=r"band G of tile rgb of task toy holds -.*e\+3., .* declare it in no_data"):
+        Task(_config(statistics="measured"))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_train": 1}, "max_train"),
         ({"max_val": 1}, "max_val"),
         ({"size_px": 0}, "size_px"),
         ({"probes": ["ridg"]}, "did you mean 'ridge'"),
+        ({"probes": []}, r"^task toy: probes is empty: name at least one, or leave the key out .* \(knn, ridge\)"),
+        ({"probes": [], "kind": "regression"}, r"probes is empty: .* the usual \(ridge\)"),
+        ({"probes": ["ridge", "ridge"]}, "probes must name at least one, and each once"),
+        ({"bands": []}, r"^task toy: bands must name at least one, and each once, got \[\]"),
+        ({"bands": ["R", "G", "R"]}, r"bands must name at least one, and each once, got \['R', 'G', 'R'\]"),
+        ({"dataset": "\udcff"}, r"^task toy: dataset must be text that can be printed, got '\\udcff'"),
+        ({"name": ""}, "^name must be text that can be printed, got ''"),
+        ({"name": "a\nb"}, r"^name must be text that can be printed, got 'a\\nb'"),
+        ({"name": "\ud800"}, r"^name must be text that can be printed, got '\\ud800'"),
+        ({"kind": "segmentation", "no_data": [1, 1]}, r"no_data must name each class once, got \[1, 1\]"),
         (
             {"kind": "segmentation", "probes": ["knn"]},
             "knn does not take segmentation; it takes classification, multilabel",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 from launching import ROOT
 
 from ssl_eo.cli import main
-from ssl_eo.config import build
+from ssl_eo.config import Config, build, read_yaml
 from ssl_eo.data.opening import WeightedSourceConfig, open_source
-from ssl_eo.hub import load_bundle, write_bundle
+from ssl_eo.hub import UNSAID, load_bundle, write_bundle
+from ssl_eo.jsonl import JsonLines
 from ssl_eo.models.vit import Encoder, EncoderConfig
-from ssl_eo.train.export import _inputs, open_encoder
+from ssl_eo.train.export import _inputs, _licence_of_data, export_encoder, open_encoder
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (
@@ -54,6 +57,47 @@ def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
     assert open_encoder(bundle)[1:] == open_encoder(run)[1:] == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
 
 
+def test_a_bundle_says_where_it_is_from(bundle: Path) -> None:
+    """With the keys of any bundle; procedural scenes have no card, so that of their licence nothing is known."""
+    facts, run = load_bundle(bundle).facts, bundle.parent / "debug_mae"
+    assert facts.keys() > UNSAID.keys()
+    assert (facts["objective"], facts["step"], facts["run"]) == ("mae", 2, "debug_mae")
+    assert facts["commit"] == json.loads((run / "env.json").read_text())["commit"]
+    assert facts["config"] == read_yaml(run / "config.yaml")
+    assert (facts["scores"], facts["licence"]) == ([], "not stated")
+
+
+def test_scores_of_probes_come_with_the_encoder(bundle: Path, tmp_path: Path) -> None:
+    """Of the newest step that is not after the checkpoint, and of the controls, whenever they were measured."""
+    run = tmp_path / "run"
+    shutil.copytree(bundle.parent / "debug_mae", run)
+    kept = {"task": "t", "split": "test", "tap": "last", "probe": "knn", "metric": "accuracy"}
+    common = {**kept, "kind": "probe", "chosen": {"k": 5}}
+    with JsonLines(run / "eval.jsonl") as file:
+        for step, score in ((0, 0.25), (1, 0.5), (3, 0.75)):
+            file.write({**common, "step": step, "features": "encoder", "accuracy": score})
+        file.write({**common, "step": 0, "features": "band_statistics", "accuracy": 0.375})
+        file.write({**common, "step": 1, "features": "encoder", "kind": "health"})
+    export_encoder(run, tmp_path / "out", licence="CC-BY-4.0")
+    facts = load_bundle(tmp_path / "out").facts
+    assert facts["licence"] == "CC-BY-4.0"
+    assert facts["scores"] == [
+        {**kept, "step": 0, "features": "band_statistics", "score": 0.375},
+        {**kept, "step": 1, "features": "encoder", "score": 0.5},
+    ]
+
+
+def test_licences_of_the_data_come_from_their_cards() -> None:
+    sources = [{"name": name, "root": "."} for name in ("eurosat", "mmearth")]
+    raw = {"objective": {"name": "mae"}, "data": {"sources": sources}}
+    assert _licence_of_data(build(Config, raw, "")) == (
+        "not stated; of the data: eurosat: MIT; Copernicus Sentinel data terms; mmearth: CC BY 4.0; Copernicus Sentinel"
+        " data terms; terms of the maps"
+    )
+    raw["data"]["sources"].append({"name": "synthetic"})
+    assert _licence_of_data(build(Config, raw, "")) is None
+
+
 @pytest.mark.parametrize(
     ("facts", "problem"),
     [
@@ -63,7 +107,10 @@ def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
         ({}, "step must be a whole number from 0, got None"),
         *(
             ({"step": 1, "features": features}, "features must be a pool and a list of numbers, taps, got ")
-            for features in (7, None, "mean", [["pool", "cls"]], {"taps": 1}, {"taps": [True]}, {"pool": ["cls"]})
+            for features in (
+                *(7, None, "mean", [["pool", "cls"]], {"taps": 1}, {"taps": [True]}, {"pool": ["cls"]}),
+                *({"pool": "max"}, {"taps": []}, {"taps": [2.0]}, {"taps": [float("nan")]}),
+            )
         ),
     ],
 )

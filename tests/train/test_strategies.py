@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exporting import exported_features
 from launching import ROOT, assert_same_bits, read_checkpoint, records, train
 
 from ssl_eo.cli import main
@@ -85,6 +86,12 @@ def test_every_objective_is_the_same_under_every_strategy(kind: str, tmp_path: P
     if kind in ON_FOUR_RANKS:
         _run(kind, tmp_path / "hsdp", on_ranks, 4, "parallel.strategy=hsdp", "parallel.shard_size=2")
         _assert_close(kind, tmp_path / "fsdp", tmp_path / "hsdp")
+    strategies = ("single", "ddp", "fsdp")
+    features = [
+        exported_features(tmp_path / name / f"debug_{kind}", tmp_path / f"{name}_bundle") for name in strategies
+    ]
+    for found in features[1:]:
+        torch.testing.assert_close(found, features[0], atol=1e-3, rtol=1e-3)  # of tokens, of order 1
 
 
 def test_drop_path_is_the_same_whether_weights_are_copied_or_spread(tmp_path: Path, on_ranks: OnRanks) -> None:

@@ -1,20 +1,20 @@
-"""Weights and inputs by a formula in integers, the same on every machine, and the cases that are computed from them.
+"""The cases of Panopticon and DINOv2 that are computed from weights and inputs by formula (`ssl_eo.weights._formula`).
 
-Values are a hash of (name, index), uniform with variance 1 and scaled so that activations stay of order 1.
 B samples, C channels, H W pixels, N patches.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ssl_eo.weights._formula import summary, uniform, weights
+
+__all__ = ["DINOV2", "PANOPTICON", "Case", "summary", "uniform", "weights"]
+
 SENTINEL2_NM = (442, 492, 559, 664, 704, 740, 782, 832, 864, 945, 1373, 1613, 2202)
-N_VALUES = 24  # kept of each output, evenly spaced
 
 
 @dataclass(frozen=True)
@@ -72,39 +72,3 @@ DINOV2 = (
     Case("large, 1 block", "dinov2_vitl14_reg", (98, 98), layers=(0,), depth=1),
     Case("giant, 1 block", "dinov2_vitg14", (98, 98), layers=(0,), depth=1),
 )
-
-
-def uniform(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Values of mean 0 and variance 1, from a multiplicative hash of (name, index): 24 of its 32 bits."""
-    bits = torch.arange(torch.Size(shape).numel(), dtype=torch.int32) * -1640531535  # modulo 2^32
-    bits ^= zlib.crc32(name.encode()) - 2**31
-    for factor in (-2048144777, -1028477379):
-        bits = bits.bitwise_xor_(bits >> 15).mul_(factor)
-    bits = bits.bitwise_xor_(bits >> 13).bitwise_and_(0xFFFFFF)
-    return bits.float().mul_(2**-23).sub_(1.0).mul_(3**0.5).view(shape)
-
-
-def weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """A state dict of these names and shapes. Gains are around 1 (0.5 in LayerScale), matrices keep the variance."""
-    filled = {}
-    for name, shape in shapes.items():
-        value = uniform(name, shape)
-        if name.endswith("gamma"):
-            filled[name] = 0.5 + 0.1 * value
-        elif "norm" in name and name.endswith("weight"):
-            filled[name] = 1.0 + 0.1 * value
-        elif name.endswith("weight"):
-            filled[name] = value / value[0].numel() ** 0.5
-        elif name.endswith("bias"):
-            filled[name] = 0.1 * value
-        else:
-            filled[name] = value  # tokens, query, codes, positions
-    return filled
-
-
-def summary(output: Tensor) -> dict[str, float | list[float]]:
-    """What is kept of an output: evenly spaced values, mean and standard deviation."""
-    flat = output.flatten()
-    index = torch.linspace(0, flat.numel() - 1, N_VALUES).long()
-    wide = flat.double()
-    return {"values": flat[index].tolist(), "mean": wide.mean().item(), "std": wide.std().item()}

@@ -14,15 +14,16 @@ from released_formula import weights
 from torch import Tensor
 
 from ssl_eo.cli import main
-from ssl_eo.hub import SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
+from ssl_eo.hub import UNSAID, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
-from ssl_eo.weights import dinov2
+from ssl_eo.weights import dinov2, panopticon
 from ssl_eo.weights.base import (
     build_encoder,
     export_released,
     find_released,
     import_released,
     load_released,
+    released_name_of,
     released_state_dict,
 )
 
@@ -218,7 +219,10 @@ def test_another_model_is_recognised(file: Path, tmp_path: Path, capsys: pytest.
             "no encoder under the prefix 'teacher.'",
         ),
         (["{file}", "--as", TINY, "--out", "{bundle}"], "holds a bundle already; give another --out"),
-        (["{file}", "--out", "{tmp}/b"], "required: --as"),
+        (
+            ["{file}", "--out", "{tmp}/b"],
+            "dinov2_tiny_pretrain.pth: no published file is known by this name: say which encoder it is with --as (",
+        ),
     ],
 )
 def test_import_refuses_in_one_line(
@@ -236,6 +240,49 @@ def _status(words: list[str]) -> Any:
         return main(words)
     except SystemExit as exit:
         return exit.code
+
+
+FILES = {  # as their authors, or torchgeo, call them
+    "panopticon_vitb14": ["panopticon_vitb14_teacher.pth"],
+    "dinov2_vitb14": ["dinov2_vitb14_pretrain.pth", "dinov2_vitb14.safetensors"],
+    "dinov2_vitg14_reg": ["dinov2_vitg14_reg4_pretrain.pth", "dinov2_vitg14_reg.pth"],
+    "croma_base": ["CROMA_base.pt", "CROMA_base-0238d814.pt"],
+    "mae_vitl16": ["mae_pretrain_vit_large.pth", "mae_visualize_vit_large.pth", "mae_pretrain_vit_large_full.pth"],
+    "dofa_vitb16": ["dofa_base_patch16_224-a0275954.pth"],
+    "dofa_vitl16_legacy": ["dofa_large_patch16_224-fbd47fa9.pth"],
+    "prithvi_eo_v1_100": ["Prithvi_EO_V1_100M.pt"],
+    "prithvi_eo_v2_tiny_tl": ["Prithvi_EO_V2_tiny_TL.pt"],
+    "prithvi_eo_v2_300": ["Prithvi_EO_V2_300M.pt"],
+    "prithvi_eo_v2_600_tl": ["Prithvi_EO_V2_600M_TL.pt", "prithvi_eo_v2_600_tl.pt"],
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_name_of_a_file_says_which_encoder_it_is(name: str) -> None:
+    assert [released_name_of(Path("some") / file) for file in FILES[name]] == [name] * len(FILES[name])
+
+
+@pytest.mark.parametrize(
+    "file", ["DOFA_ViT_base_e100.pth", "multimae.pth", "model.safetensors", "my_croma_base.pt", ""]
+)
+def test_a_name_that_does_not_tell_is_asked_about(file: str) -> None:
+    """Files of one name were read in two orders; one file holds four groups of bands; and any file may be anything."""
+    with pytest.raises(ValueError, match=r"say which encoder it is with --as \(known: croma_base, croma_large, dinov2"):
+        released_name_of(Path(file))
+
+
+def test_import_by_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = replace(find_released("panopticon_vitb14"), config=find_released(TINY).config, n_channels=3)
+    monkeypatch.setattr(panopticon, "MODELS", (tiny,))
+    file, out = tmp_path / "panopticon_vitb14_teacher.pth", tmp_path / "bundle"
+    torch.save(tensors, file)
+    assert main(["import", str(file), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"wrote {out} (panopticon_vitb14; its weights are under CC-BY-4.0, see")
+    facts = load_bundle(out).facts
+    assert facts.keys() > UNSAID.keys()
+    assert (facts["licence"], facts["released"]["name"]) == ("CC-BY-4.0", "panopticon_vitb14")
 
 
 # --- out --------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.sources._splits import cell_split
 from ssl_eo.files import atomic_file
 
@@ -37,6 +38,7 @@ class Columns:
     def rows(self) -> NDArray[Any]:
         """`[N]` records, read-only."""
         if self._rows is None:
+            check_regular(self.path)
             self._rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return self._rows
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 
-from ssl_eo.data.sources._side_files import check_regular, evenly_spaced
+from ssl_eo.data.regular import check_regular
+from ssl_eo.data.sources._side_files import evenly_spaced
 
 __all__ = ["N_READ", "content_of_some"]
 

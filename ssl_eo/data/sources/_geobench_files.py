@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import one_line
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.sources._geobench_card import DatasetCard, TileCard
 from ssl_eo.data.sources._geobench_folder import Label, multi_hot
 from ssl_eo.data.sources._geobench_pickle import Call, array_of, interpret
-from ssl_eo.data.sources._side_files import check_regular, writable
+from ssl_eo.data.sources._side_files import writable
 
 __all__ = ["SampleFile", "open_sample"]
 

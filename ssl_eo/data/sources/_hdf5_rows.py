@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import one_line, suggest
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.sources._side_files import writable
 
 __all__ = ["HDF5Rows"]
@@ -31,7 +32,7 @@ _Codec = tuple[Callable[[], Any], type[Exception]]  # a decompressor like zlib's
 _ZLIB: _Codec = (zlib.decompressobj, zlib.error)
 _DEFLATE = 1  # HDF5's number of the filter
 _MAX_ROW_BYTES = 256 << 20  # inflated; those of MMEarth have up to half a megabyte
-_MAX_INFLATION = 2048  # of an array to the file that holds it: deflate makes at most 1,032 bytes of one
+_MAX_INFLATION = 2048  # of an array to what holds it: deflate makes at most 1,032 bytes of one
 _SMALL_BYTES = 16 << 20  # of an array that may be of one value, which some filters store as next to nothing
 _MAX_NAMED = 400  # characters of a list of names
 
@@ -80,6 +81,7 @@ class HDF5Rows:
         if self._handle is None:
             import h5py
 
+            check_regular(self.path)
             self._handle = h5py.File(self.path, "r", rdcc_nbytes=self._cache_bytes)
             self._codec = _fastest_codec()
         return self._handle
@@ -110,12 +112,14 @@ class HDF5Rows:
                 f"{self.path}: rows of {name} have shape {found.shape[1:]}, {n_bytes:,} bytes; expected at most"
                 f" {_MAX_ROW_BYTES:,}"
             )
-        # Rows that were never written take no place in the file, and whatever is kept of each takes some in memory.
-        size, n_bytes = self.path.stat().st_size, n_bytes * len(found)
-        if n_bytes > max(_SMALL_BYTES, _MAX_INFLATION * size):
+        # Rows that were never written take no place in the file, and whatever is kept of each takes some in memory. To
+        # add up the chunks of tiles takes long; columns, which are read as wholes, have few.
+        stored = self.path.stat().st_size if found.ndim > 2 else found.id.get_storage_size()
+        n_bytes *= len(found)
+        if n_bytes > max(_SMALL_BYTES, _MAX_INFLATION * stored):
             raise ValueError(
-                f"{self.path}: {name} says that it has {len(found):,} rows, {n_bytes:,} bytes, which a file of {size:,}"
-                " bytes cannot hold: most were never written; store only those that were"
+                f"{self.path}: {name} says that it has {len(found):,} rows, {n_bytes:,} bytes, which {stored:,} bytes"
+                " on disk cannot hold: most were never written; store only those that were"
             )
         return found
 

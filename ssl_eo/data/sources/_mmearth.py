@@ -84,7 +84,7 @@ def published_statistics(archive: Path, key: str, n_bands: int) -> tuple[list[fl
     try:
         entry = read_json_object(path, _MAX_STATISTICS_BYTES, "statistics of every array")[key]
         mean, std = ([float(v) for v in entry[name]] for name in ("mean", "std"))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(
             f"statistics: {path} must hold lists `mean` and `std` under {key}: {error!r}; {hint}"
         ) from None

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import one_line
-from ssl_eo.data.sources._side_files import check_regular
+from ssl_eo.data.sources._pictures import open_picture
 
 __all__ = ["PngBands"]
 
+_FORMATS = ("PNG",)
 _MODES = {1: "L", 3: "RGB"}
 _MAX_SIDE = 512  # pixels
+_MAX_BYTES = 4 << 20  # of a file: uncompressed, the largest has 0.8 MB; what lies beside pixels is read too
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,12 @@ class PngBands:
     @classmethod
     def open(cls, files: Mapping[Path, int]) -> PngBands | None:
         """The size is that of the first file that is there; None if there is none."""
-        from PIL import Image
-
         for path in files:
             try:
-                check_regular(path)
-                with Image.open(path, formats=["PNG"]) as image:
+                with open_picture(path, _FORMATS, _MAX_BYTES) as image:
                     width, height = image.size
             except FileNotFoundError:
                 continue
-            except (SyntaxError, ValueError, OSError, Image.DecompressionBombError) as error:
-                raise _damaged(path, error) from None
             if height != width or width > _MAX_SIDE:
                 raise ValueError(f"{path} has {height} x {width} pixels, expected a square of at most {_MAX_SIDE}")
             return cls(files, (sum(files.values()), height, width))
@@ -67,22 +63,13 @@ class PngBands:
 
     def _decode(self, path: Path, n_bands: int) -> NDArray[np.uint8] | None:
         """`[n_bands, H, W]`, None for a file that is missing."""
-        from PIL import Image
-
         expected = _MODES[n_bands], *self.shape[1:]
         try:
-            check_regular(path)
-            with Image.open(path, formats=["PNG"]) as image:
+            with open_picture(path, _FORMATS, _MAX_BYTES) as image:
                 found = image.mode, image.height, image.width
                 pixels = np.asarray(image) if found == expected else None  # decodes
         except FileNotFoundError:
             return None
-        except (SyntaxError, ValueError, EOFError, OSError, Image.DecompressionBombError) as error:
-            raise _damaged(path, error) from None
         if pixels is None:
             raise ValueError(f"{path} has mode, height, width {found}, expected {expected}")
         return np.atleast_3d(pixels).transpose(2, 0, 1)  # [n_bands, H, W]
-
-
-def _damaged(path: Path, error: Exception) -> OSError:
-    return OSError(f"{path} is not a readable PNG: {one_line(error)}")

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_eo.components import import_extra, one_line
-from ssl_eo.data.sources._side_files import check_regular, printable
+from ssl_eo.data.regular import check_regular
+from ssl_eo.data.sources._side_files import printable
 
 __all__ = [
     "Box",

@@ -5,7 +5,6 @@ What a side file says is not trusted: its size is looked at before it is parsed,
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from ssl_eo.components import one_line
+from ssl_eo.data.regular import check_regular
 from ssl_eo.data.types import TileSchema
 from ssl_eo.resources import find_resource
 from ssl_eo.sensors import load_sensor
 
 __all__ = [
     "card_schema",
-    "check_regular",
     "dataset_card",
     "evenly_spaced",
     "iso_date",
@@ -58,12 +57,6 @@ def printable(name: bytes) -> str:
 def writable(text: str) -> str:
     """`text` as it can be written anywhere: halves of surrogate pairs, which no encoding has, as hexadecimal."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def check_regular(path: Path) -> None:
-    """Raise `OSError` for what is there and is no file: who opens a pipe waits for someone to write into it."""
-    if not path.is_file() and path.exists():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
 
 
 def read_json_list(path: Path, max_bytes: int, what: str) -> list[Any]:

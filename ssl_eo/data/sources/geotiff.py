@@ -10,7 +10,6 @@ N places, T tiles, C bands, H W pixels of a raster.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -22,20 +21,20 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE, suggest
+from ssl_eo.components import FREE
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._content import content_of_some
 from ssl_eo.data.sources._patterns import FileMatch, list_files, match_files
+from ssl_eo.data.sources._place_labels import LabelKind, PlaceLabels, read_label_table
 from ssl_eo.data.sources._raster_tiles import RasterTile, TileConfig
 from ssl_eo.data.sources._rasters import Box, Rasters, ground_of, matching_box
-from ssl_eo.data.sources._side_files import printable, read_lines
+from ssl_eo.data.sources._side_files import printable
 from ssl_eo.data.sources._splits import cell_name, check_cell, name_split
 from ssl_eo.data.types import Sample, Tile, TileSchema
 from ssl_eo.seeding import numpy_generator
 
 __all__ = ["Config", "Source", "TileConfig"]
 
-_MAX_CSV_BYTES = 256 << 20
 _N_HANDLES = 32  # open rasters, beside those of a sample
 _N_PROBES = 100  # rasters that are tried for one that can be read
 _HEADER = np.dtype([("size", "<i4", 2), ("place", "<f8", 2)])  # (H, W), 0 if unreadable; (latitude, longitude) or NaN
@@ -55,8 +54,9 @@ class Config:
     cell_deg: float = 0.5  # side of a cell of the split, degrees of latitude and of longitude
     split_seed: int = 0  # of either split
     label_pattern: str | None = None  # class maps: rasters of one band on the first tile's grid, with {key}
-    label_csv: str | None = None  # classes: a CSV file with a column `key`, its path relative to root
-    label_column: str = "label"  # of label_csv: names or numbers of classes
+    label_csv: str | None = None  # a label a place: a CSV file with a column `key`, its path relative to root
+    label_column: str = "label"  # of label_csv: names or numbers of classes, or numbers to predict
+    label_kind: LabelKind = "class"  # of label_csv, and of {label} in a pattern: number for regression
     n_statistics_windows: int = 256  # to measure statistics on, drawn once for all
     statistics_seed: int = 0  # of that draw
 
@@ -78,6 +78,8 @@ class Config:
         ways["{label} in the first pattern"] = self.tiles[0].pattern if "{label}" in self.tiles[0].pattern else None
         if len(given := [name for name, value in ways.items() if value is not None]) > 1:
             raise ValueError(f"labels come from one place, got {' and '.join(given)}")
+        if self.label_kind == "number" and (not given or self.label_pattern is not None):
+            raise ValueError("label_kind: number needs label_csv, or {label} in the first pattern, the numbers")
 
 
 class Source:
@@ -105,7 +107,7 @@ class Source:
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        return self._label_names
+        return self._labels.names
 
     @property
     def chunk_size(self) -> int:
@@ -144,8 +146,9 @@ class Source:
     def fingerprint(self) -> str:
         # The schema holds the statistics, and so depends on the pixels, unless statistics were given.
         windows = self._cfg.window_px, self._cfg.stride_px, *self._first_rows[self._first_rows > 0].tolist()
-        digest = blake2b(f"{self.schema!r} {windows} {self._label_names}".encode(), digest_size=16)
-        for array in (self._places, self._ends, self._keys, self._labels, self._maps, *self._names, *self._dates):
+        digest = blake2b(f"{self.schema!r} {windows} {self.label_names}".encode(), digest_size=16)
+        labels = self._labels.values
+        for array in (self._places, self._ends, self._keys, labels, self._maps, *self._names, *self._dates):
             digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
         columns = [names[self._places] for names in (*self._names, self._maps) if len(names)]
         for names in columns:
@@ -187,47 +190,16 @@ class Source:
         self._keys = _bytes(keys)
         self._names = [_column(by_key, keys, "name") for by_key in found]
         self._dates = [_column(by_key, keys, "date") for by_key in found]
-        self._label_names: tuple[str, ...] = ()
-        self._labels = np.empty(0, np.int64)  # class of each place, -1 without; empty where there are no classes
+        self._labels = PlaceLabels()
         self._maps = np.empty(0, "S1")  # class map of each place
         if cfg.label_pattern is not None:
             self._maps = _column(maps, keys, "name")
         elif cfg.label_csv is not None:
-            self._set_classes([self._read_csv().get(key, "") for key in keys])
+            table = read_label_table(self._folder / cfg.label_csv, cfg.label_column)
+            self._labels = PlaceLabels.of([table.get(key, "") for key in keys], cfg.label_kind, "label_csv")
         elif "{label}" in cfg.tiles[0].pattern:
-            self._set_classes([found[0][key].label if key in found[0] else "" for key in keys])
-
-    def _read_csv(self) -> dict[str, str]:
-        cfg = self._cfg
-        assert cfg.label_csv is not None
-        path = self._folder / cfg.label_csv
-        try:
-            lines = read_lines(path, _MAX_CSV_BYTES, "a CSV file")
-        except ValueError as error:
-            raise ValueError(f"label_csv: {error}") from None
-        rows = csv.DictReader([lines[0].removeprefix("\ufeff"), *lines[1:]])
-        columns = list(rows.fieldnames or ())
-        for column in ("key", cfg.label_column):
-            if column not in columns:
-                raise ValueError(
-                    f"label_csv: {path} has no column {column!r}{suggest(column, columns)} (has {columns})"
-                )
-        try:
-            return {row["key"]: row[cfg.label_column] or "" for row in rows}
-        except csv.Error as error:
-            raise ValueError(f"label_csv: {path}, line {rows.line_num}: {error}") from None
-
-    def _set_classes(self, texts: list[str]) -> None:
-        """Classes from names, numbered in their order, or from numbers, which stay."""
-        known = sorted({text for text in texts if text})
-        if not known:
-            raise ValueError("label_csv: no place has a label; are its keys those of the first tile's pattern?")
-        if all(text.isdecimal() for text in known):
-            classes = {text: int(text) for text in known}
-        else:
-            self._label_names = tuple(known)
-            classes = {text: i for i, text in enumerate(known)}
-        self._labels = np.array([classes.get(text, -1) for text in texts], np.int64)
+            texts = [found[0][key].label if key in found[0] else "" for key in keys]
+            self._labels = PlaceLabels.of(texts, cfg.label_kind, "tiles[0].pattern")
 
     def _learn(self) -> None:
         """What each tile holds, from the first of its rasters that can be used."""
@@ -375,9 +347,10 @@ class Source:
     def _label(self, place: int, box: Box) -> Any:
         key = printable(self._keys[place])
         if len(self._labels):
-            if self._labels[place] < 0:
-                raise ValueError(f"{key} has no label in {self._cfg.label_csv or 'the pattern'}")
-            return int(self._labels[place])
+            if (label := self._labels.of_place(place)) is None:
+                what = "label" if self._cfg.label_kind == "class" else "finite number"
+                raise ValueError(f"{key} has no {what} in {self._cfg.label_csv or 'the pattern'}")
+            return label
         if self._cfg.label_pattern is None:
             return None
         if not (name := os.fsdecode(self._maps[place])):

@@ -51,7 +51,7 @@ class Config:
     drop_bands: list[str] = field(default_factory=list)  # bands left out, for instance those without any data
     split: str | list[str] | None = None  # only samples whose entry in split_dataset is (one of) these; None: all
     split_dataset: str = "split"  # names of splits, or of any other groups, [N]
-    label_dataset: str | None = None  # classes [N], class maps [N, H, W] or multi-hot [N, K]
+    label_dataset: str | None = None  # classes [N], class maps [N, H, W], multi-hot [N, K]; numbers: floats [N]
     label_names: list[str] | None = None  # of the classes; None: those of label_dataset's attribute `classes`
     meta_datasets: list[str] = field(default_factory=list)  # columns [N, ...] that go into each sample's meta
     group_dataset: str | None = None  # names of the places that samples share [N], for the sample's meta["group"]
@@ -128,10 +128,12 @@ class Source:
         try:
             if cfg.label_dataset is not None:
                 label = file[cfg.label_dataset][row]  # [], [H, W] or [K]
-                label = int(label) if label.ndim == 0 else label
+                label = _plain_label(label) if label.ndim == 0 else label
             meta = {name: plain(file[name][row]) for name in cfg.meta_datasets}
         except (KeyError, RuntimeError, UnicodeDecodeError) as error:
             raise OSError(f"{self._path}: row {row} of a column cannot be read: {one_line(error)}") from None
+        if isinstance(label, float) and not math.isfinite(label):
+            raise ValueError(f"{self._path}: row {row} of {cfg.label_dataset} holds {label}, expected a finite number")
         if len(self._groups):
             meta["group"] = str(self._groups[index])
         tiles = {a.name: Tile(a.read(row), a.schema.bands, a.schema.gsd_m) for a in self._arrays.values()}
@@ -193,20 +195,30 @@ class Source:
         self._groups = self._groups_of_rows(n_rows)
         self._label_names = tuple(cfg.label_names or ())
         if cfg.label_dataset is not None:
-            labels = self._column("label_dataset", cfg.label_dataset, n_rows)
-            if labels.dtype.kind not in "biu":
-                raise ValueError(
-                    f"label_dataset: {self._where(cfg.label_dataset)} must hold integers or booleans (classes, class"
-                    f" maps, multi-hot vectors), its dtype is {labels.dtype}"
-                )
-            if cfg.label_names is None:
-                self._label_names = tuple(plain(name) for name in labels.attrs.get("classes", ()))
-            self._check_label_names(cfg.label_dataset)
+            self._describe_labels(cfg.label_dataset, n_rows)
         n = min(cfg.n_statistics_samples, len(self._rows))
         seen = [int(self._rows[i * len(self._rows) // n]) for i in range(n)]  # evenly spaced samples of the split
         for key, array in self._arrays.items():
             with _errors_at(key):
                 array.measure(seen)
+
+    def _describe_labels(self, dataset: str, n_rows: int) -> None:
+        labels = self._column("label_dataset", dataset, n_rows)
+        are_numbers = labels.dtype.kind == "f" and labels.ndim == 1
+        if labels.dtype.kind not in "biu" and not are_numbers:
+            raise ValueError(
+                f"label_dataset: {self._where(dataset)} must hold integers or booleans (classes, class maps, multi-hot"
+                f" vectors) or be [N] of floats (numbers to predict), its dtype is {labels.dtype}, its shape"
+                f" {labels.shape}"
+            )
+        if self._cfg.label_names is None:
+            self._label_names = tuple(plain(name) for name in labels.attrs.get("classes", ()))
+        if are_numbers and self._label_names:
+            raise ValueError(
+                f"label_names: {self._where(dataset)} holds numbers ({labels.dtype}), which have no names; store"
+                " classes as integers"
+            )
+        self._check_label_names(dataset)
 
     def _check_label_names(self, dataset: str) -> None:
         for name, n in Counter(self._label_names).items():
@@ -271,6 +283,10 @@ class Source:
 
     def _where(self, dataset: str) -> str:
         return f"{dataset} in {self._path}"
+
+
+def _plain_label(label: Any) -> int | float:
+    return float(label) if label.dtype.kind == "f" else int(label)
 
 
 def _check_pattern(pattern: str, dataset: str | None) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_eo.components import FREE
+from ssl_eo.components import FREE, check_names
 from ssl_eo.data.sources._class_folders import ImageFile, class_names, list_images
 from ssl_eo.data.sources._columns import Columns, cached_columns, rows_in_cells
 from ssl_eo.data.sources._content import content_of_some
@@ -72,6 +72,8 @@ class Config:
             raise ValueError(f"gsd_m must be positive metres, got {self.gsd_m}")
         if self.n_statistics_samples < 1:
             raise ValueError(f"n_statistics_samples must be at least 1, got {self.n_statistics_samples}")
+        if self.bands is not None:
+            check_names("bands", self.bands)
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"classes must name at least one class, and each once, got {self.classes}")
 
@@ -263,7 +265,7 @@ class _Pictures:
 
     def learn(self, name: str) -> None:
         cfg, sensor = self._cfg, load_sensor(self._cfg.sensor)
-        bands = tuple(cfg.bands or sensor.band_names)
+        bands = sensor.band_names if cfg.bands is None else tuple(cfg.bands)
         gsd_m = cfg.gsd_m or min(sensor.bands[i].gsd_m for i in sensor.index(bands))
         read_picture(self._root / name, len(bands))
         plain = (0.0,) * len(bands), (1.0,) * len(bands)  # until measured

@@ -11,9 +11,19 @@ from typing import Any
 
 from ssl_eo.components import resolve, suggest
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.probes.base import Fitted, Labelled, Prediction
+from ssl_eo.eval.probes.base import Fitted, Labelled, Prediction, is_at_optimum
 
-__all__ = ["Fitted", "Labelled", "Prediction", "build_config", "check_probe", "find_probe", "kinds_of", "takes_seed"]
+__all__ = [
+    "Fitted",
+    "Labelled",
+    "Prediction",
+    "build_config",
+    "check_probe",
+    "find_probe",
+    "is_at_optimum",
+    "kinds_of",
+    "takes_seed",
+]
 
 
 def find_probe(name: str) -> ModuleType:

@@ -15,7 +15,7 @@ N training samples, V validation samples, M test samples, D features, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "hold_out",
     "indicators",
     "is_at_edge",
+    "is_at_optimum",
     "mean_response",
     "selection_score",
 ]
@@ -208,6 +209,11 @@ def hold_out(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
 def is_at_edge(value: float, grid: Sequence[float]) -> float:
     """1 where `value` is the least or the greatest of several in `grid`: a wider one may hold a better. Else 0."""
     return float(len(grid) > 1 and value in (min(grid), max(grid)))
+
+
+def is_at_optimum(chosen: Mapping[str, float]) -> bool:
+    """Whether the fit that `chosen` is of came to its end; probes that have no other say nothing."""
+    return chosen.get("converged", 1.0) == 1.0
 
 
 def selection_score(scores: Tensor, val: Labelled) -> float:

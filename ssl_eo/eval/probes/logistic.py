@@ -9,7 +9,6 @@ fitted.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,8 +34,6 @@ from ssl_eo.eval.probes.base import (
 from ssl_eo.eval.probes.ridge import RidgePath
 
 __all__ = ["KINDS", "Config", "fit", "predict"]
-
-logger = logging.getLogger(__name__)
 
 KINDS: tuple[Kind, ...] = ("classification", "multilabel")
 
@@ -80,6 +77,9 @@ def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fit
 
     Scores are log-odds up to a constant of the sample, and log-odds with the threshold 0 for several labels. A class
     that no sample of the fit has gets minus infinity, one that all of them have (several labels) plus infinity.
+
+    `chosen` has `converged`: 0 where a step beyond the `max_steps` of the chosen fit, or beyond what rounding hides,
+    could lower the loss by more than `tolerance`, else 1.
     """
     cfg = cfg or Config()
     check_inputs("logistic", KINDS, train, val)
@@ -90,6 +90,7 @@ def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fit
         path = _Path(train, cfg)
         path.solve(value)
     chosen = {"lambda": value, "penalty": value * len(train), "at_edge": is_at_edge(value, cfg.lambdas)}
+    chosen["converged"] = float(path.gain <= cfg.tolerance)
     return Fitted(path.scores, partial(mean_response, train.kind), 0.0, chosen, train.features.shape[1])
 
 
@@ -109,23 +110,24 @@ class _Path:
         self._dtype = getattr(torch, cfg.precision)
         self._problem = Problem(self._coordinates(train.features), targets.T.contiguous().to(self._dtype), train.kind)
         self._at = self._problem.start()
+        self.gain = math.inf  # what a step could still lower the loss of the last fit by, as a part of it
         self._memory = Curvatures()
         self._shrinkage = self._at.weights.new_zeros(self._at.weights.shape[1])  # [R + 1], of the last fit
 
     def choose(self, val: Labelled) -> float:
         """Go down the path until `val` has had enough; the best lambda, whose weights are then kept."""
         x = self._coordinates(val.features)  # [V, R + 1]
-        best, best_value, best_at, n_worse = -math.inf, self._cfg.lambdas[0], self._at, 0
+        best, best_value, best_at, best_gain, n_worse = -math.inf, self._cfg.lambdas[0], self._at, self.gain, 0
         for value in self._cfg.lambdas:
             self.solve(value)
             found = selection_score(self._complete(x @ self._at.weights.T), val)
             if found > best:
-                best, best_value, best_at, n_worse = found, value, self._at, 0
+                best, best_value, best_at, best_gain, n_worse = found, value, self._at, self.gain, 0
             elif found < best:
                 n_worse += 1
                 if n_worse == self._cfg.patience:
                     break
-        self._at = best_at
+        self._at, self.gain = best_at, best_gain
         return best_value
 
     def solve(self, value: float) -> None:
@@ -135,15 +137,7 @@ class _Path:
         self._memory = self._memory.penalised_by(shrinkage - self._shrinkage)
         self._shrinkage = shrinkage
         cfg = self._cfg
-        self._at, gain = self._problem.minimise(self._at, shrinkage, self._memory, cfg.tolerance, cfg.max_steps)
-        if gain > cfg.tolerance:
-            logger.warning(
-                "logistic: lambda %g is not at its optimum, a step could lower the loss by a part of %.1g; raise"
-                " max_steps (now %d) or tolerance, or take precision: float64",
-                value,
-                gain,
-                cfg.max_steps,
-            )
+        self._at, self.gain = self._problem.minimise(self._at, shrinkage, self._memory, cfg.tolerance, cfg.max_steps)
 
     def scores(self, features: Tensor) -> Tensor:
         """`[M, K]` of `features [M, D]`."""

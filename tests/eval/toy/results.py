@@ -75,7 +75,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
     if isinstance(found_by, Classified):
         found["confusion"] = found_by.confusion.tolist()
     place = ("task", "features", "model", "weights", "partition", "subset", "size", "tap", "pool", "probe", "seed")
-    key = json.dumps([*(found[name] for name in (*place, "date", "version")), sorted(changes)])
+    key = json.dumps([*(found[name] for name in (*place, "date", "version")), sorted(changes.items())])
     return {"key": key, "job": json.dumps([found["task"], features, model]), **found}
 
 

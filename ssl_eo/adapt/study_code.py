@@ -1,0 +1,36 @@
+"""The code that a model of a study depends on, as a hash in its key."""
+
+from __future__ import annotations
+
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+import ssl_eo
+from ssl_eo.eval.provenance import code_digest
+
+__all__ = ["study_code", "study_files"]
+
+_PACKAGE = Path(ssl_eo.__file__).parent
+_PARTS = ("adapt/*.py", "eval/decoders/*.py", "train/optim.py", "schedules.py")
+# Of these no score comes: tables, ensembles of others, and what becomes of a model once it is trained.
+_TELLS_NOTHING = frozenset(
+    f"adapt/{name}.py" for name in ("eos_fm", "saved", "scene_maps", "scene_outputs", "scenes", "study_page", "tiling")
+)
+
+
+@cache
+def study_code() -> str:
+    """Of the sources that a score of a study can depend on: `study_files`, and those of evaluations."""
+    digest = blake2b(code_digest().encode(), digest_size=12)
+    for name, path in study_files().items():
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def study_files() -> dict[str, Path]:
+    """Sources of what trains and scores models on labels, by their place in the package."""
+    found = {path.relative_to(_PACKAGE).as_posix(): path for part in _PARTS for path in sorted(_PACKAGE.glob(part))}
+    return {name: path for name, path in found.items() if name not in _TELLS_NOTHING}

@@ -1,0 +1,131 @@
+"""What `ssl_eo` itself offers: encoders by whatever names them, and training from Python.
+
+`load` needs torch alone for bundles and published weights; what training needs is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from ssl_eo.bundles import BundleEncoder, BundlePair
+from ssl_eo.cluster import EXIT_DONE
+from ssl_eo.hub import load_bundle
+from ssl_eo.jsonl import read_jsonl
+from ssl_eo.weights._entries import open_bundle, released, released_pair
+from ssl_eo.weights.base import find_released
+from ssl_eo.weights.croma import PAIRS
+
+if TYPE_CHECKING:
+    from ssl_eo.config import Config
+
+__all__ = ["TrainedRun", "load", "train"]
+
+
+def load(
+    where: str | Path, weights: str | Path | bool | None = None, sha256: str | None = None
+) -> BundleEncoder | BundlePair:
+    """The encoder that `where` names, in eval mode, on the CPU.
+
+    - A run directory, or one `step_` directory of its checkpoints: what `ssl-eo export` would write of it.
+    - A bundle: its folder, a zip file of it, or the `https://` or `file://` address of one, of which `sha256` are the
+      first 8 to 64 digits of the checksum.
+    - The name of a published encoder (`dofa_vitb16`), with `weights` the path or address of its authors' file, to which
+      `sha256` then belongs, or False for random ones.
+
+    Two encoders (`BundlePair`) come of CROMA's names, and of bundles that hold both. No code of any file is run, but a
+    run's config may name modules of yours, which are imported. Raises `ValueError` that begins with what is wrong.
+    """
+    if weights is not None:
+        name = str(where)
+        return (released_pair if name in PAIRS else released)(name, weights, sha256)
+    path = Path(where)
+    if path.is_dir() and not (path / "encoder.json").exists():
+        if sha256 is not None:
+            raise ValueError(
+                f"{path}: sha256 is that of a file, and a checkpoint has checksums of its own; leave it out"
+            )
+        return _of_run(path)
+    if "://" not in str(where) and not path.exists():
+        raise ValueError(_not_there(str(where)))
+    return open_bundle(where, sha256)
+
+
+def _of_run(path: Path) -> BundleEncoder | BundlePair:
+    """By way of a bundle: so it has the same facts, too."""
+    from ssl_eo.train.export import export_encoder
+
+    with TemporaryDirectory(prefix="ssl_eo-") as folder:
+        export_encoder(path, Path(folder))
+        return load_bundle(folder)
+
+
+def _not_there(name: str) -> str:
+    if Path(name).name != name:
+        return f"{name}: there is no such run, bundle or file"
+    if name not in PAIRS:
+        try:
+            find_released(name)
+        except ValueError as error:
+            return f"{name}: there is no such run, bundle or file, and {error}"
+    return f"{name}: give the file of its weights, ssl_eo.load({name!r}, 'FILE'), or False for random ones"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What `train` has left: the run directory, and its last record of `metrics.jsonl`."""
+
+    folder: Path
+    is_finished: bool  # False: stopped on request, with a checkpoint; the same call goes on
+    metrics: Mapping[str, Any]  # `step`, `loss`, ..., and where probes ran eval/<task>/<tap>/<probe>
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return int(self.metrics["step"])
+
+
+def train(config: str | Path | Mapping[str, Any], *overrides: str) -> TrainedRun:
+    """Pretrain as `ssl-eo train` does, and go on with a run that was begun.
+
+    `config` is the path of a YAML file, a name below `configs/` such as `"debug/mae"`, or what such a file would hold,
+    as a mapping; `overrides` are written as on the command line: `"optim.lr=0.001"`. While it trains, SIGTERM, SIGUSR1,
+    SIGUSR2 and Ctrl-C save and end the run; afterwards they mean again what they meant before.
+
+    Raises `ValueError` for a wrong config or wrong data, `RuntimeError` (`TrainingError`) or `OSError` where a run
+    cannot go on, `KeyboardInterrupt` at a second Ctrl-C; nothing ends the process. Must be called in the main thread:
+    Python gives signals to no other.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("ssl_eo.train must be called in the main thread, which alone is sent signals")
+    from ssl_eo.train.trainer import train as run
+
+    loaded = _load_config(config, overrides)
+    status = run(loaded)
+    log = loaded.run_dir / "metrics.jsonl"
+    if not (records := read_jsonl(log)):
+        raise RuntimeError(f"{log} holds no record, though the run has: bring it back, or set another run.name")
+    return TrainedRun(loaded.run_dir, status == EXIT_DONE, records[-1])
+
+
+def _load_config(config: str | Path | Mapping[str, Any], overrides: tuple[str, ...]) -> Config:
+    from ssl_eo.config import load as load_config
+
+    if isinstance(config, str | Path):
+        return load_config(config, overrides)
+    with TemporaryDirectory(prefix="ssl_eo-") as folder:  # the way of a file, so that includes and `${...}` work too
+        path = Path(folder, "config.yaml")
+        try:
+            path.write_text(json.dumps(dict(config), default=os.fspath), encoding="utf-8")
+        except TypeError as error:
+            raise ValueError(f"config: a mapping must hold what a YAML file can hold: {error}") from None
+        try:
+            return load_config(path, overrides)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), "config")) from None

@@ -1,0 +1,96 @@
+"""What `--tasks` of `ssl-eo eval` names, and `--list-tasks`. Everything heavy is imported inside."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from ssl_eo.eval.tasks import TaskConfig
+
+__all__ = ["known_tasks", "print_tasks", "read_task"]
+
+_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)\}")
+_SUFFIXES = (".yaml", ".yml")
+
+
+def known_tasks(names: Sequence[str]) -> list[str]:
+    """`names` with patterns replaced by the shipped tasks that they match, each once."""
+    known = _shipped()
+    found: list[str] = []
+    for name in names:
+        if name.endswith(_SUFFIXES) or not set(name) & set("*?["):
+            found.append(name)
+            continue
+        matched = [task for task in known if fnmatchcase(task, name)]
+        if not matched:
+            raise ValueError(f"--tasks: {name!r} matches none of {', '.join(known)}")
+        found += matched
+    return list(dict.fromkeys(found))
+
+
+def read_task(name: str) -> TaskConfig:
+    """The shipped task `name`, or that of a YAML file. Raises `ValueError` that begins with `--tasks`."""
+    from ssl_eo.config import build
+    from ssl_eo.eval.tasks import TaskConfig
+
+    files = [f"{name}{suffix}" for suffix in _SUFFIXES if Path(f"{name}{suffix}").is_file()]
+    if files and name not in _shipped():
+        path = files[0] if Path(files[0]).is_absolute() else f"./{files[0]}"
+        raise ValueError(f"--tasks {name}: no shipped task; did you mean {path}?")
+    try:
+        return build(TaskConfig, name, "")
+    except ValueError as error:
+        raise ValueError(f"--tasks {name}: {error}") from None
+
+
+def print_tasks(stream: TextIO) -> None:
+    """Print the shipped tasks: kind, classes, metric, and where their data are looked for, and whether found."""
+    rows = [("task", "kind", "classes", "metric", "data"), *((name, *_facts(name)) for name in _shipped())]
+    *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    for *cells, last in rows:
+        print(*(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)), last, sep="  ", file=stream)
+
+
+def _shipped() -> list[str]:
+    from ssl_eo.resources import resource_dir
+
+    root = resource_dir("datasets_meta") / "benchmarks"
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def _facts(name: str) -> tuple[str, str, str, str]:
+    """Kind, number of classes (? where only the data say), metric, and data."""
+    import yaml
+
+    from ssl_eo.eval.metrics import HEADLINE
+    from ssl_eo.resources import find_resource
+
+    page: dict[str, Any] = yaml.safe_load(find_resource("datasets_meta/benchmarks", name).read_text(encoding="utf-8"))
+    kind = page.get("kind", "classification")
+    train = page["train"]
+    root = train.get("root")
+    where = "needs no file" if root is None else _VARIABLE.sub(r"$\1", root)
+    unset = [variable for variable in _VARIABLE.findall(root or "") if variable not in os.environ]
+    classes = train.get("label_names") or train.get("classes") or ()
+    if unset:
+        where = f"{where} ({unset[0]} is not set)"
+    else:
+        classes, problem = _opened(name)
+        where += "" if root is None else f" ({problem or 'found'})"
+    return kind, str(len(classes) or "?"), page.get("metric") or HEADLINE[kind], where
+
+
+def _opened(name: str) -> tuple[Sequence[str], str | None]:
+    """The classes of the training samples of a task, and why they cannot be read, if so."""
+    from ssl_eo.components import MissingExtraError, one_line
+    from ssl_eo.data.opening import open_source
+
+    try:
+        return open_source(read_task(name).train).label_names, None
+    except (ValueError, OSError, MissingExtraError) as error:
+        return (), f"cannot be read: {one_line(error)}"

@@ -1,0 +1,176 @@
+"""What a line of results.jsonl, or of the eval.jsonl of a run, must hold to be one of its records.
+
+Reports take what is named here for granted. Anything else in such a file was written by somebody else, or is damaged.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER
+from ssl_eo.eval.partitions import parse_partition
+
+__all__ = ["is_of_evaluation", "is_of_training"]
+
+Check = Callable[[Any], bool]
+
+_LARGEST = 1e300  # of a number that is still one after a sum
+
+
+def is_of_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether it is a record of results.jsonl: a result, what could not be measured, or the end of such an error."""
+    checks = _OF_EVALUATION.get(_kind(record))
+    return checks is not None and _holds(record, checks) and (record["kind"] != "result" or _is_whole(record))
+
+
+def is_of_training(record: Mapping[str, Any]) -> bool:
+    """Whether it is a record of eval.jsonl: of a probe, of health, of an error, of what was put off."""
+    kind = _kind(record)
+    checks = _OF_TRAINING.get(kind)
+    if checks is None or not _holds(record, {"step": _is_count, **checks, **_may(_COMMON)}):
+        return False
+    if kind == "probe":
+        return _is_number(record.get(record["metric"]))
+    return kind == "skipped" or "task" in record or "source" in record
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def _is_figure(value: Any) -> bool:
+    """A number, or what stands for none."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, str) and value in HIGHER_IS_BETTER
+
+
+def _is_partition(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and parse_partition(value).name == value
+    except ValueError:
+        return False
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_interval(value: Any) -> bool:
+    return _list_of(_is_number)(value) and len(value) == 2
+
+
+def _is_packed(value: Any) -> bool:
+    """Whether it is what `ssl_eo.eval.records.packed` returns."""
+    try:
+        return len(base64.b64decode(value, validate=True)) % 4 == 0
+    except (TypeError, ValueError, binascii.Error):
+        return False
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(check(inner) for inner in value)
+
+
+def _dict_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(check(inner) for inner in value.values())
+
+
+def _is_anything(value: Any) -> bool:
+    return True
+
+
+def _may(checks: Mapping[str, Check]) -> dict[str, Check]:
+    """For keys that may be absent."""
+    return {f"{key}?": check for key, check in checks.items()}
+
+
+def _holds(record: Mapping[str, Any], checks: Mapping[str, Check]) -> bool:
+    for key, check in checks.items():
+        name = key.removesuffix("?")
+        if name in record:
+            if not check(record[name]):
+                return False
+        elif name == key:
+            return False
+    return True
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    return str(record.get("kind"))
+
+
+def _is_whole(result: Mapping[str, Any]) -> bool:
+    """Whether what ranks the task was measured, and what is told by class is told of each."""
+    rows = result.get("confusion", result["classes"])
+    of_classes = [rows, *result.get("per_class", {}).values(), *result.get("confusion", [])]
+    return result["metric"] in result["scores"] and all(len(of) == len(result["classes"]) for of in of_classes)
+
+
+_HEAD: dict[str, Check] = {
+    **dict.fromkeys(("key", "job", "task", "features"), _is_text),
+    **_may(dict.fromkeys(("date", "metric", "kind_of_task", "dataset", "subset", "size"), _is_text)),
+    **_may({"model": _or_none(_is_text), "step": _or_none(_is_count), "commit": _or_none(_is_text)}),
+    **_may({"tap": _is_text, "probe": _is_text, "partition": _is_text, "seed": _is_seed}),
+}
+_RESULT: dict[str, Check] = {
+    **dict.fromkeys(("subset", "size", "tap", "probe"), _is_text),
+    "metric": _is_metric,
+    "partition": _is_partition,
+    "partition_of": lambda value: value in ("all", "published", "nested"),
+    **dict.fromkeys(("n_train", "n_val", "n_test", "n_groups", "n_resamples", "n_features", "size_px"), _is_count),
+    **dict.fromkeys(("model", "weights", "pool"), _or_none(_is_text)),
+    "step": _or_none(_is_count),
+    "seed": _is_seed,
+    "encoder": _or_none(_dict_of(_is_anything)),
+    "classes": _list_of(_is_text),
+    "flags": _list_of(_is_text),
+    "data": _dict_of(_is_text),
+    "scores": _dict_of(_is_number),
+    "intervals": _dict_of(_is_interval),
+    "chosen": _dict_of(_is_figure),
+    "normalization": _is_text,
+    "interpolation": _is_text,
+    **_may({"bands": _list_of(_is_text), "taps": _list_of(_is_text), "content": _dict_of(_is_text)}),
+    **_may(dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), _is_count)),
+    **_may({"resampled": _or_none(_is_packed), "gflop": _or_none(_is_number), "cell_px": _or_none(_is_count)}),
+    **_may({"per_class": _dict_of(_list_of(_or_none(_is_number))), "confusion": _list_of(_list_of(_is_number))}),
+    **_may({"sources": _dict_of(_is_anything), "version": _is_text, "torch": _is_text, "code": _is_text}),
+}
+_OF_EVALUATION: dict[str, dict[str, Check]] = {
+    "result": {**_HEAD, **_RESULT},
+    "error": {**_HEAD, "error": _is_text},
+    "skipped": {**_HEAD, "error": _is_text},
+    "cleared": dict.fromkeys(("key", "job"), _is_text),
+}
+
+_COMMON: dict[str, Check] = {
+    **dict.fromkeys(("task", "source", "features", "split", "precision", "tap", "probe", "metric", "error"), _is_text),
+    **dict.fromkeys(("spread_ratio", "first_ratio", "effective_rank", "macro_accuracy", "seconds"), _is_number),
+    "collapsed": _list_of(_is_text),
+    "chosen": _dict_of(_is_figure),
+    "is_trained": lambda value: isinstance(value, bool),
+}
+_OF_TRAINING: dict[str, dict[str, Check]] = {
+    "probe": dict.fromkeys(("task", "features", "tap", "probe", "metric"), _is_text),
+    "health": dict.fromkeys(("features", "tap"), _is_text),
+    "error": dict.fromkeys(("features", "error"), _is_text),
+    "skipped": dict.fromkeys(("what", "reason"), _is_text),
+}
