@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.message import Message
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from make_sensor_tables import TABLES, tables
 
 from ssl_eo.bundles import BundleEncoder, BundlePair
 from ssl_eo.hub import load_bundle, write_bundle
-from ssl_eo.weights import _downloads, dinov2
+from ssl_eo.models.patch_embed import ChannelAttentionConfig
+from ssl_eo.weights import _downloads, croma, dinov2
 from ssl_eo.weights.base import export_released, find_released
 from ssl_eo.weights.croma import pair_inputs
 
@@ -86,7 +88,8 @@ for name in ("numpy", "yaml"):
     raise SystemExit(f"{name} can be imported")
 """
 
-# Whole ones take no memory on the meta device; those that are filled, written and read have one block, or two.
+# Whole ones take no memory on the meta device; what they compute is held against the reference after the first block;
+# those that are filled, written and read have one narrow block, or two.
 EVERY_ENTRY = """
 import hashlib, json, warnings
 from dataclasses import replace
@@ -105,12 +108,22 @@ for name in entries:
     with torch.device("meta"):
         found[name] = [sum(p.numel() for p in load(name, pretrained=False).parameters())]
 
+from ssl_eo.cli import main
 from ssl_eo.weights import base, croma
+from ssl_eo.weights._reference import compare
+
+def published(name):
+    name = name.removesuffix("m") if name.startswith("prithvi") else name
+    return f"{name}_rgb" if name.startswith("multimae") else name
+
+for name in entries:
+    found[name].append(compare(published(name), depth=2 if name in croma.PAIRS else 1).is_same)
+found["doctor"] = main(["doctor", "--models", "dinov2_vits14"])
 
 for family in base._families():
-    family.MODELS = tuple(replace(one, config=replace(one.config, depth=1)) for one in family.MODELS)
+    family.MODELS = tuple(replace(one, config=replace(one.config, depth=1, embed_dim=192)) for one in family.MODELS)
 for name, pair in croma.PAIRS.items():
-    croma.PAIRS[name] = replace(pair, config=replace(pair.config, depth=2))
+    croma.PAIRS[name] = replace(pair, config=replace(pair.config, depth=2, embed_dim=192))
 
 for name in entries:
     model = load(name, pretrained=False)
@@ -119,8 +132,7 @@ for name in entries:
     if name in croma.PAIRS:
         croma.export_pair(model.model, name, croma.pair_inputs(), path)
     else:
-        released = name.removesuffix("m") if name.startswith("prithvi") else name
-        base.export_released(model.encoder, "multimae_eo_vitb8_rgb" if name.startswith("multi") else released, path)
+        base.export_released(model.encoder, published(name), path)
     expected = model.state_dict()
     read = load(name, path.as_uri(), sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     same = [torch.equal(value, expected[key]) for key, value in read.state_dict().items()]
@@ -144,15 +156,17 @@ def sha256(path: Path) -> str:
 
 
 def test_every_entry_works_with_torch_alone(tmp_path: Path) -> None:
-    """Built whole, and, with one block, filled, written in the published layout, and read from an address."""
+    """Built whole; right after one block; and, small, written in the published layout and read from an address."""
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "kept"), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", BARE + EVERY_ENTRY, str(ROOT), str(tmp_path), *PARAMETERS]
     run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found.pop("shape") == [1, 768]
+    assert found.pop("shape") == [1, 192]
+    assert found.pop("doctor") == 0
+    assert "dinov2_vits14: ok, rgb " in run.stdout
     assert {name: values[0] for name, values in found.items()} == PARAMETERS
-    assert all(values[1:] == [True, True, 1] for values in found.values())
+    assert all(values[1:] == [True, True, True, 1] for values in found.values())
 
 
 def test_every_entry_is_listed_and_says_what_it_is() -> None:
@@ -416,6 +430,61 @@ def test_hostile_weights_are_one_clear_line(file: Path, tmp_path: Path, case: st
     assert not (tmp_path / "ran").exists()
 
 
+FAMILIES = {  # a module, its first entry, and what makes its models small; blocks of the radar encoder are half as many
+    "panopticon": ("panopticon_vitb14", {"image_size": 56, "channel_attention": ChannelAttentionConfig(64, 2)}),
+    "dofa": ("dofa_vitb16", {"image_size": 32}),
+    "croma": ("croma_base", {"depth": 2, "n_heads": 16}),
+    "prithvi": ("prithvi_eo_v1_100m", {}),
+    "mae": ("mae_vitb16", {"image_size": 32}),
+    "multimae_eo": ("multimae_eo_vitb8", {}),
+}
+
+
+def _small_file(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """An entry of `family` whose models are small, and a file that it reads."""
+    entry, changes = FAMILIES[family]
+    small, path = {"embed_dim": 64, "depth": 1, "n_heads": 2, **changes}, folder / "weights.pth"
+    module = import_module(f"ssl_eo.weights.{family}")
+    if family == "croma":
+        pair = croma.PAIRS[entry]
+        monkeypatch.setitem(croma.PAIRS, entry, replace(pair, config=replace(pair.config, **small)))
+        croma.export_pair(load(entry, pretrained=False).model, entry, pair_inputs(), path)
+    else:
+        one = replace(module.MODELS[0], config=replace(module.MODELS[0].config, **small))
+        monkeypatch.setattr(module, "MODELS", (one,))
+        export_released(load(entry, pretrained=False).encoder, one.name, path)
+    return entry, path
+
+
+def _change_one(path: Path, change: Callable[[dict[str, Any], str], None]) -> None:
+    """A file in which `change` was applied to one tensor, in a dictionary in the dictionary where there are such."""
+    content = torch.load(path, weights_only=True)
+    part = next(iter(content.values())) if isinstance(next(iter(content.values())), dict) else content
+    change(part, next(name for name in part if name.endswith(("norm1.weight", "input_norm.weight"))))
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hostile_weights_of_every_family(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry, path = _small_file(family, tmp_path, monkeypatch)
+    load(entry, str(path))
+    whole = path.read_bytes()
+    changes: dict[str, Callable[[], object]] = {
+        "renamed": lambda: _change_one(path, lambda part, name: part.update({f"{name}s": part.pop(name)})),
+        "another shape": lambda: _change_one(path, lambda part, name: part.update({name: torch.zeros(7)})),
+        "truncated": lambda: path.write_bytes(whole[:-1000]),
+        "code": lambda: torch.save({"model": {}, "extra": _Code(tmp_path / "ran")}, path),
+    }
+    for what, change in changes.items():
+        path.write_bytes(whole)
+        change()
+        with pytest.raises(ValueError) as caught:
+            load(entry, str(path))
+        assert str(caught.value).startswith(f"{path}: "), what
+        assert "\n" not in str(caught.value), what
+    assert not (tmp_path / "ran").exists()
+
+
 # --- bundles ----------------------------------------------------------------------------------------------------------
 
 
@@ -440,7 +509,6 @@ def test_a_bundle_from_a_folder_a_zip_file_and_an_address(bundle: Path, packed: 
 
 def test_a_pair_of_encoders_comes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ssl_eo.hub import write_pair_bundle
-    from ssl_eo.weights import croma
 
     pair = croma.PAIRS["croma_base"]
     small = replace(pair, config=replace(pair.config, embed_dim=64, depth=2))

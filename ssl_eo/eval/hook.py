@@ -54,6 +54,7 @@ from ssl_eo.eval.health import health
 from ssl_eo.eval.leaks import count_leaked, count_shared_groups
 from ssl_eo.eval.probes import is_at_optimum
 from ssl_eo.eval.probing import Probing, draw_of
+from ssl_eo.eval.record_checks import is_of_training
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.eval.watching import Training, WatchedSource, watched_sources
 from ssl_eo.jsonl import JsonLines, read_jsonl
@@ -132,7 +133,8 @@ class EvalHook:
         if cfg.health_every_n_steps:
             assert training is not None, "health is measured on what is trained on"
             self.watched = watched_sources(training, cfg.health_samples, cfg.batch_size, device)
-        known = read_jsonl(self.path) if is_main() else []
+        # On all ranks, so that an error on the one that reads leaves none waiting.
+        known = on_all_ranks(lambda: read_jsonl(self.path, is_of_training) if is_main() else [])
         done = {(r["task"], r["features"]) for r in known if r.get("kind") == "probe" and r["features"] != "encoder"}
         self._controls_done: set[tuple[str, str]] = broadcast_object(done)
         self._collapse = CollapseWatch(known)  # of use on the rank that writes

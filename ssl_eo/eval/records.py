@@ -55,6 +55,7 @@ _COLUMNS = (
     *("dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "feature_dim", "best_c", "best_lr"),
     *("best_batch_size", "n_train", "n_val", "n_test", "seed", "model", "name", "normalization", "image_size"),
     *("interpolation", "partition", "bands", "bootstrap", "c_range", "merge_val"),
+    *("tap", "pool", "step", "weights"),  # ours, behind those of torchgeo-bench
 )
 
 
@@ -186,7 +187,7 @@ def _row(record: Record) -> dict[str, Any]:
         "n_test": record["n_test"],
         "seed": record["seed"],
         "model": record["features"] if record["features"] != "encoder" else record["model"],
-        "name": f"{record['model']}/{record['features']}/{record['tap']}",
+        "name": "/".join(str(record[key]) for key in ("model", "features", "tap") if record[key] is not None),
         "normalization": record["normalization"],
         "image_size": record["size_px"],
         "interpolation": record["interpolation"],
@@ -194,6 +195,7 @@ def _row(record: Record) -> dict[str, Any]:
         "bands": record["subset"],
         "bootstrap": record["n_resamples"],
         "merge_val": False,
+        **{key: record[key] for key in ("tap", "pool", "step", "weights")},
     }
 
 

@@ -100,7 +100,9 @@ def write_results_page(
     )
     margins = with_numbers([margin_table(comparison, task) for task in comparison.tasks])
     flags = [f"{task}: {flag}" for task in comparison.tasks for flag in comparison.flags(task)]
-    _write(files, page, comparison, [*means, *scores, *margins], [*missing, *notes, *flags, *lines_of(lacking)])
+    _write(
+        files, page, comparison, [*means, *scores, *margins], [*missing, *notes, *flags, *lines_of(comparison, lacking)]
+    )
     return files.all
 
 

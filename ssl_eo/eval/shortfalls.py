@@ -68,14 +68,15 @@ def alerts_of(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
     return said
 
 
-def lines_of(found: Sequence[Shortfall]) -> list[str]:
-    """One line for each task that failed."""
+def lines_of(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
+    """One line for each task that failed, or of which something did."""
     reasons: dict[str, list[str]] = {}
     for f in found:
         if f.kind == "error":
             reasons.setdefault(f.task, []).append(f.why)
     more = {task: f" (and {len(of) - 1} more reasons)" if len(of) > 1 else "" for task, of in reasons.items()}
-    return [f"{task}: could not be measured: {of[0]}{more[task]}" for task, of in reasons.items()]
+    what = {task: f"{task}: some of it" if task in comparison.tasks else f"{task}:" for task in reasons}
+    return [f"{what[task]} could not be measured: {of[0]}{more[task]}" for task, of in reasons.items()]
 
 
 def _what(records: Sequence[Record]) -> str:

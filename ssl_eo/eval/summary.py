@@ -16,6 +16,7 @@ from typing import Any, get_args
 from ssl_eo.eval.comparison import Margin, reading_rank
 from ssl_eo.eval.entrants import EntrantKind
 from ssl_eo.eval.metrics import best_of
+from ssl_eo.eval.record_checks import is_of_training
 from ssl_eo.eval.records import Record
 from ssl_eo.jsonl import read_jsonl
 
@@ -87,7 +88,7 @@ def score_of(record: Record) -> float:
 
 def read_task_records(path: Path) -> list[Record]:
     """The records of tasks of an `eval.jsonl` by step; where one was written several times, the last counts."""
-    return newest([r for r in read_jsonl(path) if {"step", "kind", "task", "features"} <= r.keys()], _IDENTITY)
+    return newest([r for r in read_jsonl(path, is_of_training) if {"task", "features"} <= r.keys()], _IDENTITY)
 
 
 def newest(records: Sequence[Record], identity: Sequence[str]) -> list[Record]:
@@ -139,7 +140,7 @@ def _summary(task: str, records: Sequence[Record]) -> Summary:
 
 def _row(title: str, tap: str, records: Sequence[Record]) -> Row:
     probes = [r for r in records if r["kind"] == "probe"]
-    ranks = [r["effective_rank"] for r in records if r["kind"] == "health"]
+    ranks = [r["effective_rank"] for r in records if r["kind"] == "health" and "effective_rank" in r]
     return Row(
         title=title,
         kind=_kind_of(records[-1]),

@@ -236,11 +236,17 @@ def _licence_of_data(config: Config) -> str | None:
 
 def _scores(run: Path, step: int) -> list[dict[str, Any]]:
     """What probes have found at `step` or, before it, last; with the controls, which are measured once a run."""
-    probed = [r for r in read_task_records(run / "eval.jsonl") if r["kind"] == "probe" and r["step"] <= step]
+    probed = [r for r in read_task_records(run / "eval.jsonl") if _is_scored(r) and r["step"] <= step]
     last = max((r["step"] for r in probed if r["features"] == "encoder"), default=None)
     kept = [r for r in probed if r["features"] != "encoder" or r["step"] == last]
     keys = ("step", "task", "split", "features", "tap", "probe", "metric")
     return [{**{key: r.get(key) for key in keys}, "score": score_of(r)} for r in kept]
+
+
+def _is_scored(record: Mapping[str, Any]) -> bool:
+    metric = record.get("metric")
+    is_named = record["kind"] == "probe" and type(record["step"]) is int and isinstance(metric, str)
+    return is_named and type(record.get(metric)) in (int, float)
 
 
 def _inputs_of(tiles: list[TileSchema]) -> Inputs:

@@ -281,6 +281,9 @@ def _measured(**changes: Any) -> dict[str, Any]:
         "partition": "0.10x",
         "subset": "rgb",
         "n_resamples": 1000,
+        "pool": "cls",
+        "step": 40,
+        "weights": "11aa",
     }
     return _result(**{**record, **changes})
 
@@ -297,11 +300,13 @@ def test_a_table_has_the_columns_of_torchgeo_bench(tmp_path: Path) -> None:
     assert header == (
         "dataset,method,metric_name,metric_value,ci_lower,ci_upper,feature_dim,best_c,best_lr,best_batch_size,n_train,"
         "n_val,n_test,seed,model,name,normalization,image_size,interpolation,partition,bands,bootstrap,c_range,merge_val"
+        ",tap,pool,step,weights"
     )
     (row,) = rows
     expected = {"dataset": "scenes", "method": "logistic", "metric_name": "accuracy", "metric_value": "0.75"}
     expected |= {"ci_lower": "0.7", "ci_upper": "0.8", "best_c": "0.5", "best_lr": "", "seed": "3", "model": "run"}
     expected |= {"name": "run/encoder/last", "partition": "0.10x", "bands": "rgb", "image_size": "64"}
+    expected |= {"tap": "last", "pool": "cls", "step": "40", "weights": "11aa"}
     assert {key: row[key] for key in expected} == expected
 
 
@@ -311,7 +316,10 @@ def test_a_table_has_the_columns_of_torchgeo_bench(tmp_path: Path) -> None:
         ({"probe": "ridge"}, {"best_c": ""}),  # a penalty of another loss
         ({"chosen": {"lr": 0.1}, "probe": "linear"}, {"best_lr": "0.1", "best_batch_size": "", "c_range": ""}),
         ({"intervals": {}}, {"ci_lower": "", "ci_upper": ""}),
-        ({"features": "band_statistics", "model": None, "tap": "pixels"}, {"model": "band_statistics"}),
+        (
+            {"features": "band_statistics", "model": None, "tap": "pixels", "pool": None},
+            {"model": "band_statistics", "name": "band_statistics/pixels", "tap": "pixels", "pool": ""},
+        ),
     ],
 )
 def test_what_a_result_lacks_is_empty(tmp_path: Path, changes: dict[str, Any], expected: dict[str, str]) -> None:

@@ -535,6 +535,7 @@ def test_tasks_that_failed_are_named_at_the_top_and_in_one_line(tmp_path: Path) 
         lines = [line for line in path.read_text().splitlines() if "broken0" in line]
         assert len(lines) == 1
         assert lines[0][2:] == "broken0: could not be measured: OSError: no broken0"
+        assert "scenes: some of it could not be measured: ValueError: odd" in path.read_text()
 
 
 def test_a_model_at_mixed_depths_says_so_and_is_never_bold(tmp_path: Path) -> None:

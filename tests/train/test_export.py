@@ -78,6 +78,8 @@ def test_scores_of_probes_come_with_the_encoder(bundle: Path, tmp_path: Path) ->
             file.write({**common, "step": step, "features": "encoder", "accuracy": score})
         file.write({**common, "step": 0, "features": "band_statistics", "accuracy": 0.375})
         file.write({**common, "step": 1, "features": "encoder", "kind": "health"})
+        for odd in ({}, {"accuracy": "high"}, {"metric": ["accuracy"]}, {"metric": None}):  # no scores
+            file.write({**common, "step": 2, "features": "encoder", "probe": f"odd {odd}", **odd})
     export_encoder(run, tmp_path / "out", licence="CC-BY-4.0")
     facts = load_bundle(tmp_path / "out").facts
     assert facts["licence"] == "CC-BY-4.0"
