@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from ssl_eo.cli_eval_tasks import known_tasks as _known_tasks
-from ssl_eo.cli_eval_tasks import print_tasks, read_task
+from ssl_eo.cli_eval_tasks import known_tasks, print_tasks, read_task
 from ssl_eo.cluster import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -57,6 +56,7 @@ _NAMES = {
     "sizes": "size",
     "subsets": "bands",
 }
+_NO_OPTIONS = ("overrides", "run")  # what the parser holds beside options
 _ONE_REQUEST_S = 2.0  # launchers ask more than once, and giving back is not to be interrupted
 
 
@@ -189,7 +189,7 @@ def _plan(arguments: argparse.Namespace, features: Mapping[str, Any], device: st
         with _told_of("--taps"):
             check_taps(given["taps"])
     return Evaluation(
-        tasks=[read_task(name) for name in _known_tasks(_listed(arguments.tasks))],
+        tasks=[read_task(name) for name in known_tasks(_listed(arguments.tasks))],
         controls=not arguments.no_controls,
         batch_size=arguments.batch_size,
         n_workers=arguments.workers,
@@ -206,9 +206,10 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
         if sign and re.fullmatch(r"[\w.\[\]]+", key) and not Path(text).exists():
             last = key.rpartition(".")[2]
             name = _NAMES.get(last, last)
-            of_flag = name == "no_controls"
-            option = f"--{name.replace('_', '-')}" + ("" if of_flag else f" {value.strip('[]')}")
-            known = f"use {option}; " if name in vars(arguments) else ""
+            is_flag, is_default = name == "no_controls", (last, value.lower()) == ("controls", "true")
+            option = f"--{name.replace('_', '-')}" + ("" if is_flag else f" {value.strip('[]')}")
+            is_known = name in vars(arguments) and name not in _NO_OPTIONS
+            known = f"use {option}; " if is_known and not is_default else ""
             raise ValueError(f"{text}: {known}eval takes options, no key=value (see ssl-eo eval --help)")
     if arguments.overrides:
         raise ValueError(f"{arguments.overrides[0]}: eval takes options alone (see ssl-eo eval --help)")
@@ -226,7 +227,7 @@ def _numbers(option: str, values: Sequence[str] | None, kind: type[int] | type[f
         try:
             found.append(kind(text))
         except ValueError:
-            raise ValueError(f"{option}: {text!r:.40} is no number") from None
+            raise ValueError(f"{option}: {text!r:.40} is no {'whole number' if kind is int else 'number'}") from None
     return list(dict.fromkeys(found))
 
 
@@ -294,10 +295,12 @@ def _hints(model: Model, plan: Evaluation, results: Sequence[Mapping[str, Any]])
     for job in plan.jobs():
         if n_channels is None or (job.task.name, job.subset) not in failed or job.features != "encoder":
             continue
-        with contextlib.suppress(ValueError, OSError):  # a task that cannot be opened has been told of
+        try:
             shown, rgb = (replace(job, subset=subset).open(1) for subset in (job.subset, "rgb"))
-            if shown and rgb and len(shown.bands) != n_channels == len(rgb.bands):
-                yield (
-                    f"{job.task.name}: {model.name} takes {n_channels} bands and was shown {len(shown.bands)}; true"
-                    " colour would fit: --bands rgb"
-                )
+        except Exception:  # whatever it is: that the task cannot be opened has been told of
+            continue
+        if shown is not None and rgb is not None and len(shown.bands) != n_channels == len(rgb.bands):
+            yield (
+                f"{job.task.name}: {model.name} takes {n_channels} bands and was shown {len(shown.bands)}; true colour"
+                " would fit: --bands rgb"
+            )

@@ -145,11 +145,11 @@ def test_eval_takes_lists_and_goes_on(run: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_tasks_may_be_patterns() -> None:
-    from ssl_eo.cli_eval import _known_tasks
+    from ssl_eo.cli_eval_tasks import known_tasks
 
-    assert _known_tasks(["synthetic_*", "mine.yaml", "synthetic_scenes"]) == ["synthetic_scenes", "mine.yaml"]
+    assert known_tasks(["synthetic_*", "mine.yaml", "synthetic_scenes"]) == ["synthetic_scenes", "mine.yaml"]
     with pytest.raises(ValueError, match=r"--tasks: 'nothing/\*' matches none of .*synthetic_scenes"):
-        _known_tasks(["nothing/*"])
+        known_tasks(["nothing/*"])
 
 
 def test_eval_of_a_task_that_cannot_be_measured_fails(

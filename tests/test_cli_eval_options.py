@@ -14,7 +14,11 @@ import yaml
 from launching import ROOT
 
 from ssl_eo.cli import main
-from ssl_eo.cli_eval import _remarks, add_arguments
+from ssl_eo.cli_eval import _hints, _remarks, add_arguments
+from ssl_eo.cli_eval_models import open_model
+from ssl_eo.cli_eval_tasks import read_task
+from ssl_eo.components import MissingExtraError
+from ssl_eo.eval.jobs import Evaluation, Job
 from ssl_eo.eval.records import read_results
 from ssl_eo.hub import write_bundle
 from ssl_eo.models.vit import Encoder, EncoderConfig
@@ -67,7 +71,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SCENES, "--pool", "max"), "--pool: got 'max', must be one of cls, mean, cls_mean, mean_std"),
     ((*SCENES, "--precision", "float16"), "--precision: got 'float16', must be one of float32, bfloat16; did you mean"),
     ((*SCENES, "--taps", "0.5", "2"), "--taps: taps are ratios of the depth"),
-    ((*SCENES, "--seeds", "one"), "--seeds: 'one' is no number"),
+    ((*SCENES, "--seeds", "one"), "--seeds: 'one' is no whole number"),
+    ((*SCENES, "--seeds", "1.5"), "--seeds: '1.5' is no whole number"),
     ((*SCENES, "--size", "60"), "--size: 60 pixels are no whole number of patches, of which those of ms have 8"),
     ((*SCENES, "--size", "4"), "give 8, or native"),
     ((*SCENES, "--workers", "257"), "argument --workers: must be a whole number from 0 to 256, got '257'"),
@@ -78,6 +83,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SCENES, "--no-controls", "eval.taps=[0.5,1.0]"), "use --taps 0.5,1.0; eval takes options"),
     ((*SCENES, "--protocol", "knn", "n_workers=2"), "n_workers=2: use --workers 2; eval takes options"),
     ((*SCENES, "--no-controls", "eval.controls=false"), "eval.controls=false: use --no-controls; eval takes options"),
+    ((*SCENES, "--no-controls", "controls=true"), "controls=true: eval takes options"),
+    ((*SCENES, "run=3"), "run=3: eval takes options, no key=value"),
     ((*SCENES, "optim.lr=0.1"), "optim.lr=0.1: eval takes options, no key=value"),
     (("--tasks", "eurosat"), "--tasks eurosat: datasets_meta/benchmarks has no 'eurosat'; did you mean"),
     (("--tasks", "scenes"), "--tasks scenes: no shipped task; did you mean ./scenes.yaml?"),
@@ -120,6 +127,21 @@ def test_an_encoder_of_true_colour_is_told_how_it_fits(folder: Path, capsys: pyt
     assert _eval("--tasks", "colours.yaml", *few) == 1  # 12 bands, of which true colour has 3
     assert "would fit" not in capsys.readouterr().out
     assert _eval(*SCENES, *few, "--bands", "rgb", model="rgb") == 0
+
+
+def test_a_task_that_cannot_be_opened_gives_no_hint_and_stops_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = open_model("rgb")
+    plan = Evaluation([read_task("scenes.yaml")])
+    failed = {"kind": "error", "features": "encoder", "task": "scenes", "subset": "all"}
+    assert len(list(_hints(model, plan, [failed]))) == 1
+
+    def refuse(self: Job, patch_px: int) -> None:
+        raise MissingExtraError("not installed")
+
+    monkeypatch.setattr(Job, "open", refuse)
+    assert list(_hints(model, plan, [failed])) == []
 
 
 def test_what_was_measured_takes_the_name_that_is_given_last(folder: Path) -> None:

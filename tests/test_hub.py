@@ -22,7 +22,17 @@ from ssl_eo.bundles import BundlePair
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.stacking import stack_tiles, stack_views
 from ssl_eo.data.types import Batch, Sample, Tile, TileSchema, ViewPlan
-from ssl_eo.hub import UNSAID, BundleEncoder, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
+from ssl_eo.hub import (
+    _UPGRADES,
+    FORMAT,
+    UNSAID,
+    BundleEncoder,
+    SensorInput,
+    load_bundle,
+    read_tensors,
+    write_bundle,
+    write_tensors,
+)
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import load_sensor
 
@@ -214,6 +224,12 @@ def test_a_pair_of_the_first_format_gives_the_features_it_gave(tmp_path: Path) -
     counted = torch.arange(128.0).reshape(2, 2, 8, 4)
     _assert_near(model(counted * 17.0, counted / -5.0), expected)
     assert model.facts["licence"] == "MIT"  # of the published weights
+
+
+def test_every_older_format_has_an_upgrade_and_a_fixture() -> None:
+    assert list(_UPGRADES) == list(range(1, FORMAT))
+    assert {path.stem.partition("_")[0] for path in OLD.iterdir()} == {"format"}
+    assert {int(path.stem.split("_")[1]) for path in OLD.iterdir()} == set(_UPGRADES)
 
 
 @pytest.mark.parametrize("released", [None, 7, {}, {"licence": ["MIT"]}])

@@ -37,6 +37,7 @@ __all__ = [
     "Ranking",
     "aggregates",
     "by_dataset",
+    "has_mean",
     "mean_ranks",
     "read_ranges",
     "tasks_of_mean",
@@ -45,6 +46,8 @@ __all__ = [
 
 # Of the scores of tasks: the first is 0 on the common scale, the second 1.
 Ranges = Mapping[str, tuple[float, float]]
+
+_FEWEST_DATASETS = 2  # of which a mean says more than the scores of the tasks
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,11 @@ def by_dataset(comparison: Comparison, tasks: Sequence[str]) -> dict[str, list[s
     for task in tasks:
         found.setdefault(comparison.datasets[task], []).append(task)
     return found
+
+
+def has_mean(comparison: Comparison, tasks: Sequence[str]) -> bool:
+    """Whether a mean over `tasks` is one: of a single dataset it says no more than its scores."""
+    return len(by_dataset(comparison, tasks)) >= _FEWEST_DATASETS
 
 
 def tasks_of_rank(comparison: Comparison, probe: str) -> list[str]:

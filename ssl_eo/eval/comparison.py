@@ -89,7 +89,8 @@ class Comparison:
         """Raises `ValueError` where a task is ranked by several metrics."""
         every = merged(dated(records))
         self.results = [r for r in every if r["kind"] == "result"]
-        self.problems = _distinct(unanswered(every))
+        self.every_problem = unanswered(every)  # of all jobs, also where several fail alike
+        self.problems = _distinct(self.every_problem)
         self._of: dict[str, list[Record]] = {}
         for r in self.results:
             self._of.setdefault(str(r["task"]), []).append(r)
@@ -134,7 +135,7 @@ class Comparison:
         }
 
     def condition(self, task: str, axis: str) -> str:
-        """Where entrants are compared: what most of them have; of equals most labels, all bands, the task's size."""
+        """Where entrants are compared: what most of them have; of equals most labels, all bands, own size."""
         return self._conditions[task][CONDITIONS.index(axis)]
 
     def score(self, entrant: Entrant, task: str, probe: str, **fixed: str) -> Score | None:

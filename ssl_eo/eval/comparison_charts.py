@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_eo.eval.aggregates import Ranges, aggregates, by_dataset, tasks_of_mean
+from ssl_eo.eval.aggregates import Ranges, aggregates, has_mean, tasks_of_mean
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.experiments import Score
@@ -43,7 +43,7 @@ def cost_charts(comparison: Comparison, ranges: Ranges | None) -> list[str]:
                 label = a.entrant.title if a.entrant.kind == "model" else ""
                 points.append(Point(label, cost, mean, _series(comparison, a.entrant)))
         if points:
-            title = f"{probe}: {'interquartile mean' if len(by_dataset(comparison, tasks)) > 1 else 'score'} over cost"
+            title = f"{probe}: {'interquartile mean' if has_mean(comparison, tasks) else 'score'} over cost"
             x = "GFLOP of a sample, mean over tasks; circles are random encoders"
             charts.append(draw_points(title, points, levels, x, f"cost{i}"))
     return charts
@@ -119,12 +119,12 @@ def color_of(comparison: Comparison, entrant: Entrant) -> str:
 
 def charts_of_runs(runs: Sequence[Path]) -> list[str]:
     """Scores over steps, by task and probe, a line for each run."""
-    of_runs = {run.resolve().name: _of_last_block(run) for run in runs}
-    kinds = dict.fromkeys((r["task"], r["probe"], r["metric"]) for records in of_runs.values() for r in records)
+    of_runs = [(name, _of_last_block(run)) for run, name in _names_of_runs(runs).items()]
+    kinds = dict.fromkeys((r["task"], r["probe"], r["metric"]) for _, records in of_runs for r in records)
     charts = []
     for i, (task, probe, metric) in enumerate(kinds):
         lines = []
-        for number, (name, records) in enumerate(of_runs.items()):
+        for number, (name, records) in enumerate(of_runs):
             curve = [r for r in records if (r["task"], r["probe"], r["metric"]) == (task, probe, metric)]
             points = [(r["step"], in_unit(metric, score_of(r))) for r in curve]
             lines.append(
@@ -133,6 +133,13 @@ def charts_of_runs(runs: Sequence[Path]) -> list[str]:
         title = f"{task}: {probe}, {metric_text(metric)}"
         charts.append(draw(Chart(title, [line for line in lines if len(line.x)]), f"training{i}"))
     return charts
+
+
+def _names_of_runs(runs: Sequence[Path]) -> dict[Path, str]:
+    """Each run once; those whose folders have one name are called by that of the folder above too."""
+    folders = list(dict.fromkeys(run.resolve() for run in runs))
+    names = [folder.name for folder in folders]
+    return {f: f.name if names.count(f.name) == 1 else f"{f.parent.name}/{f.name}" for f in folders}
 
 
 def _of_last_block(run: Path) -> list[Record]:

@@ -5,8 +5,7 @@ K classes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,6 +15,7 @@ from ssl_eo.eval.aggregates import (
     Ranking,
     aggregates,
     by_dataset,
+    has_mean,
     mean_ranks,
     tasks_of_mean,
     tasks_of_rank,
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 _NOTHING = "–"
-_FEWEST_DATASETS = 2  # of which a mean says more than the scores of the tasks
 _FEWEST_RIVALS = 2  # among which one can be the best
 _BRACKETS = "In brackets: 95 % of a bootstrap over test samples"
 _SPREAD = "after ±: one standard deviation over seeds"
@@ -74,7 +73,8 @@ def interquartile_table(comparison: Comparison, ranges: Ranges | None) -> Table:
         notes += [f"seeds {text}" for text in [_bounds(_percent, a.over_seeds)] if text]
         return Cell(_percent(a.interquartile_mean), "\n".join(filter(None, notes)), is_best)
 
-    return _table_of_means("Interquartile mean over tasks", comparison, ranges, lambda a: a.interquartile_mean, cell)
+    title, about = "Interquartile mean over tasks", f" {_BRACKETS}, or with the word seeds Student's t over these."
+    return _table_of_means(title, comparison, ranges, lambda a: a.interquartile_mean, cell, about)
 
 
 def mean_table(comparison: Comparison, ranges: Ranges | None) -> Table:
@@ -90,16 +90,15 @@ def mean_table(comparison: Comparison, ranges: Ranges | None) -> Table:
 
 def rank_table(comparison: Comparison) -> Table:
     """The mean rank of each entrant by each probe, over all tasks that do not leak."""
-    title, titles, columns = "Mean rank over tasks, 1 is best", [], []
+    columns = {}
     for probe in comparison.probes:
         tasks = tasks_of_rank(comparison, probe)
-        if _has_means(comparison, tasks):
+        if has_mean(comparison, tasks):
             found = mean_ranks(comparison, probe)
-            least = {r.entrant: -r.mean_rank for r in found if r.mean_rank is not None}
-            best = _best(comparison, tasks, probe, least)
-            columns.append([_rank_cell(r, len(tasks), r.entrant in best) for r in found])
-            titles.append(f"{probe}, {_counted(comparison, tasks)}")
-    return _of_means(title, comparison, titles, columns)
+            merits = {r.entrant: -r.mean_rank for r in found if r.mean_rank is not None}
+            best = _best(comparison, tasks, probe, merits)
+            columns[probe] = tasks, [_rank_cell(r, len(tasks), r.entrant in best) for r in found]
+    return _of_means("Mean rank over tasks, 1 is best", comparison, columns)
 
 
 def score_table(comparison: Comparison, probe: str) -> Table:
@@ -190,19 +189,18 @@ def _table_of_means(
     ranges: Ranges | None,
     value: Callable[[Aggregate], float | None],
     cell: Callable[[Aggregate, bool], Cell],
+    about: str = "",
 ) -> Table:
     """A column for each probe of what is `value` of an aggregate; `cell` shows one, told whether it is the best."""
-    titles, columns = [], []
+    columns = {}
     for probe in comparison.probes:
         tasks = tasks_of_mean(comparison, probe, ranges)
-        if _has_means(comparison, tasks):
+        if has_mean(comparison, tasks):
             found = aggregates(comparison, probe, ranges)
             best = _best(comparison, tasks, probe, {a.entrant: v for a in found if (v := value(a)) is not None})
-            columns.append(
-                [_lacking(a.n_tasks, len(tasks)) if value(a) is None else cell(a, a.entrant in best) for a in found]
-            )
-            titles.append(f"{probe}, {_counted(comparison, tasks)}")
-    return _of_means(title, comparison, titles, columns)
+            cells = [_lacking(a.n_tasks, len(tasks)) if value(a) is None else cell(a, a.entrant in best) for a in found]
+            columns[probe] = tasks, cells
+    return _of_means(title, comparison, columns, about)
 
 
 def _best(comparison: Comparison, tasks: Sequence[str], probe: str, values: dict[Entrant, float]) -> list[Entrant]:
@@ -213,31 +211,24 @@ def _best(comparison: Comparison, tasks: Sequence[str], probe: str, values: dict
     return [e for e, v in values.items() if v == greatest and not comparison.is_mixed(e, tasks, probe)]
 
 
-def _has_means(comparison: Comparison, tasks: Sequence[str]) -> bool:
-    return len(by_dataset(comparison, tasks)) >= _FEWEST_DATASETS
-
-
 def _counted(comparison: Comparison, tasks: Sequence[str]) -> str:
     n_datasets = len(by_dataset(comparison, tasks))
     return f"{len(tasks)} tasks" + (f" of {n_datasets} datasets" if n_datasets < len(tasks) else "")
 
 
-def _of_means(title: str, comparison: Comparison, titles: Sequence[str], columns: Sequence[Sequence[Cell]]) -> Table:
+def _of_means(
+    title: str, comparison: Comparison, columns: Mapping[str, tuple[Sequence[str], Sequence[Cell]]], about: str = ""
+) -> Table:
+    """Of `columns`: by probe the tasks that its means are of, and a cell for each entrant."""
+    averaged = {task for tasks, _ in columns.values() for task in tasks}
+    every = [task for task in comparison.tasks if task in averaged]
     rows = [
-        Row(
-            e.title,
-            e.kind,
-            [column[i] for column in columns],
-            comparison.reading(e, comparison.tasks, comparison.probes),
-        )
+        Row(e.title, e.kind, [cells[i] for _, cells in columns.values()], comparison.reading(e, every, list(columns)))
         for i, e in enumerate(comparison.entrants)
     ]
-    tasks = [task for task in comparison.tasks if task not in comparison.left_out]
-    about = (
-        f"{title}, by probes on frozen features of {', '.join(tasks)}; {settings_text(comparison, comparison.tasks)}"
-    )
-    brackets = f" {_BRACKETS}, or with the word seeds Student's t over these." if "nterquartile" in title else ""
-    return Table(title, "features", titles, rows, f"{about}.{brackets} {_BOLD}")
+    titles = [f"{probe}, {_counted(comparison, tasks)}" for probe, (tasks, _) in columns.items()]
+    caption = f"{title}, by probes on frozen features of {', '.join(every)}; {settings_text(comparison, every)}."
+    return Table(title, "features", titles, rows, f"{caption}{about} {_BOLD}")
 
 
 def _rank_cell(found: Ranking, n_all: int, is_best: bool) -> Cell:
@@ -295,7 +286,7 @@ def _percent(value: float) -> str:
 
 
 def _bounds(number: Callable[[float], str], interval: Interval | None) -> str:
-    if interval is None or math.isnan(interval.low):
+    if interval is None:
         return ""
     n = interval.n_undefined
     undefined = f"\n{n} resample{'' if n == 1 else 's'} undefined" if n else ""

@@ -25,11 +25,11 @@ __all__ = ["AXES", "CONDITIONS", "Score", "Setting", "known", "newest_whole", "p
 
 # What seeds of one experiment have in common. Bands too, unless they are drawn by the seed.
 _FACTS = (
-    *("metric", "classes", "ignore", "no_data", "data", "content", "sources", "n_test", "n_groups", "n_val"),
+    *("dataset", "metric", "classes", "ignore", "no_data", "data", "content", "sources", "n_test", "n_groups", "n_val"),
     *("tile", "sensor", "size_px", "interpolation", "normalization", "taps", "encoder", "precision", "partition_of"),
     *("options", "n_resamples", "version", "code", "torch"),
 )
-_FACTS_OF_RESAMPLES = ("n_test", "n_groups", "n_resamples", "version", "code")
+_FACTS_OF_RESAMPLES = ("dataset", "n_test", "n_groups", "n_resamples", "version", "code")  # the dataset seeds the draw
 
 
 class Setting(NamedTuple):

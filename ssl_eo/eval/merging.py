@@ -33,7 +33,7 @@ def merged(records: Iterable[Record]) -> list[Record]:
 
 
 def unanswered(records: Sequence[Record]) -> list[Record]:
-    """What could not be measured, unless a newer result is what was asked for, or one of the job that failed."""
+    """Of `merged` records: what could not be measured, unless a newer result is what was asked for, or of that job."""
     answers: dict[tuple[str, ...], str] = {}  # date of the newest result, by question and by job
     for r in records:
         if r["kind"] == "result":
@@ -42,8 +42,8 @@ def unanswered(records: Sequence[Record]) -> list[Record]:
     problems: dict[tuple[str, ...], Record] = {}
     for r in sorted((r for r in records if r["kind"] in _PROBLEMS), key=_age):
         problems[question_of(r) if "probe" in r else _job(r)] = r
-    newest = [r for asked, r in problems.items() if not (asked in answers and answers[asked] > str(r["date"]))]
-    return [r for r in records if r in newest]
+    left = {r["key"] for asked, r in problems.items() if answers.get(asked, "") <= str(r["date"])}
+    return [r for r in records if r["key"] in left]
 
 
 def _job(record: Record) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssl_eo.eval.aggregates import Ranges, by_dataset, read_ranges, tasks_of_mean, tasks_of_rank
+from ssl_eo.eval.aggregates import Ranges, by_dataset, has_mean, read_ranges, tasks_of_mean, tasks_of_rank
 from ssl_eo.eval.bootstrap import FEWEST_SEEDS
 from ssl_eo.eval.citing import dates_of, facts_of_models, facts_of_software, facts_of_tasks
 from ssl_eo.eval.comparison import Comparison, probe_shown
@@ -143,7 +143,8 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
     """What a reader of the tables must know."""
     if not comparison.results:
         return []
-    together = {task for probe in comparison.probes for task in tasks_of_mean(comparison, probe, ranges)}
+    averaged = [tasks_of_mean(comparison, probe, ranges) for probe in comparison.probes]
+    together = {task for tasks in averaged for task in tasks}
     ranked = {task for probe in comparison.probes for task in tasks_of_rank(comparison, probe)}
     apart = ", ".join(task for task in comparison.tasks if task in ranked - together)
     said = [f"In no mean and no rank: {task} ({why})." for task, why in comparison.left_out.items()]
@@ -151,7 +152,7 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
     said += [f"Not in the means, since {why}: {apart}."] if apart else []
     datasets = by_dataset(comparison, [task for task in comparison.tasks if task in ranked])
     said += [f"Tasks of {name} count as one: {', '.join(of)}." for name, of in datasets.items() if len(of) > 1]
-    has_means = len(by_dataset(comparison, list(together))) > 1
+    has_means = any(has_mean(comparison, tasks) for tasks in averaged)
     if has_means and ranges is None:
         said.append("Scores are plain, in percent: a task whose scores spread more weighs more in the means.")
     elif has_means:

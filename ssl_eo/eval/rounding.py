@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_HALF_EVEN, Context, Decimal
 
 __all__ = ["fixed"]
 
 _N_SETTLED = 3  # decimals behind those that are shown: what is less is noise of float32
+_EXACT = Context(prec=400, rounding=ROUND_HALF_EVEN)  # digits enough for the largest float and those behind its point
 
 
 def fixed(value: float, n_decimals: int, sign: str = "") -> str:
@@ -18,4 +19,4 @@ def fixed(value: float, n_decimals: int, sign: str = "") -> str:
     if not math.isfinite(value):
         return f"{value:{sign}}"
     settled = Decimal(f"{value:.{n_decimals + _N_SETTLED}f}")
-    return f"{settled.quantize(Decimal(1).scaleb(-n_decimals), ROUND_HALF_EVEN):{sign}f}"
+    return f"{settled.quantize(Decimal(1).scaleb(-n_decimals), context=_EXACT):{sign}f}"

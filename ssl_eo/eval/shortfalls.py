@@ -41,12 +41,13 @@ def shortfalls_of(problems: Sequence[Record]) -> list[Shortfall]:
 def incomplete(comparison: Comparison, plan: Sequence[Record]) -> list[str]:
     """How much of what was asked for (`plan`) is there; nothing where all is, or nobody wrote down what was asked."""
     asked = {question_of(r): r for r in plan}
-    skipped = {r["job"] for r in comparison.problems if r["kind"] == "skipped"}
+    problems = comparison.every_problem
+    skipped = {r["job"] for r in problems if r["kind"] == "skipped"}
     n_asked = sum(r["job"] not in skipped for r in asked.values())
-    missing = unmeasured(asked.values(), [*comparison.results, *comparison.problems])
+    missing = unmeasured(asked.values(), [*comparison.results, *problems])
     if not missing:
         return []
-    errors = [r for r in comparison.problems if r["kind"] == "error"]
+    errors = [r for r in problems if r["kind"] == "error"]
     failed = {r["job"] for r in errors} | {r["task"] for r in errors if r.get("of_task")}
     left = [str(r["task"]) for r in missing if not {r["job"], r["task"]} & failed]
     counts = ", ".join(f"{task} ({left.count(task):,})" for task in dict.fromkeys(left))
@@ -57,9 +58,12 @@ def incomplete(comparison: Comparison, plan: Sequence[Record]) -> list[str]:
 def alerts_of(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
     """What the top of a page says of failures: tasks that are in no mean for them, and that others have gaps."""
     failures = [f for f in found if f.kind == "error"]
-    whole = {f.task: f.why for f in reversed(failures) if f.task not in comparison.tasks}
+    whole: dict[str, str] = {}  # the first reason of each task
+    for f in failures:
+        if f.task not in comparison.tasks:
+            whole.setdefault(f.task, f.why)
     gaps = dict.fromkeys(f.task for f in failures if f.task in comparison.tasks)
-    named = list(reversed(whole))
+    named = list(whole)
     said = [f"{task} is in no mean: could not be measured ({whole[task]})." for task in named[:_MAX_ALERTS]]
     if more := named[_MAX_ALERTS:]:
         said.append(f"Neither are {', '.join(more)}; the reasons are below.")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -29,6 +29,7 @@ from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.leaks import digest_of_pixels
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.seeding import numpy_generator
+from ssl_eo.sensors import ChannelMeta
 
 __all__ = ["INTERPOLATION", "UNREADABLE", "LabelledBatch", "Shown", "Split"]
 
@@ -174,7 +175,7 @@ class Split:
             views={"image": stack_views([[shown.plan] * len(part.keys)])},
         )
         pixels = self._renderer.to(device).render(move_to(batch, device))["image"]
-        inputs = EncoderInput(pixels.pixels, pixels.channels, pixels.gsd_m)
+        inputs = EncoderInput(pixels.pixels, _of_all(pixels.channels), pixels.gsd_m)
         return LabelledBatch(inputs, part.keys, part.labels, part.groups, part.digests)
 
     @cached_property
@@ -350,3 +351,11 @@ def _at(column: Sequence[str], rows: Sequence[int]) -> list[str]:
 def _rows(tiles: TileBatch, rows: Tensor) -> TileBatch:
     present = None if tiles.present is None else tiles.present[rows]
     return TileBatch(tiles.pixels[rows], tiles.gsd_m[rows], tiles.has_no_data, present)
+
+
+def _of_all(channels: ChannelMeta) -> ChannelMeta:
+    """Channels `[B, C]` of samples that are all shown the same bands as `[C]`, which the dynamic embedding asks for."""
+    if channels.kind.ndim == 1 or channels.valid is not None:
+        return channels
+    values = {f.name: getattr(channels, f.name) for f in fields(channels)}
+    return ChannelMeta(**{name: None if value is None else value[0] for name, value in values.items()})

@@ -94,7 +94,8 @@ def open_pair(path: Path) -> tuple[OpticalRadar, int, dict[str, Inputs]]:
         bundle = load_bundle(path)
         if not isinstance(bundle, BundlePair):
             raise ValueError(f"{path}: it holds one encoder; write it anew with export --whole")
-        return bundle.model, int(bundle.facts["step"]), {"optical": bundle.optical.inputs, "radar": bundle.radar.inputs}
+        inputs = {"optical": bundle.optical.inputs, "radar": bundle.radar.inputs}
+        return bundle.model, _step_of(path, bundle), inputs
     trained = load_encoder(path)
     paired = _paired(trained)
     return paired.whole().eval(), trained.step, {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
@@ -245,8 +246,9 @@ def _scores(run: Path, step: int) -> list[dict[str, Any]]:
 
 def _is_scored(record: Mapping[str, Any]) -> bool:
     metric = record.get("metric")
-    is_named = record["kind"] == "probe" and type(record["step"]) is int and isinstance(metric, str)
-    return is_named and type(record.get(metric)) in (int, float)
+    if record["kind"] != "probe" or type(record["step"]) is not int or not isinstance(metric, str):
+        return False
+    return isinstance(record.get(metric), float | int)
 
 
 def _inputs_of(tiles: list[TileSchema]) -> Inputs:

@@ -28,6 +28,7 @@ def test_halves_go_to_the_even_digit_however_they_were_computed(value: float, sh
 def test_gains_have_a_sign_and_what_is_no_number_stays_none() -> None:
     assert [fixed(v, 1, "+") for v in (0.0, 1.26, -1.26)] == ["+0.0", "+1.3", "-1.3"]
     assert fixed(float("nan"), 1) == "nan"
+    assert fixed(1e300, 1).startswith("1000000000000000")  # not more digits than can be rounded
 
 
 def _table(title: str, *columns: tuple[str, ...]) -> Table:

@@ -420,15 +420,19 @@ def test_runs_add_their_curves(results: list[Path], tmp_path: Path) -> None:
         "probe": "knn",
         "metric": "accuracy",
     }
-    run = tmp_path / "my-run"
-    run.mkdir()
-    (run / "config.yaml").write_text("objective: {name: mae}\n")
-    (run / "eval.jsonl").write_text("".join(json.dumps({**head, "step": s, "accuracy": s / 99}) + "\n" for s in (0, 9)))
+    run, *alike = tmp_path / "my-run", tmp_path / "one" / "alike", tmp_path / "two" / "alike"
+    for folder in (run, *alike):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("objective: {name: mae}\n")
+        lines = (json.dumps({**head, "step": s, "accuracy": s / 99}) + "\n" for s in (0, 9))
+        (folder / "eval.jsonl").write_text("".join(lines))
     out = tmp_path / "report.html"
     assert main(["report", str(results[0]), str(run), "--out", str(out)]) == 0
     assert "While training" in out.read_text()
     assert "my-run" in out.read_text()
     assert not (run / "report.html").exists()
+    assert main(["report", str(results[0]), *map(str, [*alike, alike[0]]), "--out", str(out)]) == 0
+    assert [out.read_text().count(f">{name}</text>") for name in ("one/alike", "two/alike")] == [1, 1]
 
 
 def test_the_command_tells_folders_apart(
@@ -503,6 +507,21 @@ def test_what_failed_and_what_was_skipped_is_not_yet_to_come(tmp_path: Path) -> 
     folder = written(tmp_path, records)
     add_to_plan(folder, [_planned("p", ["ridge"], ["last"]), failed, skipped])
     assert "1 of 2 asked results are there, the others failed." in _top(_write([folder], tmp_path / "r.html"))
+
+
+def test_what_fails_alike_for_several_jobs_is_not_yet_to_come_for_any(tmp_path: Path) -> None:
+    failed, skipped = ({**_planned(task, ["ridge"], ["last"]), "features": "bands", "model": None} for task in "qr")
+    records, planned = [record("encoder", outcome(40), task="p")], [_planned("p", ["ridge"], ["last"])]
+    for cell in ("8", "16"):  # of controls beside encoders of other patches
+        planned += [{**job, "job": f"{job['task']} {cell}"} for job in (failed, skipped)]
+        head = {"features": "bands", "model": None}
+        records += [problem("error", "OSError: gone", task="q", job=f"q {cell}", key=f"q {cell}", **head)]
+        records += [problem("skipped", "no such bands", task="r", job=f"r {cell}", key=f"r {cell}", **head)]
+    folder = written(tmp_path, records)
+    add_to_plan(folder, planned)
+    page = _write([folder], tmp_path / "r.html")
+    assert "1 of 3 asked results are there, the others failed." in _top(page)
+    assert "failed 1 skipped 1" in _top(page)
 
 
 def test_a_task_that_failed_as_a_whole_is_not_yet_to_come_for_anyone(tmp_path: Path) -> None:
@@ -641,6 +660,28 @@ def test_a_caption_of_latex_says_all_that_the_table_needs(tmp_path: Path) -> Non
     assert rf"\caption{{{caption}}}" in text
     labels = re.findall(r"\\label\{(.*?)\}", text)
     assert labels == ["tab:ridge", "tab:margins-on-scenes"]
+
+
+def test_a_caption_of_means_names_the_tasks_that_they_are_of(tmp_path: Path) -> None:
+    targets = torch.linspace(0, 1, N_TEST)
+    records = [record("encoder", outcome(40), task=task) for task in ("p", "q")]
+    records += [record("encoder", Regressed(targets + 0.1, targets), task="heights")]  # no ratio: ranked alone
+    latex = tmp_path / "t.tex"
+    _write([written(tmp_path, records)], tmp_path / "r.html", latex=latex)
+    captions = [line for line in latex.read_text().splitlines() if line.startswith(r"\caption{")]
+    mean, plain, rank, *_ = captions
+    assert "Interquartile mean over tasks, by probes on frozen features of p, q; labels" in mean
+    assert "Student's t" in mean
+    assert "frozen features of p, q; labels" in plain
+    assert "In brackets" not in plain
+    assert "frozen features of p, q, heights; labels" in rank
+
+
+def test_notes_speak_of_means_where_a_probe_has_one(tmp_path: Path) -> None:
+    records = [record("encoder", outcome(40), task=task, probe=probe) for task, probe in (("p", "knn"), ("q", "ridge"))]
+    text = _text(_Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text()))
+    assert "There are no two tasks of which something can be said together." in text
+    assert "The interquartile mean leaves out" not in text
 
 
 def test_words_of_the_page_are_plain(results: list[Path], tmp_path: Path) -> None:

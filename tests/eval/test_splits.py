@@ -237,3 +237,14 @@ def test_a_split_is_told_by_its_source_and_by_what_of_it_is_taken() -> None:
     source = scenes.Source(scenes.Config(n=30))
     balanced = Split("train", source, _shown("classification", source), 20, is_balanced=True)
     assert balanced.fingerprint() not in found
+
+
+def test_all_samples_are_shown_the_same_bands() -> None:
+    """As `[C]`: generated kernels are of one set of bands, and `[B, C]` may be of several."""
+    source = scenes.Source(scenes.Config(n=4))
+    shown = replace(_shown("classification", source), plan=replace(whole("rgb", (8, 8), 8), bands=(2, 0)))
+    (batch,) = Split("train", source, shown, None).stream(4, CPU)
+    all_bands = next(iter(_split().stream(4, CPU))).inputs.channels
+    assert batch.inputs.pixels.shape == (4, 2, 8, 8)
+    assert batch.inputs.channels.kind.shape == (2,)
+    assert batch.inputs.channels.wavelength_um.tolist() == all_bands.wavelength_um[[2, 0]].tolist()

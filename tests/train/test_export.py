@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from launching import ROOT
 from ssl_eo.cli import main
 from ssl_eo.config import Config, build, read_yaml
 from ssl_eo.data.opening import WeightedSourceConfig, open_source
-from ssl_eo.hub import UNSAID, load_bundle, write_bundle
+from ssl_eo.hub import UNSAID, load_bundle, write_bundle, write_pair_bundle
 from ssl_eo.jsonl import JsonLines
+from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
-from ssl_eo.train.export import _inputs, _licence_of_data, export_encoder, open_encoder
+from ssl_eo.train.export import _inputs, _licence_of_data, export_encoder, open_encoder, open_pair
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (
@@ -120,6 +122,16 @@ def test_facts_of_a_bundle_that_are_none_are_refused(facts: dict[str, Any], prob
     write_bundle(tmp_path, _tiny(), {}, facts)
     with pytest.raises(ValueError, match=rf"encoder\.json: {problem}"):
         open_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("step", [None, "1", -1, 1.0])
+def test_a_pair_of_no_step_is_refused(step: Any, tmp_path: Path) -> None:
+    model = OpticalRadar.of_sizes(*[replace(_tiny().cfg, position="alibi", patch_embed="conv")] * 2, (2, 2), 1)
+    write_pair_bundle(tmp_path, model, {"optical": {}, "radar": {}}, {} if step is None else {"step": step})
+    with pytest.raises(ValueError, match=r"encoder\.json: step must be a whole number from 0, got"):
+        open_pair(tmp_path)
+    with pytest.raises(ValueError, match="it holds two encoders; give the run or checkpoint"):
+        export_encoder(tmp_path, tmp_path / "out")
 
 
 def test_a_bundle_says_how_features_are_read_and_not_what_is_asked(tmp_path: Path) -> None:
