@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from ssl_eo.bundles import SensorInput
 from ssl_eo.eval.decoders import TapMaps, TapShape
 from ssl_eo.eval.features import check_taps, tap_layers
 from ssl_eo.models.vit import Encoder, EncoderInput
-from ssl_eo.sensors import ChannelMeta
+from ssl_eo.sensors import ChannelMeta, Sensor
 
 __all__ = [
     "DEFAULT_TAPS",
@@ -52,9 +53,14 @@ class FixedBands:
     `picks` are the channels of an image, None for a band that it lacks: such a band is the mean everywhere.
     """
 
+    sensor: Sensor
     names: tuple[str, ...]
     picks: tuple[int | None, ...]
-    channels: ChannelMeta  # of the encoder's bands
+
+    @cached_property
+    def channels(self) -> ChannelMeta:
+        """Of the encoder's bands."""
+        return self.sensor.channel_meta(self.names)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -78,7 +84,7 @@ def fixed_bands(known: SensorInput, channels: ChannelMeta) -> FixedBands:
             picks.append(match_bands([band], channels)[0])
         except BandMismatchError:
             picks.append(None)
-    return FixedBands(known.bands, tuple(picks), known.sensor.channel_meta(known.bands))
+    return FixedBands(known.sensor, known.bands, tuple(picks))
 
 
 def clip_of(inputs: Mapping[str, SensorInput]) -> float | None:
@@ -106,7 +112,7 @@ class EncoderBackbone(Backbone):
         clip_std: float | None = None,
     ) -> None:
         super().__init__()
-        self._bands, self._clip_std = bands, clip_std
+        self.bands, self.clip_std = bands, clip_std
         self.missing_bands = () if bands is None else bands.missing
         check_taps(taps)
         if sorted(taps) != list(taps):
@@ -123,9 +129,9 @@ class EncoderBackbone(Backbone):
 
     def forward(self, inputs: EncoderInput) -> TapMaps:
         """Maps `[B, D, h, w]` at each tap."""
-        if self._bands is not None:
-            inputs = self._bands(inputs)
-        if (most := self._clip_std) is not None:
+        if self.bands is not None:
+            inputs = self.bands(inputs)
+        if (most := self.clip_std) is not None:
             inputs = replace(inputs, pixels=inputs.pixels.clamp(-most, most) / (2 * most) + 0.5)
         found = self.encoder.intermediates(inputs, self._tapped)
         maps = []

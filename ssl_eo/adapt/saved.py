@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_eo.adapt.backbone import EncoderBackbone
+from ssl_eo.adapt.backbone import EncoderBackbone, FixedBands
 from ssl_eo.adapt.lora import lora_config, merge_lora
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.bundles import BundleEncoder, SensorInput
@@ -29,12 +29,13 @@ from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.tasks import Task
 from ssl_eo.files import atomic_write
 from ssl_eo.hub import load_bundle, write_bundle
+from ssl_eo.sensors import Sensor
 from ssl_eo.tensor_files import read_tensors, write_tensors
 
 __all__ = ["SavedModel", "load_model", "save_model"]
 
 _FORMAT = 1
-_KEYS = ("decoder", "options", "taps", "n_outputs", "kind", "classes", "bands", "sha256")
+_KEYS = ("decoder", "options", "taps", "n_outputs", "kind", "classes", "bands", "fixed_bands", "clip_std", "sha256")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
         "bands": list(task.bands),
         "size_px": plan.size[0],
         "n_outputs": 1 if task.cfg.kind == "regression" else task.n_classes,
+        "fixed_bands": _page_of(backbone.bands),
+        "clip_std": backbone.clip_std,
         "sha256": sha256,
         **facts,
     }
@@ -105,7 +108,7 @@ def load_model(folder: Path) -> SavedModel:
     if not isinstance(bundle, BundleEncoder) or not bundle.inputs:
         raise ValueError(f"{folder}/encoder.json: a trained model has one encoder, and statistics for its images")
     try:
-        backbone = EncoderBackbone(bundle.encoder, page["taps"])
+        backbone = EncoderBackbone(bundle.encoder, page["taps"], _bands_from(page["fixed_bands"]), page["clip_std"])
         decoder: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
         model = TaskModel(backbone, decoder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -120,6 +123,23 @@ def load_model(folder: Path) -> SavedModel:
         )
     model.load_state_dict(tensors, strict=False)
     return SavedModel(model.requires_grad_(False).eval(), bundle, page)
+
+
+def _page_of(bands: FixedBands | None) -> dict[str, Any] | None:
+    if bands is None:
+        return None
+    return {"sensor": bands.sensor.to_dict(), "names": list(bands.names), "picks": list(bands.picks)}
+
+
+def _bands_from(page: Mapping[str, Any] | None) -> FixedBands | None:
+    if page is None:
+        return None
+    names, picks = tuple(page["names"]), tuple(page["picks"])
+    sensor = Sensor.from_dict(page["sensor"], "fixed_bands.sensor")
+    sensor.index(names)
+    if len(picks) != len(names) or not all(pick is None or type(pick) is int for pick in picks):
+        raise ValueError(f"fixed_bands: {len(names)} names need as many picks, whole numbers or null, got {picks}")
+    return FixedBands(sensor, names, picks)
 
 
 def _read_page(path: Path) -> dict[str, Any]:

@@ -284,8 +284,8 @@ class _Runner:
             "n_shared_groups": count_shared_groups(task.name, sets, task.cfg.flags),
             "gflop": forward_gflop(featurise, task.train, self.device) if job.is_of_encoder else None,
         }
-        for key, found in scored(task, sets, missing, job.features, self.plan.n_resamples):
-            append(self.out, [{"key": key, **head, **found, **_stamp()}])
+        for key, measured in scored(task, sets, missing, job.features, self.plan.n_resamples):
+            append(self.out, [{"key": key, **head, **measured, **_stamp()}])
         return True
 
     def _has_own_samples(self, job: Job, task: Task) -> bool:

@@ -34,6 +34,8 @@ def is_of_training(record: Mapping[str, Any]) -> bool:
         return False
     if kind == "probe":
         return _is_number(record.get(record["metric"]))
+    if "probe" in record and "tap" not in record:
+        return False
     return kind == "skipped" or "task" in record or "source" in record
 
 
@@ -63,6 +65,14 @@ def _is_partition(value: Any) -> bool:
         return isinstance(value, str) and parse_partition(value).name == value
     except ValueError:
         return False
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_count(value) and value > 0
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("name")) and isinstance(value.get("options"), dict)
 
 
 def _is_seed(value: Any) -> bool:
@@ -118,7 +128,14 @@ def _kind(record: Mapping[str, Any]) -> str:
 
 
 def _is_whole(result: Mapping[str, Any]) -> bool:
-    """Whether what ranks the task was measured, and what is told by class is told of each."""
+    """Whether what ranks the task was measured, of weights that are known, and nothing is told of some classes alone,
+    or of some resamples.
+    """
+    if result["features"] == "encoder" and None in (result["model"], result["weights"], result["step"]):
+        return False
+    packed = result.get("resampled")
+    if packed is not None and len(base64.b64decode(packed)) != 4 * result["n_resamples"]:
+        return False
     rows = result.get("confusion", result["classes"])
     of_classes = [rows, *result.get("per_class", {}).values(), *result.get("confusion", [])]
     return result["metric"] in result["scores"] and all(len(of) == len(result["classes"]) for of in of_classes)
@@ -126,8 +143,9 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
 
 _HEAD: dict[str, Check] = {
     **dict.fromkeys(("key", "job", "task", "features"), _is_text),
+    "model": _or_none(_is_text),
     **_may(dict.fromkeys(("date", "metric", "kind_of_task", "dataset", "subset", "size"), _is_text)),
-    **_may({"model": _or_none(_is_text), "step": _or_none(_is_count), "commit": _or_none(_is_text)}),
+    **_may({"step": _or_none(_is_count), "commit": _or_none(_is_text)}),
     **_may({"tap": _is_text, "probe": _is_text, "partition": _is_text, "seed": _is_seed}),
 }
 _RESULT: dict[str, Check] = {
@@ -135,8 +153,9 @@ _RESULT: dict[str, Check] = {
     "metric": _is_metric,
     "partition": _is_partition,
     "partition_of": lambda value: value in ("all", "published", "nested"),
-    **dict.fromkeys(("n_train", "n_val", "n_test", "n_groups", "n_resamples", "n_features", "size_px"), _is_count),
-    **dict.fromkeys(("model", "weights", "pool"), _or_none(_is_text)),
+    **dict.fromkeys(("n_train", "n_val", "n_groups", "n_resamples", "n_features", "size_px"), _is_count),
+    "n_test": _is_positive,
+    **dict.fromkeys(("weights", "pool"), _or_none(_is_text)),
     "step": _or_none(_is_count),
     "seed": _is_seed,
     "encoder": _or_none(_dict_of(_is_anything)),
@@ -152,7 +171,7 @@ _RESULT: dict[str, Check] = {
     **_may(dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), _is_count)),
     **_may({"resampled": _or_none(_is_packed), "gflop": _or_none(_is_number), "cell_px": _or_none(_is_count)}),
     **_may({"per_class": _dict_of(_list_of(_or_none(_is_number))), "confusion": _list_of(_list_of(_is_number))}),
-    **_may({"sources": _dict_of(_is_anything), "version": _is_text, "torch": _is_text, "code": _is_text}),
+    **_may({"sources": _dict_of(_is_source), "version": _is_text, "torch": _is_text, "code": _is_text}),
 }
 _OF_EVALUATION: dict[str, dict[str, Check]] = {
     "result": {**_HEAD, **_RESULT},
@@ -169,7 +188,7 @@ _COMMON: dict[str, Check] = {
     "is_trained": lambda value: isinstance(value, bool),
 }
 _OF_TRAINING: dict[str, dict[str, Check]] = {
-    "probe": dict.fromkeys(("task", "features", "tap", "probe", "metric"), _is_text),
+    "probe": {**dict.fromkeys(("task", "features", "tap", "probe"), _is_text), "metric": _is_metric},
     "health": dict.fromkeys(("features", "tap"), _is_text),
     "error": dict.fromkeys(("features", "error"), _is_text),
     "skipped": dict.fromkeys(("what", "reason"), _is_text),

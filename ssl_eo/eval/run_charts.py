@@ -60,7 +60,8 @@ def probe_charts(run: Run, task: str) -> list[Chart]:
         flat = [Line([0, end], [_shown(r)] * 2, "reference", title_of(r)) for r in controls]
         metric = next(r["metric"] for r in run.of_task(task, "probe", probe=probe))
         charts.append(Chart(f"{probe}, {metric_text(metric)}", [*curves, *flat]))
-    ranks = _tap_lines(run.of_task(task, "health", features="encoder"), lambda r: float(r["effective_rank"]))
+    known = [r for r in run.of_task(task, "health", features="encoder") if is_number(r.get("effective_rank"))]
+    ranks = _tap_lines(known, partial(_times, 1, "effective_rank"))
     return [*charts, Chart("Effective rank of the features", ranks, zero=True)]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -357,5 +357,4 @@ def _of_all(channels: ChannelMeta) -> ChannelMeta:
     """Channels `[B, C]` of samples that are all shown the same bands as `[C]`, which the dynamic embedding asks for."""
     if channels.kind.ndim == 1 or channels.valid is not None:
         return channels
-    values = {f.name: getattr(channels, f.name) for f in fields(channels)}
-    return ChannelMeta(**{name: None if value is None else value[0] for name, value in values.items()})
+    return replace(channels, **{f.name: getattr(channels, f.name)[0] for f in fields(channels) if f.name != "valid"})

@@ -207,13 +207,13 @@ class Tokens:
 class Encoder(nn.Module):
     """Vision transformer (arXiv 2010.11929) for any sensor. Build it anywhere, then `init_weights` or load.
 
-    `n_channels` is needed by the `conv` patch embedding alone.
+    `n_channels` is needed by the `conv` patch embedding alone; with the others, which take any number, it is None.
     """
 
     def __init__(self, cfg: EncoderConfig, n_channels: int | None = None) -> None:
         super().__init__()
         self.cfg = cfg
-        self.n_channels = n_channels
+        self.n_channels = n_channels if cfg.patch_embed == "conv" else None
         self.embed_dim = cfg.width
         self.patch_size = cfg.patch_size
         self.n_prefix_tokens = int(cfg.cls_token) + cfg.n_registers

@@ -19,7 +19,16 @@ from ssl_eo.models.layers import Block, CrossBlock, JointBlock
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput, Tokens
 from ssl_eo.schedules import Schedule
 
-__all__ = ["Losses", "Objective", "ObjectiveConfig", "Schemas", "ema_update_", "encoder_for", "teacher_of"]
+__all__ = [
+    "Losses",
+    "Objective",
+    "ObjectiveConfig",
+    "Schemas",
+    "common_n_channels",
+    "ema_update_",
+    "encoder_for",
+    "teacher_of",
+]
 
 # One mapping of tile names to schemas for each entry of `data.sources`.
 Schemas = Sequence[Mapping[str, TileSchema]]
@@ -134,19 +143,25 @@ def encoder_for(cfg: EncoderConfig, tiles: Sequence[TileSchema], takes_series: b
     asked = {"tubelet": cfg.tubelet > 1, "time_encoding": cfg.time_encoding, "location_encoding": cfg.location_encoding}
     for key in (key for key, is_set in asked.items() if is_set and not takes_series):
         raise ValueError(f"model.{key}: this objective shows single dates, without when and where; mae has series")
-    counts = {len(tile.bands) for tile in tiles}
-    if cfg.patch_embed == "conv" and len(counts) > 1:
+    n_channels = common_n_channels(tiles)
+    if cfg.patch_embed == "conv" and n_channels is None:
         held = ", ".join(dict.fromkeys(f"{tile.sensor.name} with {len(tile.bands)}" for tile in tiles))
         raise ValueError(
             f"model.patch_embed: conv is built for one number of bands, but there are {held}; use channel_attention or"
             " dynamic, or show one of them"
         )
-    encoder = Encoder(cfg, counts.pop() if len(counts) == 1 else None)
+    encoder = Encoder(cfg, n_channels)
     # On the CPU whatever the default device is: a check must not wait for an accelerator, nor run on meta.
     with torch.device("cpu"):
         for tile in tiles:
             encoder.check(tile.sensor.channel_meta(tile.bands))
     return encoder
+
+
+def common_n_channels(tiles: Sequence[TileSchema]) -> int | None:
+    """The number of bands of `tiles`; None where they do not agree on one."""
+    counts = {len(tile.bands) for tile in tiles}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def teacher_of(student: nn.ModuleDict, names: Sequence[str]) -> nn.ModuleDict:

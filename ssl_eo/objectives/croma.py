@@ -35,7 +35,7 @@ from ssl_eo.models.position import take_patches
 from ssl_eo.models.vit import EncoderConfig, EncoderInput, Tokens
 from ssl_eo.objectives import base
 from ssl_eo.objectives._groups import GROUPS, SensorGroups
-from ssl_eo.objectives.base import Losses, Schemas, encoder_for
+from ssl_eo.objectives.base import Losses, Schemas, common_n_channels, encoder_for
 
 __all__ = ["Config", "Objective", "PairedViews"]
 
@@ -155,8 +155,9 @@ class Objective(base.Objective):
             self.student[f"{group}_head"] = PoolHead(width, encoder_cfg.norm_eps)
         self.student["pair_head"] = PairHead(width, cfg.temperature)
         self.student["decoder"] = MaskedDecoder(cfg.decoder, width)
-        for group, encoder in encoders.items():
-            self.student[f"{group}_output"] = _output_head(cfg, group, encoder.n_channels, self.patch_size)
+        for group in GROUPS:
+            n_channels = common_n_channels(groups.shown(group))
+            self.student[f"{group}_output"] = _output_head(cfg, group, n_channels, self.patch_size)
         self.teacher = None
         self.published = cfg.published
         self.shown = {group: groups.shown(group) for group in GROUPS}

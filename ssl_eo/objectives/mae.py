@@ -29,7 +29,7 @@ from ssl_eo.models.position import sincos_grid, take_patches
 from ssl_eo.models.space_time import CoordinateEncoding, below_each_other, one_by_one, sincos_3d
 from ssl_eo.models.vit import EncoderConfig, EncoderInput, Tokens
 from ssl_eo.objectives import base
-from ssl_eo.objectives.base import Losses, Schemas, ema_update_, encoder_for, teacher_of
+from ssl_eo.objectives.base import Losses, Schemas, common_n_channels, ema_update_, encoder_for, teacher_of
 from ssl_eo.schedules import Constant, Schedule
 from ssl_eo.sensors import ChannelMeta
 
@@ -87,7 +87,7 @@ class Objective(base.Objective):
             {
                 "encoder": encoder,
                 "decoder": MaskedDecoder(cfg.decoder, encoder_cfg.width),
-                "output": _output_head(cfg, encoder.n_channels, encoder_cfg),
+                "output": _output_head(cfg, common_n_channels(tiles), encoder_cfg),
             }
         )
         for name in ("time_encoding", "location_encoding"):

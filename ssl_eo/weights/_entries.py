@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle
+from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder
 from ssl_eo.weights._downloads import local_file, unpacked_bundle
 from ssl_eo.weights.base import find_released, read_released, released_facts
 from ssl_eo.weights.croma import PAIR_FACTS, PAIRS, load_pair, pair_inputs
 
-__all__ = ["open_bundle", "released", "released_pair"]
+__all__ = ["fill_pair", "open_bundle", "released", "released_pair", "weights_of"]
 
 
 def open_bundle(where: str | Path, sha256: str | None = None) -> BundleEncoder | BundlePair:
@@ -37,41 +38,51 @@ def released(name: str, pretrained: str | Path | bool, sha256: str | None = None
     Raises `ValueError` for True, for no address is known here, and as `load_released` and `local_file` do.
     """
     found = find_released(name)
-    path = _file_of(name, found.source, pretrained, sha256)
+    where = weights_of(name, _authors_file(found.source), pretrained, sha256)
     facts: dict[str, Any]
-    if path is None:
+    if where is None:
         encoder = Encoder(found.config, found.n_channels)
         encoder.init_weights()
         facts = {"features": {"pool": found.pool, "taps": [1.0]}, "step": 0}
     else:
-        encoder, facts = read_released(path, found)
+        encoder, facts = read_released(local_file(where, sha256), found)
     return BundleEncoder(encoder, found.inputs(), facts).eval()
 
 
 def released_pair(name: str, pretrained: str | Path | bool, sha256: str | None = None) -> BundlePair:
     """As `released`, a published model of two encoders."""
     pair = PAIRS[name]
-    path = _file_of(name, pair.source, pretrained, sha256)
-    if path is None:
-        model = pair.build().to_empty(device=torch.get_default_device())
-        for part in (model.optical, model.radar, model.cross, model.optical_head, model.radar_head):
-            part.init_weights()
+    where = weights_of(name, _authors_file(pair.source), pretrained, sha256)
+    if where is None:
+        model = fill_pair(pair.build().to_empty(device=torch.get_default_device()))
         facts = {**PAIR_FACTS, "step": 0}
     else:
+        path = local_file(where, sha256)
         model = load_pair(path, pair)
         facts = {**PAIR_FACTS, **released_facts(path, pair.name, pair.licence, pair.source)}
     return BundlePair(model, pair_inputs(), facts).eval()
 
 
-def _file_of(name: str, source: str, pretrained: str | Path | bool, sha256: str | None) -> Path | None:
-    """The file to read; None for random weights."""
+def fill_pair(model: OpticalRadar) -> OpticalRadar:
+    """The same model, with random weights."""
+    for part in (model.optical, model.radar, model.cross, model.optical_head, model.radar_head):
+        part.init_weights()
+    return model
+
+
+def weights_of(name: str, advice: str, pretrained: str | Path | bool, sha256: str | None) -> str | Path | None:
+    """The path or address of weights, not looked at yet; None for random ones.
+
+    Raises `ValueError` with `advice`, what to give, for True, and for a checksum of no file.
+    """
     if pretrained is False:
         if sha256 is not None:
             raise ValueError(f"{name}: sha256 is that of a file, and pretrained=False reads none: leave it out")
         return None
     if not isinstance(pretrained, str | Path):
-        raise ValueError(
-            f"{name}: pretrained is {pretrained!r}: give the path or address of the authors' file (see {source}), or"
-            " False for random weights"
-        )
-    return local_file(pretrained, sha256)
+        raise ValueError(f"{name}: pretrained is {pretrained!r}: {advice}, or False for random weights")
+    return pretrained
+
+
+def _authors_file(source: str) -> str:
+    return f"give the path or address of the authors' file (see {source})"

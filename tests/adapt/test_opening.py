@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from ssl_eo.adapt.backbone import EncoderBackbone, fixed_bands
 from ssl_eo.adapt.cost import energy_of, step_cost
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.opening import open_model
+from ssl_eo.adapt.saved import load_model, save_model
 from ssl_eo.adapt.study_run import run_study
 from ssl_eo.bundles import SensorInput
 from ssl_eo.eval.decoders import build_decoder
@@ -65,6 +68,42 @@ def test_a_bundle_of_fixed_bands_is_trained_on_other_images_and_says_what_it_lac
     (record,) = run_study(study(tmp_path, **cell), tmp_path / "out")
     assert record["kind"] == "result", record
     assert record["missing_bands"] == []
+
+
+def test_a_saved_model_shows_its_encoder_the_same_bands(tmp_path: Path) -> None:
+    """In the encoder's order, with what is missing and the range that its authors chose."""
+    from ssl_eo.models.vit import Encoder, EncoderConfig
+
+    opened = opened_task(n=4)
+    names = opened.schema.sensor.band_names
+    channels = opened.schema.sensor.channel_meta(opened.bands)
+    gone = SensorInput(opened.schema.sensor, (names[2], names[0]), (0.0,) * 2, (1.0,) * 2, 10.0)
+    bands = replace(fixed_bands(gone, channels), picks=(2, None))
+    conv = Encoder(EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=4, patch_embed="conv"), 2)
+    conv.init_weights()
+    backbone = EncoderBackbone(conv, (1.0,), bands, clip_std=2.0)
+    model = TaskModel(backbone, build_decoder("linear", {}, backbone.shape, opened.n_classes)).eval()
+    facts = {"decoder": "linear", "options": {}, "taps": [1.0]}
+    save_model(tmp_path / "model", model, opened, facts)
+    saved = load_model(tmp_path / "model")
+    stored = torch.rand(2, len(opened.bands), 16, 16)
+    with torch.no_grad():
+        expected = model.values(model(saved.bundle.prepare(stored)))
+    assert torch.equal(saved.logits(stored), expected)
+    assert expected.std() > 0
+    page = json.loads((tmp_path / "model" / "task.json").read_text())
+    page["fixed_bands"]["picks"] = [2]
+    (tmp_path / "model" / "task.json").write_text(json.dumps(page))
+    with pytest.raises(ValueError, match="2 names need as many picks"):
+        load_model(tmp_path / "model")
+
+
+def test_an_encoder_of_any_sensor_is_shown_all_bands_of_a_task() -> None:
+    """Whatever number of bands it was trained on."""
+    from ssl_eo.models.vit import Encoder, EncoderConfig
+
+    cfg = EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=4, patch_embed="channel_attention")
+    assert Encoder(cfg, 12).n_channels is None
 
 
 def test_what_a_user_may_write(tmp_path: Path) -> None:

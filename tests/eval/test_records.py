@@ -19,6 +19,7 @@ from ssl_eo.eval.records import (
     append,
     key_of,
     key_of_job,
+    packed,
     read_plan,
     read_results,
     unmeasured,
@@ -115,12 +116,16 @@ def test_an_error_that_was_cleared_is_gone_until_it_comes_back(tmp_path: Path) -
         {"seed": "0"},
         {"seed": True},
         {"n_test": -1},
+        {"n_test": 0},
         {"n_groups": 10**400},
         {"partition": "half"},
         {"partition_of": "mine"},
         {"chosen": [1]},
         {"intervals": {"accuracy": [0.1]}},
         {"resampled": "???"},
+        {"resampled": packed([0.5])},
+        {"sources": {"train": {"name": "toy"}}},
+        {"step": None},
         {"classes": ["one"]},
         {"confusion": [[1]]},
         {"encoder": "tiny"},
@@ -145,6 +150,7 @@ def test_a_result_needs_all_its_keys_and_an_error_its_text() -> None:
     for key in ("job", "features", "probe", "tap", "subset", "size", "n_train", "weights", "chosen", "pool", "step"):
         assert not is_of_evaluation({k: v for k, v in _result().items() if k != key}), key
     assert not is_of_evaluation({**_error("a"), "error": None})
+    assert not is_of_evaluation({k: v for k, v in _error("a").items() if k != "model"})
     assert not is_of_evaluation({"kind": "cleared", "job": "j"})
 
 
@@ -182,11 +188,13 @@ def test_records_of_a_training_are_told_from_other_lines() -> None:
         (PROBED, {"accuracy": "high"}),
         (PROBED, {"task": 3}),
         (PROBED, {"metric": "macro_f1"}),
+        (PROBED, {"metric": "beauty", "beauty": 0.5}),
         (PROBED, {"chosen": []}),
         (HEALTHY, {"spread_ratio": None}),
         (HEALTHY, {"collapsed": "yes"}),
         (HEALTHY, {"source": None}),
         (failed, {"error": None}),
+        (failed, {"probe": "knn"}),
     ):
         assert not is_of_training({**record, **changes}), changes
     assert not is_of_training({k: v for k, v in HEALTHY.items() if k != "source"})

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toy import tasks
-from toy.results import outcome, problem, record, written
+from toy.results import N_TEST, outcome, problem, record, written
 
 from ssl_eo.cli import _parser, main
 from ssl_eo.eval.citing import encoder_text, facts_of_tasks
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant
+from ssl_eo.eval.metrics import Regressed
 from ssl_eo.eval.offline import Evaluation, Model, evaluate
 from ssl_eo.eval.records import RESULTS, add_to_plan
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
