@@ -15,7 +15,7 @@ import numpy as np
 
 from ssl_eo.adapt.study import UNET
 from ssl_eo.eval.bootstrap import FEWEST_GROUPS, Interval, interval_of
-from ssl_eo.eval.metrics import best_of, has_intervals, metric_text, number_text
+from ssl_eo.eval.metrics import best_of, has_intervals, in_unit, metric_text, number_text
 from ssl_eo.eval.page import render
 from ssl_eo.eval.records import unpacked
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
@@ -151,13 +151,13 @@ def write_study_page(records: Sequence[Record], out: Path, title: str) -> list[P
 
 
 def _scores(task: str, models: Sequence[Model], training: str) -> Table:
-    """Rows are encoders and protocols, columns decoders; the UNet stands in a row of its own."""
+    """Rows are encoders and protocols, columns decoders; the UNet has one of both for itself."""
     metric = models[0].metric
-    decoders = list(dict.fromkeys(m.decoder for m in models if not m.is_unet))
+    decoders = list(dict.fromkeys(m.decoder for m in sorted(models, key=lambda m: m.is_unet)))
     best = best_of(metric, models, lambda m: _known(m.mean(metric)))
     by_row: dict[str, dict[str, Model]] = {}
     for m in models:
-        by_row.setdefault(m.row, {})[decoders[0] if m.is_unet and decoders else m.decoder] = m
+        by_row.setdefault(m.row, {})[m.decoder] = m
     rows = [
         Row(title, "", [_score_cell(of[d], of[d] is best) if d in of else Cell() for d in decoders])
         for title, of in by_row.items()
@@ -234,11 +234,12 @@ def _charts(models: Sequence[Model], name: str) -> list[str]:
     encoders = list(dict.fromkeys(m.encoder for m in models))
     series = {encoder: None if encoder == UNET else i % 6 for i, encoder in enumerate(encoders)}
     bars = [
-        Bar(_title(m), _known(m.mean(metric)), _bounds(m), series[m.encoder])
+        Bar(_title(m), in_unit(metric, _known(m.mean(metric))), _bounds(m), series[m.encoder])
         for m in sorted(models, key=lambda m: -_known(m.mean(metric)))
     ]
     points = [
-        Point(_title(m), m.records[0]["forward_gflop"], _known(m.mean(metric)), series[m.encoder]) for m in models
+        Point(_title(m), m.records[0]["forward_gflop"], in_unit(metric, _known(m.mean(metric))), series[m.encoder])
+        for m in models
     ]
     drawn = [
         draw_bars(metric_text(metric), bars, f"{name}-bars"),
@@ -254,7 +255,8 @@ def _charts(models: Sequence[Model], name: str) -> list[str]:
 
 
 def _bounds(model: Model) -> tuple[float, float] | None:
-    return None if model.interval is None else (model.interval.low, model.interval.high)
+    bounds = model.interval
+    return None if bounds is None else (in_unit(model.metric, bounds.low), in_unit(model.metric, bounds.high))
 
 
 def _title(model: Model) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import logging
 import math
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -51,8 +53,9 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
     tries it again. Raises `ValueError` where an encoder cannot be opened, before anything is trained.
     """
     out.mkdir(parents=True, exist_ok=True)
-    runner = _Runner(cfg, out)
-    cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in cfg.cells()}
+    all_cells = list(cfg.cells())
+    runner = _Runner(cfg, out, {cell: f"{i}/{len(all_cells)}" for i, cell in enumerate(all_cells, start=1)})
+    cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in all_cells}
     work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
     found = read_study(out)
     return [found[key] for key in map(runner.key_of, cells.values()) if key in found]
@@ -72,8 +75,8 @@ def read_study(folder: Path) -> dict[str, dict[str, Any]]:
 class _Runner:
     """Works on cells, one after another."""
 
-    def __init__(self, cfg: StudyConfig, out: Path) -> None:
-        self._cfg, self._out = cfg, out
+    def __init__(self, cfg: StudyConfig, out: Path, places: Mapping[Cell, str]) -> None:
+        self._cfg, self._out, self._places = cfg, out, places
         self._bench = Workbench(cfg)
         self._tasks = {task.name: task for task in cfg.tasks}
 
@@ -86,6 +89,7 @@ class _Runner:
         key = self.key_of(cell)
         if read_study(self._out).get(key, {}).get("kind") == "result":
             return
+        start = time.perf_counter()
         if claim.n_before >= _MAX_DEATHS:
             problem = f"{claim.n_before} processes have ended while they were at it (out of memory?)"
             found: dict[str, Any] = {"kind": "error", "error": problem}
@@ -94,6 +98,9 @@ class _Runner:
                 found = {"kind": "result", **self._measure(cell)}
             except Exception as error:
                 found = failure(logger, error, "%s could not be trained", cell.name)
+        seconds = time.perf_counter() - start
+        sys.stderr.write(f"{self._places[cell]} {cell.name}, {seconds:.0f} s\n")
+        sys.stderr.flush()
         date = datetime.now(UTC).isoformat(timespec="seconds")
         self._append({"key": key, "cell": asdict(cell), **found, "asked": self._facts(cell), "date": date})
 

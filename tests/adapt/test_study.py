@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ def test_pages_and_tables_hold_every_model(
     assert Counter(len(m.records) for m in models) == {2: 9}
     scores, side, classes, costs = study_tables(models, "scenes")
     assert [row.title for row in scores.rows][-1] == "UNet from scratch"
+    assert scores.columns[-1] == "unet"
+    assert [bool(row.cells[-1].text) for row in scores.rows] == [*[False] * (len(scores.rows) - 1), True]
+    assert not any(cell.text for cell in scores.rows[-1].cells[:-1])
     assert sum(cell.is_best for row in scores.rows for cell in row.cells) == 1
     assert len(side.rows) == len(classes.rows) == len(costs.rows) == 9
     html, markdown, latex = write_study_page(records, tmp_path, "a study")
@@ -147,6 +151,8 @@ def test_what_fails_is_a_record_and_is_tried_again(tiny: Path, tmp_path: Path, c
     records = run_study(cfg, tmp_path)
     assert [r["kind"] for r in records] == ["error", "result"]
     assert "gone" in records[0]["error"]
+    told = [line for line in capsys.readouterr().err.splitlines() if re.match(r"\d/", line)]
+    assert [line.split("-")[0] for line in told] == ["1/2 gone", "2/2 scenes"]
     assert len(run_study(cfg, tmp_path)) == 2
     assert [r["kind"] for r in read_jsonl(tmp_path / RECORDS)] == ["error", "result", "error"]
     assert [r["kind"] for r in read_study(tmp_path).values()].count("error") == 1
