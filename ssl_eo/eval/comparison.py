@@ -99,11 +99,16 @@ class Comparison:
         self.metrics = {task: _metric_of(task, of) for task, of in self._of.items()}
         self.entrants = entrants_of(self.results)
         self.datasets = {task: _dataset_of(task, of) for task, of in self._of.items()}
-        self.left_out = {task: why for task, of in self._of.items() if (why := why_left_out(of))}
         self._shapes = {identity_of(r): shape_of(r) for r in self.results if r["features"] == "encoder"}
         self._steps = {(task, axis): _steps(of, axis) for task, of in self._of.items() for axis in AXES}
         self._conditions = {task: _commonest_conditions(of) for task, of in self._of.items()}
         self._scores = _scores(self.results)
+        # What an older experiment found is no more, where a newer one is shown: a leak that was mended, for one.
+        self._shown_of = {
+            task: [r for place, of in self._scores.items() if place[1] == task for s in of.values() for r in s.records]
+            for task in self.tasks
+        }
+        self.left_out = {task: why for task, of in self._shown_of.items() if (why := why_left_out(of))}
         self._readings = {place: self._reading_of(place[1], of) for place, of in self._scores.items()}
         self._examples = {task: self._find_example(task) for task in self.tasks}
 
@@ -226,7 +231,7 @@ class Comparison:
 
     def flags(self, task: str) -> list[str]:
         """Known defects of a task, and those that were found in its results."""
-        found, scores = flags_of_records(self._of[task]), self.shown(task)
+        found, scores = flags_of_records(self._shown_of[task]), self.shown(task)
         if apart := dict.fromkeys(e.title for e, _, score in scores if not self.is_compared(task, score)):
             found.append(f"scored on other test samples than the rest, and not compared with it: {', '.join(apart)}")
         found += flags_of_scores(scores, self.metrics[task], self.condition(task, "partition"))

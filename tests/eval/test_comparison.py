@@ -307,6 +307,15 @@ def test_a_task_may_leak_up_to_a_hundredth_of_its_test_samples(n_leaked: int, is
     assert comparison.left_out == ({"scenes": f"leak: {flag}"} if is_left_out else {})
 
 
+def test_a_leak_that_was_mended_and_measured_anew_is_no_more() -> None:
+    old = record("encoder", outcome(30), n_leaked=30, date="2026-01-01", content={"train": "1", "test": "2"})
+    new = record("encoder", outcome(20), date="2026-03-01", content={"train": "3", "test": "4"})
+    for records in ([old, new], [new, old]):
+        comparison = Comparison(records)
+        assert comparison.left_out == {}
+        assert not any("have the content" in flag for flag in comparison.flags("scenes"))
+
+
 def test_copies_of_validation_samples_are_told_and_leave_no_task_out() -> None:
     comparison = Comparison([record("encoder", outcome(30), n_leaked_val=6)])
     assert comparison.flags("scenes") == ["6 of 60 test samples (10 %) have the content of a validation sample"]
