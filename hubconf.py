@@ -1,7 +1,9 @@
 """torch.hub entries, see `docs/released-weights.md`: `torch.hub.load(<repository>, "encoder", <bundle>)`.
 
 Of published encoders `pretrained` is the path or address of the authors' file, or False for random weights, and
-`sha256` the first digits of the file's checksum. All are returned in eval mode. Nothing is unpickled but tensors.
+`sha256` the first digits of the file's checksum. Of our recipes (`configs/pretrain`), whose entries have their names
+(that of DOFA, which is published too, `dofa_vitb16_recipe`), `pretrained` is a bundle. All are returned in eval mode.
+Nothing is unpickled but tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ dependencies = ["torch"]
 
 from ssl_eo.hub import BundleEncoder as _Encoder  # noqa: E402
 from ssl_eo.hub import BundlePair as _Pair  # noqa: E402
-from ssl_eo.weights import _entries  # noqa: E402
+from ssl_eo.weights import _entries, _recipes  # noqa: E402
 
 
 def encoder(path_or_url: str, sha256: str | None = None) -> _Encoder | _Pair:
@@ -91,3 +93,6 @@ def dinov2_vitl14(pretrained: str | bool = True, sha256: str | None = None) -> _
 def dinov2_vitl14_reg(pretrained: str | bool = True, sha256: str | None = None) -> _Encoder:
     """DINOv2 ViT-L/14, RGB, with four registers."""
     return _entries.released("dinov2_vitl14_reg", pretrained, sha256)
+
+
+globals().update(_recipes.entries(taken=globals()))

@@ -67,7 +67,10 @@ def _write_archives(root: Path) -> Path:
     ssl4eo_s12.make(root / "ssl4eo_s12", n_places=1)
     footprints = [[fmow.image(kind, 2010 + n, (256, 256)) for n in range(2)] for kind in fmow.KINDS]
     fmow.write_archive(root, footprints=footprints)
-    satlas.write_archive(root / "satlas")
+    for sensor in satlas.SCENES:
+        satlas.write_images(root / "satlas", satlas.TILES[0], sensor, [0], side=32)
+    place = list(satlas.TILES[0])
+    satlas.write_metadata(root / "satlas", [[*place, satlas.SCENES["sentinel2"][0]]], [place], [])
     spectral_earth.write_patch(root / "spectral_earth", 0)
     spectral_earth.write_split(root / "spectral_earth", "train", [0])
     write_raster(root / "naip" / "scene.tif", tile_pixels(0, (3, 512, 512)).astype(np.uint8))

@@ -49,6 +49,24 @@ PARAMETERS = {  # of the encoders, whole
     "dinov2_vitb14_reg": 86_583_552,
     "dinov2_vitl14_reg": 304_372_736,
 }
+RECIPES = {  # likewise, of our own
+    "byol_vits16_s2": 22_969_344,
+    "croma_vitb8_ssl4eo": 194_365_440,
+    "dino_vits16_s2": 23_044_992,
+    "dinov2_vitmicro4_eurosat": 845_440,
+    "dinov2_vits14_rgb": 22_058_112,
+    "dofa_vitb16_recipe": 111_313_664,
+    "mae_specialist": 212_480,
+    "mae_temporal_vitl16_ssl4eo": 303_362_050,
+    "mae_vitmicro4_eurosat": 799_744,
+    "mae_vitt8_eurosat": 5_376_000,
+    "mae_vitt8_s2l2a": 1_903_872,
+    "moco_v3_vits16_s2": 22_969_344,
+    "multimae_vitb8_mmearth64": 85_203_456,
+    "panopticon_vitb14_stage1": 98_976_000,
+    "panopticon_vitb14_stage2": 98_976_000,
+    "simclr_vits16_s2": 22_969_344,
+}
 
 # The packages that torch requires, and the standard library, are all that can be imported.
 BARE = """
@@ -97,16 +115,18 @@ from pathlib import Path
 
 import torch
 
-root, folder, *entries = sys.argv[1:]
+root, folder, recipes, *entries = sys.argv[1:]
 warnings.simplefilter("ignore")  # torch says that there is no NumPy
 
 def load(name, *args, **kwargs):
     return torch.hub.load(root, name, *args, source="local", **kwargs)
 
-found = {}
-for name in entries:
-    with torch.device("meta"):
+found = {"recipes": {}}
+with torch.device("meta"):
+    for name in entries:
         found[name] = [sum(p.numel() for p in load(name, pretrained=False).parameters())]
+    for name in recipes.split(","):
+        found["recipes"][name] = sum(p.numel() for p in load(name, pretrained=False).parameters())
 
 from ssl_eo.cli import main
 from ssl_eo.weights import base, croma
@@ -158,12 +178,13 @@ def sha256(path: Path) -> str:
 def test_every_entry_works_with_torch_alone(tmp_path: Path) -> None:
     """Built whole; right after one block; and, small, written in the published layout and read from an address."""
     environment = {**os.environ, "TORCH_HOME": str(tmp_path / "kept"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", BARE + EVERY_ENTRY, str(ROOT), str(tmp_path), *PARAMETERS]
+    words = [sys.executable, "-c", BARE + EVERY_ENTRY, str(ROOT), str(tmp_path), ",".join(RECIPES), *PARAMETERS]
     run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("shape") == [1, 192]
     assert found.pop("doctor") == 0
+    assert found.pop("recipes") == RECIPES
     assert "dinov2_vits14: ok, rgb " in run.stdout
     assert {name: values[0] for name, values in found.items()} == PARAMETERS
     assert all(values[1:] == [True, True, True, 1] for values in found.values())
@@ -177,7 +198,7 @@ def test_every_entry_is_listed_and_says_what_it_is() -> None:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     listed = {name for name in dir(module) if callable(getattr(module, name)) and not name.startswith("_")}
-    assert listed == {*PARAMETERS, "encoder"}
+    assert listed == {*PARAMETERS, *RECIPES, "encoder"}
     assert module.dependencies == ["torch"]
     assert all(getattr(module, name).__doc__ for name in listed)
 

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.weights._entries import fill_pair, open_bundle, weights_of
 
-__all__ = ["RECIPES", "described", "entry_of", "recipe"]
+__all__ = ["RECIPES", "described", "entries", "recipe"]
 
 # By name of a recipe: `described` of what it publishes, `objective`, how it reads `features`, of a pair also which
 # encoder is `published`.
@@ -28,7 +28,9 @@ def described(model: Encoder | OpticalRadar) -> dict[str, Any]:
     """All that decides what a model computes but its weights, in plain values."""
     if isinstance(model, Encoder):
         n_channels = model.n_channels if model.cfg.patch_embed == "conv" else None  # others take any number
-        return {"encoder": asdict(model.cfg), "n_channels": n_channels}
+        cfg = model.cfg
+        sizes = replace(cfg, embed_dim=cfg.width, depth=cfg.n_blocks, n_heads=cfg.heads)  # however they were said
+        return {"encoder": asdict(sizes), "n_channels": n_channels}
     encoders = {"optical": described(model.optical), "radar": described(model.radar)}
     return {"encoders": encoders, "cross_depth": len(model.cross.blocks)}
 
@@ -51,12 +53,17 @@ def recipe(name: str, pretrained: str | Path | bool, sha256: str | None = None) 
     return found
 
 
-def entry_of(name: str) -> Callable[..., BundleEncoder | BundlePair]:
-    """The function that `hubconf.py` offers for the recipe `name`."""
+def entries(taken: Collection[str]) -> dict[str, Callable[..., BundleEncoder | BundlePair]]:
+    """What `hubconf.py` offers: `recipe` by the name of each, with `_recipe` after a name that is `taken`."""
+    found = [_entry(name, f"{name}_recipe" if name in taken else name) for name in RECIPES]
+    return {entry.__name__: entry for entry in found}
 
+
+def _entry(name: str, shown: str) -> Callable[..., BundleEncoder | BundlePair]:
     def entry(pretrained: str | bool = True, sha256: str | None = None) -> BundleEncoder | BundlePair:
         return recipe(name, pretrained, sha256)
 
+    entry.__name__ = entry.__qualname__ = shown
     entry.__doc__ = _summary(name)
     return entry
 
@@ -66,8 +73,9 @@ def _summary(name: str) -> str:
     first = found["encoders"]["optical"] if _is_pair(name) else found
     cfg: EncoderConfig = dataclass_from(EncoderConfig, first["encoder"])
     sizes = f"width {cfg.width}, {cfg.n_blocks} blocks, patches of {cfg.patch_size} pixels"
-    what = "two encoders, the optical one of" if _is_pair(name) else "encoder of"
-    return f"Our recipe pretrain/{name} (objective {found['objective']}): {what} {sizes}, {cfg.patch_embed}."
+    what = "two encoders, the optical one of" if _is_pair(name) else "an encoder of"
+    channels = f" for {first['n_channels']} bands" if first["n_channels"] else ""
+    return f"Our recipe pretrain/{name} ({found['objective']}): {what} {sizes}, {cfg.patch_embed}{channels}."
 
 
 def _is_pair(name: str) -> bool:
@@ -95,13 +103,13 @@ def _check_same(name: str, found: BundleEncoder | BundlePair, where: str) -> Non
         wanted = "two: export it with --whole" if _is_pair(name) else "one"
         held = "two encoders" if isinstance(found, BundlePair) else "one encoder"
         raise ValueError(f"{where}: it holds {held}, and the recipe {name} makes {wanted}")
-    is_ = described(found.model if isinstance(found, BundlePair) else found.encoder)
-    expected = {key: RECIPES[name][key] for key in is_}
-    for key, value in _flat(expected).items():
-        if (other := _flat(is_).get(key)) != value:
+    said = described(found.model if isinstance(found, BundlePair) else found.encoder)
+    expected = _flat({part: RECIPES[name][part] for part in said})
+    for key, value in _flat(said).items():
+        if value != expected[key]:
             raise ValueError(
-                f"{where}: not of the recipe {name}: its {key} is {other}, expected {value}; the entry `encoder` takes"
-                " any bundle"
+                f"{where}: not of the recipe {name}: its {key} is {value}, expected {expected[key]}; the entry"
+                " `encoder` takes any bundle"
             )
 
 
