@@ -280,12 +280,15 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def _path(text: str) -> Iterator[Finding]:
     """A folder of data, or all that a config names."""
-    from ssl_eo.config import load
+    from ssl_eo.config import find_config, load, read_yaml
 
     if Path(text).exists() and Path(text).suffix not in (".yaml", ".yml"):
         yield _readable("data", text, "give a path that can be read")
         return
     try:
+        if "encoders" in read_yaml(find_config(text), []):
+            yield Finding(text, "note", "of a study, not of a run", "ssl-eo study checks it before it trains anything")
+            return
         config = load(text)
     except (ValueError, OSError) as error:
         yield Finding(text, "wrong", one_line(error), "give data that is there, or a config that loads")

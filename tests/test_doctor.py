@@ -327,6 +327,12 @@ def test_weights_and_data_far_away(tmp_path: Path) -> None:
     assert topics[f"data.sources[0].root of {path}"].found == "https://example.org/shards (far away: not looked at)"
 
 
+def test_a_config_of_a_study_is_not_judged_as_one_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_EO_SAMPLES", "samples")
+    finding = found("eval/land_cover_study")["eval/land_cover_study"]
+    assert (finding.status, finding.found) == ("note", "of a study, not of a run")
+
+
 def test_paths_of_other_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.h5").write_bytes(b"")
     (tmp_path / "bad.yaml").write_text("objectiv: 1")

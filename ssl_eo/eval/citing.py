@@ -87,11 +87,11 @@ def _of_model(comparison: Comparison, model: Entrant) -> list[tuple[str, str]]:
     newest = max(own, key=lambda r: str(r["date"]))
     encoder = [encoder_text(newest["encoder"] or {}), f"weights {newest['weights']}"]
     encoder += [f"step {newest['step']:,}"] if newest["step"] else []
-    return [("encoder", ", ".join(encoder)), ("measured by", _command(own))]
+    return [("encoder", ", ".join(encoder)), ("measured again by", _command(own))]
 
 
 def _command(records: Sequence[Record]) -> str:
-    """That measures all of `records`, of one model, anew; with more besides where they are of several commands."""
+    """That measures `records`, of one model, anew, once its path is put in; of several commands more, and one pool."""
     ratios = {
         float(tap[6:]) if tap.startswith("depth_") else 1.0 for r in records if (tap := str(r["tap"])) != ALL_TAPS
     }
@@ -108,7 +108,7 @@ def _command(records: Sequence[Record]) -> str:
         "resamples": _values(records, "n_resamples")[:1],
     }
     options = [word for name, of in values.items() if of for word in (f"--{name}", *of)]
-    return shlex.join(["ssl-eo", "eval", "--model", str(records[0]["model"]), *options, "--out", "scores"])
+    return shlex.join(["ssl-eo", "eval", "--model", f"{records[0]['model']}=PATH", *options, "--out", "scores"])
 
 
 def _values(records: Sequence[Record], key: str) -> list[str]:

@@ -610,7 +610,7 @@ def test_the_page_says_what_it_takes_to_cite_it(tmp_path: Path) -> None:
         "Frozen features on eurosat_ms, mine; measured 2026-01-01 to 2026-03-04",
         "classification of 3 classes, accuracy %, 90 training, 11 validation and 60 test samples",
         "ViT, 64 wide x 4 blocks, patches of 8 px, weights 11aa, step 30",
-        "ssl-eo eval --model a --tasks eurosat_ms mine.yaml --protocol ridge --partitions 1.00x --bands all --seeds 0"
+        "ssl-eo eval --model a=PATH --tasks eurosat_ms mine.yaml --protocol ridge --partitions 1.00x --bands all --seeds 0"
         " --taps 1 --pool cls --resamples 100 --out scores",
         'dataset EuroSAT. Helber et al. 2019, "EuroSAT", IEEE JSTARS 12(7)',
         "licence: MIT; Copernicus Sentinel data terms samples",
@@ -628,10 +628,10 @@ def test_the_command_that_is_cited_can_be_read(tmp_path: Path) -> None:
     every = [(tap, subset) for tap in taps for subset in ("all", "rgb")]
     records = [record("encoder", outcome(40), "a b", tap=t, subset=s, size="native") for t, s in every]
     text = _text(_Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text()))
-    command = re.search(r"measured by (ssl-eo eval .*?--out scores)", text)
+    command = re.search(r"measured again by (ssl-eo eval .*?--out scores)", text)
     assert command is not None
     arguments = _parser().parse_args(shlex.split(command[1])[1:])
-    assert (arguments.model, arguments.tasks, arguments.bands) == ("a b", ["scenes.yaml"], ["all", "rgb"])
+    assert (arguments.model, arguments.tasks, arguments.bands) == ("a b=PATH", ["scenes.yaml"], ["all", "rgb"])
     assert (arguments.taps, arguments.size, arguments.pool) == (["0.25", "1"], ["native"], "mean")
 
 
