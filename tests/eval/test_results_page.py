@@ -610,8 +610,8 @@ def test_the_page_says_what_it_takes_to_cite_it(tmp_path: Path) -> None:
         "Frozen features on eurosat_ms, mine; measured 2026-01-01 to 2026-03-04",
         "classification of 3 classes, accuracy %, 90 training, 11 validation and 60 test samples",
         "ViT, 64 wide x 4 blocks, patches of 8 px, weights 11aa, step 30",
-        "ssl-eo eval --model a=PATH --tasks eurosat_ms mine.yaml --protocol ridge --partitions 1.00x --bands all --seeds 0"
-        " --taps 1 --pool cls --resamples 100 --out scores",
+        "ssl-eo eval --model a=PATH --tasks eurosat_ms mine.yaml --protocol ridge --partitions 1.00x --bands all"
+        " --seeds 0 --taps 1 --pool cls --resamples 100 --out scores",
         'dataset EuroSAT. Helber et al. 2019, "EuroSAT", IEEE JSTARS 12(7)',
         "licence: MIT; Copernicus Sentinel data terms samples",
         "dataset no reference known; read by the source hdf5",
