@@ -42,17 +42,23 @@ def load(
     Two encoders (`BundlePair`) come of CROMA's names, and of bundles that hold both. No code of any file is run, but a
     run's config may name modules of yours, which are imported. Raises `ValueError` that begins with what is wrong.
     """
+    if not isinstance(where, str | os.PathLike):
+        raise ValueError(f"{where!r:.80}: expected a path, an address or a name, got a {type(where).__name__}")
     if weights is not None:
         name = str(where)
         return (released_pair if name in PAIRS else released)(name, weights, sha256)
     path = Path(where)
-    if path.is_dir() and not (path / "encoder.json").exists():
+    try:
+        is_there, is_folder = path.exists(), path.is_dir()
+    except OSError as error:
+        raise ValueError(f"{where!s:.200}: {error.strerror}") from None
+    if is_folder and not (path / "encoder.json").exists():
         if sha256 is not None:
             raise ValueError(
                 f"{path}: sha256 is that of a file, and a checkpoint has checksums of its own; leave it out"
             )
         return _of_run(path)
-    if "://" not in str(where) and not path.exists():
+    if "://" not in str(where) and not is_there:
         raise ValueError(_not_there(str(where)))
     return open_bundle(where, sha256)
 

@@ -5,7 +5,6 @@ B samples, C channels, T dates, H W pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,6 +17,9 @@ from ssl_eo.sensors import KINDS, ChannelMeta, Sensor
 __all__ = ["SensorInput", "check_when_and_where", "normalised", "of_wavelengths", "with_bands"]
 
 _WAVELENGTHS_UM = (0.2, 20.0)  # of optical and thermal bands
+_LARGEST = 3e38  # float32 ends beyond it
+_SMALLEST_STD = 1e-30
+_LARGEST_CLIP = 1e6  # standard deviations
 _THERMAL_UM = 5.0  # where thermal ones begin
 
 
@@ -43,10 +45,21 @@ class SensorInput:
             raise ValueError(f"bands of {self.sensor.name} are named twice: {', '.join(self.bands)}")
         if len(self.mean) != n or len(self.std) != n:
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations for {n} bands")
-        if not all(map(math.isfinite, self.mean)) or not all(0 < v < math.inf for v in (*self.std, self.gsd_m)):
-            raise ValueError("mean must be finite, std and gsd_m positive and finite")
-        if self.clip_std is not None and not 0 < self.clip_std < math.inf:
-            raise ValueError(f"clip_std must be positive and finite or null, got {self.clip_std}")
+        are_means = all(_is_within(v, -_LARGEST, _LARGEST) for v in self.mean)
+        if not are_means or not all(_is_within(v, _SMALLEST_STD, _LARGEST) for v in (*self.std, self.gsd_m)):
+            raise ValueError(
+                f"mean must be finite, std and gsd_m positive and finite as float32: numbers of at most {_LARGEST:g},"
+                f" std and gsd_m from {_SMALLEST_STD:g}"
+            )
+        if self.clip_std is not None and not _is_within(self.clip_std, _SMALLEST_STD, _LARGEST_CLIP):
+            raise ValueError(
+                f"clip_std must be positive, at most {_LARGEST_CLIP:g}, or null, got {self.clip_std!r:.80}"
+            )
+
+
+def _is_within(value: object, low: float, high: float) -> bool:
+    """Whether `value` is a number from `low` to `high`; no truth value, which torch does not count as one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def with_bands(known: SensorInput, bands: str | Sequence[str] | None, is_fixed: bool) -> SensorInput:

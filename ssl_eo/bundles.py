@@ -157,6 +157,10 @@ class BundleEncoder(nn.Module):
             found = f"shape {list(images.shape)}" if isinstance(images, Tensor) else f"a {type(images).__name__}"
             series = ", or [B, C, T, H, W] of several dates" if takes_series else ""
             raise ValueError(f"images must be a tensor [B, C, H, W]{series}, got {found}")
+        if 0 in images.shape or images.is_complex():
+            raise ValueError(
+                f"images must be real numbers, at least one of each dimension, got {list(images.shape)} {images.dtype}"
+            )
         if len(given) > 1 and given != ["sensor", "bands"]:
             raise ValueError(
                 f"got {' and '.join(given)}: give sensor with or without bands, channels or wavelengths_um"
@@ -208,10 +212,10 @@ class BundleEncoder(nn.Module):
                 " wavelengths_um="
             )
         if sensor is None:
-            raise ValueError(f"this encoder knows several sensors; say which by sensor=: {', '.join(self.inputs)}")
-        if sensor not in self.inputs:
+            raise _which_of(self.inputs, "sensor")
+        if not isinstance(sensor, str) or sensor not in self.inputs:
             raise ValueError(
-                f"sensor {sensor!r}: this encoder has statistics for {', '.join(self.inputs)}; name one of them, or"
+                f"sensor {sensor!r:.80}: this encoder has statistics for {', '.join(self.inputs)}; name one of them, or"
                 " give normalised images with channels="
             )
         return self.inputs[sensor]
@@ -297,12 +301,20 @@ class BundlePair(nn.Module):
         has one.
         """
         tokens: Tokens = self.cross(
-            _features(self.radar, radar, radar_sensor), _features(self.optical, optical, optical_sensor)
+            _features(self.radar, radar, radar_sensor, "radar_sensor"),
+            _features(self.optical, optical, optical_sensor, "optical_sensor"),
         )
         return tokens
 
 
-def _features(part: BundleEncoder, images: Tensor, sensor: str | ChannelMeta | None) -> Tokens:
+def _features(part: BundleEncoder, images: Tensor, sensor: str | ChannelMeta | None, argument: str) -> Tokens:
+    """Tokens of one view, whose sensor was given as `argument`."""
+    if sensor is None and len(part.inputs) > 1:
+        raise _which_of(part.inputs, argument)
     if isinstance(sensor, ChannelMeta):
         return part.forward_features(images, channels=sensor)
     return part.forward_features(images, sensor)
+
+
+def _which_of(inputs: Mapping[str, SensorInput], argument: str) -> ValueError:
+    return ValueError(f"this encoder knows several sensors; say which by {argument}=: {', '.join(inputs)}")

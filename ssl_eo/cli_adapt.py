@@ -84,8 +84,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     from ssl_eo.adapt.saved import load_model
     from ssl_eo.adapt.scene_maps import SceneRun, predict_scene
-    from ssl_eo.adapt.scenes import Scene
-    from ssl_eo.adapt.tiling import Tiling
+    from ssl_eo.cli_scenes import opened_scene, tiling_of
     from ssl_eo.progress import progress
 
     saved = load_model(Path(arguments.model))
@@ -96,30 +95,29 @@ def _predict(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     saved.model.to(device)
     known = saved.input
-    bands = [int(band) if band.isdecimal() else band for band in arguments.bands or known.bands]
-    if len(bands) != len(known.bands):
-        raise ValueError(f"--bands: the model takes {len(known.bands)}, {', '.join(known.bands)}; got {len(bands)}")
     patch_px = max(saved.model.backbone.shape.strides_px)
-    window = arguments.window or -(-int(saved.facts["size_px"]) // patch_px) * patch_px
-    tiling = Tiling(window, arguments.overlap, arguments.blend, patch_px, batch_size=arguments.batch_size)
-    with Scene(Path(arguments.scene), bands, known.sensor) as scene, progress("windows") as tell:
-        if doubt := scene.doubt(known.sensor):
-            print(f"ssl-eo: warning: {doubt}", file=sys.stderr, flush=True)
+    default = -(-int(saved.facts["size_px"]) // patch_px) * patch_px
+    window = default if arguments.window is None else arguments.window
+    tiling = tiling_of(arguments, window, patch_px, 1, arguments.blend)
+    outputs = [Path(arguments.out), *([] if arguments.probabilities is None else [Path(arguments.probabilities)])]
+    facts = {"encoder": saved.bundle.facts.get("sha256"), "decoder": saved.facts["sha256"]}
+    with opened_scene(Path(arguments.scene), arguments.bands, known) as scene, progress("windows") as tell:
         predict_scene(
             scene,
             lambda images: saved.logits(images.to(device)).cpu(),
             saved.classes,
-            Path(arguments.out),
+            outputs[0],
             tiling,
-            SceneRun(
-                {"encoder": saved.bundle.facts.get("sha256"), "decoder": saved.facts["sha256"]},
-                arguments.overwrite,
-                tell,
-            ),
-            None if arguments.probabilities is None else Path(arguments.probabilities),
-            {"model": str(saved.facts["task"])},
+            SceneRun(facts, arguments.overwrite, tell),
+            outputs[1] if outputs[1:] else None,
+            {
+                "model": Path(arguments.model).resolve().name,
+                "task": str(saved.facts["task"]),
+                "sensor": known.sensor.name,
+                "bands": " ".join(known.bands),
+            },
         )
-    print(f"wrote {arguments.out}")
+    print(f"wrote {', '.join(map(str, outputs))}")
     return EXIT_DONE
 
 
@@ -127,7 +125,9 @@ def _export_ensemble(arguments: argparse.Namespace) -> int:
     from ssl_eo.adapt.specialists import export_ensemble
     from ssl_eo.train.export import export_encoder
 
-    out = Path(arguments.out)
-    names = export_ensemble(Path(arguments.folder), out, export_encoder, arguments.overwrite)
+    folder, out = Path(arguments.folder), Path(arguments.out)
+    if folder.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"--out: {out} is in {folder}, where runs and bundles lie; give a folder outside of it")
+    names = export_ensemble(folder, out, export_encoder, arguments.overwrite)
     print(f"wrote {out}: {', '.join(names)}")
     return EXIT_DONE

@@ -6,8 +6,6 @@ B windows, C bands, s side of a window in pixels, p side of a patch, D features.
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ssl_eo.adapt.opening import OpenedEncoder
-    from ssl_eo.adapt.scenes import Scene
     from ssl_eo.bundles import BundleEncoder, SensorInput
     from ssl_eo.models.vit import EncoderConfig
 
@@ -35,6 +32,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
         f"side of a window in pixels, a multiple of the patch; default: {_WINDOW_PX}, or the size that the encoder's"
         " table of positions is made for; no more than the scene needs"
     )
+    some = "bands of the sensor to look at, for an encoder of any sensor; default: all that it has statistics of"
     parser.add_argument("scene", metavar="SCENE.tif", help="a GeoTIFF of any size")
     parser.add_argument("--model", required=True, help="a run, a bundle folder, or NAME=FILE: released weights")
     parser.add_argument("--out", required=True, metavar="FILE", help="a .tif with a band a feature, or a .parquet")
@@ -42,6 +40,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bands", nargs="+", default=None, help="the model's bands in the file: names, or numbers from 1"
     )
+    parser.add_argument("--sensor-bands", nargs="+", default=None, metavar="BAND", help=some)
     parser.add_argument("--window", type=int, default=None, help=window)
     parser.add_argument("--overlap", type=float, default=0.5, help="of neighbouring windows; default 0.5")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of a forward pass; default 8")
@@ -55,8 +54,10 @@ def _embed(arguments: argparse.Namespace) -> int:
 
     from ssl_eo.adapt.opening import open_model
     from ssl_eo.adapt.scene_maps import SceneRun, embed_scene
-    from ssl_eo.adapt.tiling import Tiling, grid_of
+    from ssl_eo.adapt.tiling import grid_of
+    from ssl_eo.bundle_inputs import with_bands
     from ssl_eo.bundles import BundleEncoder
+    from ssl_eo.cli_scenes import opened_scene, tiling_of
     from ssl_eo.progress import progress
 
     path, out = Path(arguments.scene), Path(arguments.out)
@@ -64,21 +65,24 @@ def _embed(arguments: argparse.Namespace) -> int:
     if not opened.is_trained:
         raise ValueError(f"--model {opened.name}: its weights would be random; give {opened.name}=FILE")
     sensor = _sensor_of(opened, arguments.sensor)
-    known = opened.inputs[sensor]
     model = BundleEncoder(opened.encoder, opened.inputs, {}).eval()
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        is_fixed = model.encoder.cfg.patch_embed == "conv"
+        known = with_bands(opened.inputs[sensor], arguments.sensor_bands, is_fixed)
+    except ValueError as error:
+        raise ValueError(f"--sensor-bands: {error}") from None
     facts = _facts(model, known)
-    with _open(path, _bands_of(arguments.bands, known), known) as scene, progress("windows") as tell:
-        if doubt := scene.doubt(known.sensor):
-            _warn(doubt)
+    with opened_scene(path, arguments.bands, known) as scene, progress("windows") as tell:
         patch_px = model.encoder.patch_size
-        window = arguments.window or _default_window(model.encoder.cfg, scene.shape)
-        tiling = Tiling(window, arguments.overlap, patch_px=patch_px, cell_px=patch_px, batch_size=arguments.batch_size)
+        given = arguments.window
+        window = _default_window(model.encoder.cfg, scene.shape) if given is None else given
+        tiling = tiling_of(arguments, window, patch_px, patch_px, "cosine")
         run = SceneRun(facts, arguments.overwrite, tell)
         n_features = model.encoder.embed_dim
         tags = {"model": opened.name, "weights": facts["weights"], "sensor": sensor, "bands": " ".join(known.bands)}
         embed_scene(
-            scene, lambda images: _features(model, images, sensor), n_features, out, tiling, run, arguments.dtype, tags
+            scene, lambda images: _features(model, images, known), n_features, out, tiling, run, arguments.dtype, tags
         )
         height, width = grid_of(scene.shape, patch_px)
     print(
@@ -109,26 +113,6 @@ def _sensor_of(opened: OpenedEncoder, given: str | None) -> str:
     return given
 
 
-def _bands_of(given: list[str] | None, known: SensorInput) -> list[str | int]:
-    """Where the model's bands are in the file, in the model's order."""
-    bands = [int(band) if band.isdecimal() else band for band in given or known.bands]
-    if len(bands) != len(known.bands):
-        raise ValueError(f"--bands: the model takes {len(known.bands)}, {', '.join(known.bands)}; got {len(bands)}")
-    return bands
-
-
-def _open(path: Path, bands: list[str | int], known: SensorInput) -> Scene:
-    """The scene; what it warns of is said in one line."""
-    from ssl_eo.adapt.scenes import Scene
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        scene = Scene(path, bands, known.sensor)
-    for warning in caught:
-        _warn(str(warning.message))
-    return scene
-
-
 def _default_window(cfg: EncoderConfig, shape: tuple[int, int]) -> int:
     """Side in pixels, a multiple of the patch: the encoder's own, or that of the scene where it is smaller."""
     wanted = cfg.image_size if cfg.position in _HAS_TABLE else _WINDOW_PX
@@ -136,10 +120,10 @@ def _default_window(cfg: EncoderConfig, shape: tuple[int, int]) -> int:
     return n_patches * cfg.patch_size
 
 
-def _features(model: BundleEncoder, images: Tensor, sensor: str) -> Tensor:
+def _features(model: BundleEncoder, images: Tensor, known: SensorInput) -> Tensor:
     """Features `[B, D, s / p, s / p]` of stored values `[B, C, s, s]`, NaN where nothing was measured."""
     device = next(model.parameters()).device
-    tokens = model.forward_features(images.to(device), sensor)
+    tokens = model.forward_features(images.to(device), known.sensor.name, bands=known.bands)
     patches = tokens.patches.transpose(1, 2)  # [B, D, h*w]
     return patches.reshape(*patches.shape[:2], *tokens.grid).cpu()  # [B, D, h, w]
 
@@ -155,7 +139,3 @@ def _facts(model: BundleEncoder, known: SensorInput) -> Mapping[str, Any]:
         "sensor": known.sensor.to_dict(),
         "input": {**of_input, "gsd_m": known.gsd_m, "clip_std": known.clip_std},
     }
-
-
-def _warn(text: str) -> None:
-    print(f"ssl-eo: warning: {text}", file=sys.stderr, flush=True)

@@ -1,9 +1,11 @@
-"""Files that a kill, a full disk or a second process cannot spoil. Needs the standard library alone."""
+"""Files that a kill, a full disk or a second process cannot spoil, or let wait. Needs the standard library alone."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +13,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO
 
-__all__ = ["atomic_file", "atomic_write", "is_seen", "locked_folder", "own_file", "sync"]
+__all__ = ["atomic_file", "atomic_write", "check_regular", "is_seen", "locked_folder", "own_file", "sync"]
 
 _held: set[int] = set()  # handles of `own_file`
 
@@ -41,6 +43,21 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """Replace the file `path` by one that holds `content`, as `atomic_file` does."""
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_regular(path: Path, max_bytes: int | None = None) -> None:
+    """Raise `OSError` for what is there and is no file, or has more than `max_bytes`; what is missing passes.
+
+    Who opens a pipe waits for someone to write into it, and a device may have no end.
+    """
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return  # whoever opens it says so
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if max_bytes is not None and status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, expected at most {max_bytes:,}", str(path))
 
 
 def sync(path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
 from ssl_eo.components import one_line
-from ssl_eo.files import atomic_write
+from ssl_eo.files import atomic_write, check_regular
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import Sensor
@@ -182,6 +182,7 @@ def fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None
 def _read_page(folder: Path) -> dict[str, Any]:
     """The content of `encoder.json`, an object, as one of the format of this version."""
     try:
+        check_regular(folder / "encoder.json")
         page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None
@@ -255,11 +256,11 @@ def dataclass_from(cls: type, raw: Mapping[str, Any]) -> Any:
     values = {}
     for key, value in raw.items():
         if key not in hints:
-            raise ValueError(f"encoder config: unknown key {key!r}; written by a newer version of ssl_eo?")
+            raise ValueError(f"encoder config: unknown key {key!r:.80}; written by a newer version of ssl_eo?")
         if is_dataclass(hints[key]):
             value = dataclass_from(hints[key], value)
         elif not _fits(value, hints[key]):
-            raise ValueError(f"encoder config: {key} is {value!r}, which this version does not know ({spelt[key]})")
+            raise ValueError(f"encoder config: {key} is {value!r:.80}, which this version does not know ({spelt[key]})")
         values[key] = value
     return cls(**values)
 
@@ -278,5 +279,5 @@ def _fits(value: Any, hint: Any) -> bool:
 def count_or_none(key: str, value: Any) -> int | None:
     """`value`, checked to be null or a whole number from 1; errors name `key`."""
     if value is not None and (type(value) is not int or value < 1):
-        raise ValueError(f"{key} must be a whole number from 1 or null, got {value!r}")
+        raise ValueError(f"{key} must be a whole number from 1 or null, got {value!r:.80}")
     return value

@@ -192,6 +192,8 @@ class Sensor:
                     f" (subsets: {', '.join(known) or 'none'}; or give a list of band names)"
                 )
             return self.subsets[bands]
+        if not isinstance(bands, Iterable):
+            raise ValueError(f"bands of {self.name}: expected names or the name of a subset, got {bands!r:.80}")
         names = tuple(bands)
         self.index(names)
         return names
@@ -237,7 +239,7 @@ class Sensor:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{label}: {error}") from None
         data["bands"] = tuple(bands)
-        data["no_data"] = tuple(float(v) for v in data.get("no_data", ()))
+        data["no_data"] = _numbers(where, "no_data", data.get("no_data", ()))
         data["subsets"] = {k: tuple(v) for k, v in data.get("subsets", {}).items()}
         if data.get("true_color") is not None:
             data["true_color"] = tuple(data["true_color"])
@@ -298,6 +300,13 @@ def _known_keys(where: str, data: Mapping[str, Any], allowed: set[str]) -> None:
         if key not in allowed:
             names = sorted(allowed)
             raise ValueError(f"{where}: unknown key {key!r}{suggest(key, names)} (allowed: {', '.join(names)})")
+
+
+def _numbers(where: str, key: str, values: Any) -> tuple[float, ...]:
+    are_numbers = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+    if not are_numbers:
+        raise ValueError(f"{where}: {key} must be a list of numbers, got {values!r:.80}")
+    return tuple(map(float, values))
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:

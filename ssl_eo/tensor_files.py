@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_eo.files import atomic_write
+from ssl_eo.files import atomic_write, check_regular
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -30,6 +30,8 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64  # as in torch
+_MAX_NUMBER = 1 << 48  # no offset and no product of sizes reaches it: longer numbers take time to multiply
 
 
 class _Place(NamedTuple):
@@ -69,6 +71,7 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     Raises `ValueError` for a file that is not whole, or not the one of `sha256`.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
@@ -108,10 +111,15 @@ def _place(path: Path, name: str, entry: Any) -> _Place:
     except (KeyError, TypeError, ValueError):
         numbers = (None,)
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{path}: entry {name!r} of the header lacks a known dtype, a shape or data_offsets")
-    strides_fit = math.prod(size or 1 for size in shape) < 1 << 48
+        raise ValueError(f"{path}: entry {name!r:.80} of the header lacks a known dtype, a shape or data_offsets")
+    if len(shape) > _MAX_DIMENSIONS or max(numbers) >= _MAX_NUMBER:
+        raise ValueError(
+            f"{path}: tensor {name!r:.80} has more than {_MAX_DIMENSIONS} dimensions, or a size or an offset of"
+            f" {_MAX_NUMBER:,} or more"
+        )
+    strides_fit = math.prod(size or 1 for size in shape) < _MAX_NUMBER
     if not strides_fit or end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{path}: tensor {name!r} of shape {shape} and {dtype} has {end - start} bytes")
+        raise ValueError(f"{path}: tensor {name!r:.80} of shape {shape!s:.80} and {dtype} has {end - start} bytes")
     return _Place(start, end, dtype, tuple(shape))
 
 
@@ -120,7 +128,9 @@ def _check_places(path: Path, places: Mapping[str, _Place], n_bytes: int) -> Non
     expected = 0
     for name, place in sorted(places.items(), key=lambda item: item[1][:2]):
         if place.start != expected:
-            raise ValueError(f"{path}: tensor {name!r} starts at byte {place.start} of the body, expected {expected}")
+            raise ValueError(
+                f"{path}: tensor {name!r:.80} starts at byte {place.start} of the body, expected {expected}"
+            )
         expected = place.end
     if expected != n_bytes:
         raise ValueError(f"{path}: the tensors have {expected} bytes, the body of the file {n_bytes} (truncated?)")

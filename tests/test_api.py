@@ -133,6 +133,11 @@ def test_two_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
         (("dofa_vitb16", True), "pretrained is True: give the path or address"),
         (("dofa_vitb16", "gone.pth"), "gone.pth: no such file"),
         (("http://example.org/bundle.zip",), "begins with https://"),
+        (("a" * 5000,), "^a{200}: File name too long"),
+        (("dofa_vitb16", "a" * 5000), "^a{200}: File name too long"),
+        ((None,), "^None: expected a path, an address or a name, got a NoneType"),
+        ((b"/tmp",), "^b'/tmp': expected a path"),
+        (("dofa_vitb16", "a.pth", 5), "sha256 must be the first 8 to 64 hexadecimal digits, in lower case, got 5"),
     ],
 )
 def test_what_cannot_be_loaded(arguments: tuple[Any, ...], message: str) -> None:

@@ -34,10 +34,12 @@ def known(sensor: str, bands: Sequence[str]) -> SensorInput:
     return SensorInput(load_sensor(sensor), tuple(bands), mean, (500.0,) * n, 10.0)
 
 
-def bundle(folder: Path, inputs: dict[str, SensorInput], seed: int = 0, **changes: Any) -> Path:
+def bundle(
+    folder: Path, inputs: dict[str, SensorInput], seed: int = 0, n_channels: int | None = None, **changes: Any
+) -> Path:
     torch.manual_seed(seed)
     sizes = {"embed_dim": WIDTH, "depth": 1, "n_heads": 2, "patch_size": PATCH, "patch_embed": "dynamic"}
-    encoder = Encoder(EncoderConfig(**{**sizes, **changes}))
+    encoder = Encoder(EncoderConfig(**{**sizes, **changes}), n_channels)
     encoder.init_weights()
     write_bundle(folder, encoder, inputs, {"step": 0})
     return folder
@@ -127,6 +129,36 @@ def test_bands_by_number_half_precision_and_batches(tiny: Path, tmp_path: Path) 
     np.testing.assert_array_equal(read(tmp_path / "half.tif"), a.astype("float16").astype("float32"))
 
 
+def test_some_bands_of_the_sensor(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An encoder of any sensor looks at those that the file has; one that was built for its bands cannot."""
+    values = values_of(16, 16)
+    scene, out = write(tmp_path / "scene.tif", values[:2], BANDS[:2]), tmp_path / "out.tif"
+    assert embed(scene, tiny, out) == 2
+    assert capsys.readouterr().err == f"ssl-eo: {scene} has no band 'B02' (it holds B04, B03)\n"
+    assert embed(scene, tiny, out, "--sensor-bands", "B03", "B04") == 0
+    images = torch.from_numpy(values[1::-1].astype(np.float32))[None]
+    with torch.no_grad():
+        tokens = load_bundle(tiny).forward_features(images, "sentinel2_l2a", bands=["B03", "B04"])
+    np.testing.assert_allclose(read(out), tokens.patches[0].T.unflatten(1, (4, 4)), atol=1e-5)
+    with rasterio.open(out) as file:
+        assert file.tags()["bands"] == "B03 B04"
+    capsys.readouterr()
+    inputs = {"sentinel2_l2a": known("sentinel2_l2a", BANDS)}
+    fixed = bundle(tmp_path / "fixed", inputs, n_channels=3, patch_embed="conv")
+    assert embed(scene, fixed, tmp_path / "b.tif", "--sensor-bands", "B03", "B04") == 2
+    assert (
+        "--sensor-bands: bands of sentinel2_l2a: got B03, B04, this encoder (patch_embed: conv) takes B04, B03, B02"
+        in (capsys.readouterr().err)
+    )
+
+
+def test_a_scene_is_not_fetched(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("http://127.0.0.1:9/scene.tif", "/vsicurl/http://127.0.0.1:9/scene.tif", "gone.tif"):
+        assert main(["embed", name, "--model", str(tiny), "--out", str(tmp_path / "out.tif")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "there is no such file (a scene is read from a disk; fetch it before)" in line
+
+
 def test_a_table_of_patches(tiny: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     values = values_of(16, 24)
@@ -200,9 +232,16 @@ def test_models_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--bands", "1", "2"], "--bands: the model takes 3, B04, B03, B02; got 2"),
         (["--bands", "1", "2", "9"], "has no band 9"),
-        (["--window", "7"], "multiple of the patch, 4 pixels, got 7"),
-        (["--overlap", "1"], "overlap_ratio must be"),
-        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--bands", "1", "2", "1"], "(--bands): band 1 of scene.tif is named more than once"),
+        (["--sensor-bands", "B04", "B99"], "--sensor-bands: "),
+        (
+            ["--sensor-bands", "B04", "B08"],
+            "--sensor-bands: bands of sentinel2_l2a: this encoder has no statistics of B08",
+        ),
+        (["--window", "7"], "--window must be a multiple of the patch, 4 pixels, got 7"),
+        (["--window", "0"], "--window must be at least 1, got 0"),
+        (["--overlap", "1"], "--overlap must be"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--out", "features.npy"], "written to a .tif or a .parquet"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
@@ -232,8 +271,16 @@ def test_what_is_there_stays(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     scene, out = write(tmp_path / "scene.tif", values_of(16, 16)), tmp_path / "out.tif"
     out.write_text("mine")
     assert embed(scene, tiny, out) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already; give another path, or overwrite it (--overwrite)" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    notes = tmp_path / "out.tif.panels" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    assert embed(scene, tiny, out, "--overwrite") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out.tif.panels holds 'notes.txt', which no run of this command has made" in line
+    assert notes.read_text() == "precious"
+    notes.unlink()
     assert embed(scene, tiny, out, "--overwrite") == 0
     assert read(out).shape == (16, 4, 4)
 
@@ -252,6 +299,10 @@ def test_warnings_are_one_line(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     assert embed(reflectance, tiny, tmp_path / "b.tif") == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"ssl-eo: warning: {reflectance} holds float32, and sentinel2_l2a is stored as uint16")
+    empty = write(tmp_path / "empty.tif", np.zeros((3, 16, 16), "uint16"))
+    assert embed(empty, tiny, tmp_path / "c.tif") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ssl-eo: warning: {empty}: nothing of it was measured")
 
 
 def embed_and_die(scene: Path, model: Path, out: Path) -> None:

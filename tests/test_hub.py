@@ -33,6 +33,7 @@ from ssl_eo.hub import (
     write_bundle,
     write_tensors,
 )
+from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import load_sensor
 
@@ -178,6 +179,22 @@ def test_what_is_no_batch_of_images_is_refused(bundle: Path, images: Any, found:
             model(images, **given_as)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (1, 3, 0, 0)])
+def test_images_of_nothing_and_complex_ones_are_refused(bundle: Path, shape: tuple[int, ...]) -> None:
+    model = load_bundle(bundle)
+    for images in (torch.zeros(shape), torch.zeros(1, 3, 8, 8, dtype=torch.complex64)):
+        with pytest.raises(ValueError, match="images must be real numbers, at least one of each dimension"):
+            model(images, "sentinel2_l2a")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"), [({"sensor": []}, r"sensor \[\]: this"), ({"bands": 5}, "expected names")]
+)
+def test_what_names_no_sensor_and_no_bands(bundle: Path, said: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_bundle(bundle)(_images(), **{"sensor": "sentinel2_l2a", **said})
+
+
 def test_channels_must_describe_the_images(tmp_path: Path) -> None:
     _write(tmp_path, "channel_attention")
     model = load_bundle(tmp_path)
@@ -306,6 +323,12 @@ HOSTILE = {
     "shape is a truth": (_one(shape=[True, 2]), "entry 'a'"),
     "negative sizes": (_one(shape=[-2, -1]), "entry 'a'"),
     "huge sizes": (_one(shape=[0, 1 << 47, 1 << 47], offsets=[0, 0]), "has 0 bytes"),
+    "a shape of long numbers": (_one(shape=[int("9" * 4000)] * 400), "a size or an offset of 281,474,976,710,656"),
+    "many dimensions": (_one(shape=[1] * 65, offsets=[0, 4]), "has more than 64 dimensions"),
+    "a long name": (
+        _safetensors({"a" * 5000: {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, bytes(8)),
+        "has 8 b",
+    ),
     "one offset": (_one(offsets=[0]), "entry 'a'"),
     "offset is not a number": (_one(offsets=[float("nan"), 8]), "entry 'a'"),
     "negative offsets": (_one(offsets=[-8, 0]), "entry 'a'"),
@@ -475,6 +498,14 @@ WRONG_PAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "words for means": (_put(["a", "b", "c"], *S2, "mean"), "encoder.json: "),
     "zero std": (_put([1.0, 0.0, 1.0], *S2, "std"), "std and gsd_m positive"),
     "no size of pixels": (_put(float("nan"), *S2, "gsd_m"), "std and gsd_m positive"),
+    "means beyond float32": (_put([1e39] * 3, *S2, "mean"), "mean must be finite"),
+    "truths for means": (_put([True] * 3, *S2, "mean"), "mean must be finite"),
+    "std below float32": (_put([1e-44] * 3, *S2, "std"), "std and gsd_m positive"),
+    "a truth for metres": (_put(True, *S2, "gsd_m"), "std and gsd_m positive"),
+    "clip beyond float32": (_put(1e300, *S2, "clip_std"), "clip_std must be positive, at most 1e.06"),
+    "a word for no_data": (_put("123", *S2, "sensor", "no_data"), "no_data must be a list of numbers, got '123'"),
+    "a long word": (_put("x" * 100_000, "encoder", "patch_size"), "patch_size is 'xxx"),
+    "a long count": (_put([1] * 100_000, "n_channels"), "n_channels must be a whole number"),
     "unknown band": (_put(["B02", "B03", "B44"], *S2, "bands"), "has no band 'B44'"),
     "wrong wavelength": (
         lambda page: page["inputs"]["sentinel2_l2a"]["sensor"]["bands"][0].update(wavelength_um=443.0),
@@ -490,6 +521,38 @@ def test_malformed_description_is_one_clear_line(bundle: Path, tmp_path: Path, c
         load_bundle(_copy(bundle, tmp_path, change))
     assert str(caught.value).startswith(str(tmp_path))
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("position", ["sincos_resized", "sincos_3d"])
+def test_no_page_asks_for_a_table_without_bounds(bundle: Path, tmp_path: Path, position: str) -> None:
+    def change(page: dict[str, Any]) -> None:
+        page["encoder"].update(position=position, image_size=1028)
+
+    with pytest.raises(ValueError, match=r"image_size must be at most 256 patches, .* got 1028"):
+        load_bundle(_copy(bundle, tmp_path, change))
+    assert replace(SMALL, position="sincos_resized", image_size=1024).image_size == 1024
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "encoder.safetensors"])
+def test_a_pipe_is_no_part_of_a_bundle(bundle: Path, tmp_path: Path, name: str) -> None:
+    """Opening it would wait for ever."""
+    folder = _copy(bundle, tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match="it is no regular file"):
+        load_bundle(folder)
+
+
+def test_a_pair_names_the_argument_that_is_missing() -> None:
+    torch.manual_seed(0)
+    cfg = replace(SMALL, position="alibi", patch_embed="conv")
+    model = OpticalRadar.of_sizes(cfg, cfg, (3, 3), 1)
+    one = _inputs()
+    two = {**one, "other": one["sentinel2_l2a"]}
+    for inputs, argument in (({"optical": two, "radar": one}, "optical"), ({"optical": one, "radar": two}, "radar")):
+        with pytest.raises(ValueError, match=f"say which by {argument}_sensor=: sentinel2_l2a, other"):
+            BundlePair(model, inputs, {})(_images(), _images())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", '{"format":' + "[" * 200_000])

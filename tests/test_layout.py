@@ -99,6 +99,7 @@ ANYTHING = (
     "cli_eval_models",
     "cli_eval_tasks",
     "cli_report",
+    "cli_scenes",
     "__main__",
 )
 

@@ -3,7 +3,8 @@
 Memory is bounded by the window and the panel, not by the scene: `tiling.panel_bytes`, beside 64 MB of GDAL's and what
 the model takes. A finished panel is kept in the folder `OUT.panels` until the outputs are whole: a run that was killed
 goes on after the last of them, and panels of another scene, model or tiling are refused. Outputs are written under
-another name, `OUT.partial`, and renamed at the end: a file `OUT` is always a whole one.
+another name, `OUT.<random>.partial`, and renamed at the end: a file `OUT` is always a whole one. Files that no such run
+has made are neither replaced nor removed: a folder that holds any is refused.
 
 C bands, s side of a window in pixels, p side of a patch, B windows, K values of a cell, D features, h w cells of a
 panel.
@@ -11,13 +12,17 @@ panel.
 
 from __future__ import annotations
 
+import errno
 import json
-import shutil
+import os
+import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +37,9 @@ from ssl_eo.files import atomic_file, atomic_write, locked_folder, sync
 
 __all__ = ["SceneRun", "embed_scene", "map_scene", "predict_scene"]
 
-_FORMAT = "panels 1"
+_FORMAT = "panels 2"
+_RASTERS = (".tif", ".tiff")
+_OWN = re.compile(r"\.lock|inputs\.json|\d_\d{6,}\.npy|(inputs\.json|\d_\d{6,}\.npy)\.[0-9a-f]{8}\.partial")
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ def predict_scene(
     `BundleEncoder.prepare` takes them); their softmax is blended. Pixels of which no band was measured have no class.
     Raises as `map_scene` does.
     """
+    for path in (out, *([] if probabilities is None else [probabilities])):
+        if path.suffix not in _RASTERS:
+            raise ValueError(f"{path}: maps are written to a .tif file")
     outputs: list[Output] = [class_map(out, class_names, tags or {})]
     if probabilities is not None:
         outputs.append(value_map(probabilities, len(class_names), "float32", class_names, tags or {}))
@@ -88,7 +98,7 @@ def embed_scene(
     output: Output
     if out.suffix == ".parquet":
         output = TableOutput(out, n_features, dtype, tags or {})
-    elif out.suffix in (".tif", ".tiff"):
+    elif out.suffix in _RASTERS:
         output = value_map(out, n_features, dtype, (), tags or {})
     else:
         raise ValueError(f"{out}: features are written to a .tif or a .parquet file")
@@ -107,23 +117,30 @@ def map_scene(
     """Write all `outputs` from the `n_values` values that `model` gives for each cell of `scene`.
 
     Raises `ValueError` for paths that are taken, a model that gives something else, too little memory, and panels of a
-    killed run with another scene, model, tiling or memory; `OSError` for a scene that cannot be read and a disk that is
-    full. Finished panels stay then, and the same call goes on with them.
+    killed run with another scene, model, tiling or memory, or a folder of panels that holds something else; `OSError`
+    for a scene that cannot be read and a disk that is full. Finished panels stay then, and the same call goes on with
+    them. Warns where nothing of the scene was measured.
     """
     _check_paths(scene.path, [output.path for output in outputs], run.overwrite)
     side = panel_side(scene.shape, tiling, scene.n_bands, n_values, run.memory_bytes)
     folder = outputs[0].path.with_name(f"{outputs[0].path.name}.panels")
+    kept = _Panels(folder, panels(scene.grid.coarser(tiling.cell_px).shape, side))
+    kept.check()
     with locked_folder(folder, "write to another path"):
-        kept = _Panels(folder, panels(scene.grid.coarser(tiling.cell_px).shape, side))
         try:
-            kept.begin(_inputs(scene, outputs, tiling, run, softmax, side))
+            token = kept.begin(_inputs(scene, outputs, tiling, run, softmax, side))
             _make_panels(kept, scene, model, n_values, outputs, tiling, run, softmax)
-            _write_outputs(kept, scene, outputs, tiling, side)
+            if not any(outputs[0].has_values(stored) for _, stored in kept.load(0)):
+                warnings.warn(
+                    f"{scene.path}: nothing of it was measured, so there are no values to write", stacklevel=3
+                )
+            _write_outputs(kept, scene, outputs, tiling, side, run.overwrite, token)
         except BaseException:
             if not kept.has_any:
-                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # what went wrong before says more
+                    kept.remove()
             raise
-        shutil.rmtree(folder)
+        kept.remove()
 
 
 def _make_panels(
@@ -162,14 +179,18 @@ def _make_panels(
             make(i, box)
 
 
-def _write_outputs(kept: _Panels, scene: Scene, outputs: Sequence[Output], tiling: Tiling, side: int) -> None:
+def _write_outputs(
+    kept: _Panels, scene: Scene, outputs: Sequence[Output], tiling: Tiling, side: int, overwrite: bool, token: str
+) -> None:
     grid = scene.grid.coarser(tiling.cell_px)
-    unfinished = [output.path.with_name(f"{output.path.name}.partial") for output in outputs]
+    unfinished = [output.path.with_name(f"{output.path.name}.{token}.partial") for output in outputs]
     try:
         for i, (output, path) in enumerate(zip(outputs, unfinished, strict=True)):
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # GDAL would open what a kill has left
             output.write(path, grid, partial(kept.load, i), side)
             sync(path)
+        _check_paths(scene.path, [output.path for output in outputs], overwrite)  # others may have written meanwhile
         for output, path in zip(outputs, unfinished, strict=True):
             path.replace(output.path)
             sync(path.parent)
@@ -189,21 +210,65 @@ class _Panels:
     def has_any(self) -> bool:
         return any(self._folder.glob("*.npy"))
 
-    def begin(self, inputs: Mapping[str, Any]) -> None:
-        """Raise `ValueError` where there are panels that were made of something else."""
+    def check(self) -> None:
+        """Raise `ValueError` where the folder is a link or holds what no such run has made, which is left as it is."""
+        if self._folder.is_symlink():
+            raise ValueError(f"{self._folder} is a link, and panels are kept there: write to another path")
+        if not self._folder.is_dir():
+            return  # whoever makes it says so if it is a file
+        with os.scandir(self._folder) as entries:
+            foreign = sorted(e.name for e in entries if not _is_own(e))
+        if foreign:
+            raise ValueError(
+                f"{self._folder} holds {foreign[0]!r}, which no run of this command has made: write to another path, or"
+                " move the folder"
+            )
+        if self.has_any or self._inputs.exists():
+            self._begun()
+
+    def begin(self, inputs: Mapping[str, Any]) -> str:
+        """The random part of the names of unfinished outputs, the same for a run that goes on.
+
+        Raises `ValueError` where there are panels that were made of something else.
+        """
         if not self.has_any:
-            atomic_write(self._inputs, json.dumps(inputs, indent=1))
-        else:
-            try:
-                found = json.loads(self._inputs.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{self._inputs} cannot be read ({one_line(error)}): remove {self._folder}") from None
-            for key, value in inputs.items():
-                if found.get(key) != value:
-                    raise ValueError(
-                        f"{self._folder} holds panels of a run with another {key} ({_shown(found.get(key))}, now"
-                        f" {_shown(value)}): give what it was begun with, or remove the folder to begin anew"
-                    )
+            token = token_hex(4)
+            atomic_write(self._inputs, json.dumps({**inputs, "token": token}, indent=1))
+            return token
+        found = self._begun()
+        for key, value in inputs.items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"{self._folder} holds panels of a run with another {key} ({_shown(found.get(key))}, now"
+                    f" {_shown(value)}): give what it was begun with, or remove the folder to begin anew"
+                )
+        return str(found["token"])
+
+    def _begun(self) -> dict[str, Any]:
+        """What a run that was stopped has noted. Raises `ValueError` for what is no such note."""
+        hint = f"write to another path, or remove {self._folder}"
+        try:
+            found = json.loads(self._inputs.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self._inputs} cannot be read ({one_line(error)}): {hint}") from None
+        if not isinstance(found, dict) or not str(found.get("format")).startswith("panels "):
+            raise ValueError(f"{self._inputs} was not written by a run of this command: {hint}")
+        if found["format"] == _FORMAT and not re.fullmatch("[0-9a-f]{8}", str(found.get("token"))):
+            raise ValueError(f"{self._inputs} is damaged (token: {_shown(found.get('token'))}): {hint}")
+        return found
+
+    def remove(self) -> None:
+        """Remove what this run has made, and the folder unless something else was put there meanwhile."""
+        with os.scandir(self._folder) as entries:
+            own = [entry.path for entry in entries if _is_own(entry)]
+        for path in own:
+            Path(path).unlink()
+        try:
+            self._folder.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            warnings.warn(f"{self._folder} stays: it holds files that are not of this run", stacklevel=4)
 
     def has(self, i: int, n_outputs: int) -> bool:
         return all(self._path(o, i).exists() for o in range(n_outputs))
@@ -225,6 +290,11 @@ class _Panels:
 
     def _path(self, output: int, i: int) -> Path:
         return self._folder / f"{output}_{i:06d}.npy"
+
+
+def _is_own(entry: os.DirEntry[str]) -> bool:
+    """Whether it may be a file of a run: by its name, and no link."""
+    return _OWN.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
 
 
 def _inputs(
@@ -253,8 +323,10 @@ def _check_paths(scene: Path, paths: Sequence[Path], overwrite: bool) -> None:
                 raise ValueError(f"{path} is the scene itself: give another path")
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give the path of a file")
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists already; give another path, or overwrite it")
+        if os.path.lexists(path) and not overwrite:
+            raise ValueError(f"{path} exists already; give another path, or overwrite it (--overwrite)")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no regular file: give another path")
 
 
 def _shown(value: Any) -> str:

@@ -47,6 +47,10 @@ class Output(Protocol):
         """What is kept of `values [K, h, w]` float32, NaN where nothing was measured."""
         ...
 
+    def has_values(self, stored: NDArray[Any]) -> bool:
+        """Whether a panel holds anything that was measured."""
+        ...
+
     def write(self, path: Path, grid: Grid, panels: Panels, side: int) -> None:
         """Write all `panels`, of `side` cells, to `path`. Raises `OSError` that names the output if they do not fit."""
         ...
@@ -78,6 +82,10 @@ class RasterOutput:
         stored = _stored(self.convert(values), self.dtype, self.path)  # [n, h, w]
         stored[:, missing.cpu().numpy()] = self.no_data
         return stored
+
+    def has_values(self, stored: NDArray[Any]) -> bool:
+        missing = np.isnan(stored) if math.isnan(self.no_data) else stored == self.no_data
+        return not missing.all()
 
     def write(self, path: Path, grid: Grid, panels: Panels, side: int) -> None:
         rasterio = import_extra("geo", "rasterio", "writing a GeoTIFF")
@@ -163,6 +171,9 @@ class TableOutput:
 
     def panel(self, values: Tensor) -> NDArray[Any]:
         return _stored(values, self.dtype, self.path)
+
+    def has_values(self, stored: NDArray[Any]) -> bool:
+        return not np.isnan(stored).all()
 
     def write(self, path: Path, grid: Grid, panels: Panels, side: int) -> None:
         del side

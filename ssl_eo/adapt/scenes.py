@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_eo.adapt.tiling import Box, grid_of
-from ssl_eo.components import import_extra, suggest
+from ssl_eo.components import import_extra, one_line, suggest
 from ssl_eo.data.sources._rasters import open_raster, read_box
 from ssl_eo.sensors import Sensor
 
@@ -28,6 +28,7 @@ __all__ = ["Grid", "Scene"]
 
 _MAX_VALUES = 1 << 26  # read at once, in the stored dtype; more are read some bands after the others
 _CHUNK_BYTES = 1 << 20
+_CACHE_BYTES = 64 << 20  # of GDAL's blocks of a mask
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Scene:
     `bands` are what is read, in this order: names, or numbers of bands in the file as GDAL counts them, from 1; None
     for all. The file's bands are called as `file_bands` says, in file order; else as the file describes them; else as
     the bands of `sensor`, where it has as many. They are never guessed. `no_data` are stored values that mean nothing;
-    None: those of the file and of the sensor. NaN and infinity always mean nothing.
+    None: those of the file and of the sensor. NaN, infinity and pixels that a mask in the file hides always mean
+    nothing; an alpha band hides none, as many a near infrared band is written as alpha. A scene lies on a disk: nothing
+    is fetched.
 
     Raises `ValueError` or `OSError` with the path for a file or bands that cannot be used, and warns of a scene without
     a reference system, whose outputs have none either.
@@ -76,6 +79,8 @@ class Scene:
         no_data: Sequence[float] | None = None,
     ) -> None:
         self.path = path
+        if not path.exists():  # GDAL would take the path for an address
+            raise ValueError(f"{path}: there is no such file (a scene is read from a disk; fetch it before)")
         rasterio = import_extra("geo", "rasterio", "reading a scene")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # ours says more
@@ -83,12 +88,15 @@ class Scene:
         try:
             names = _names_of(self._file, file_bands, sensor)
             wanted = bands if bands is not None else range(1, self._file.count + 1)
-            self.channels = tuple(_channel(path, band, names, self._file.count) for band in wanted)
+            self.channels = tuple(_channel(path, band, names, self._file.count, sensor) for band in wanted)
             if not self.channels:
                 raise ValueError(f"bands: none of {path} is named")
+            if twice := [i + 1 for i in self.channels if self.channels.count(i) > 1]:
+                raise ValueError(f"bands (--bands): band {twice[0]} of {path} is named more than once")
         except ValueError:
             self.close()
             raise
+        self._masked_by = _mask_of(self._file, self.channels)
         self.bands = tuple(names[i] if names else str(i + 1) for i in self.channels)
         transform = self._file.transform
         coefficients = (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
@@ -125,17 +133,46 @@ class Scene:
                 for value in self.no_data:
                     values[some][stored == value] = np.nan
         values[np.isinf(values)] = np.nan
+        if self._masked_by is not None:
+            values[:, self._hidden(self._masked_by, box)] = np.nan
         return torch.from_numpy(values)
 
-    def doubt(self, sensor: Sensor) -> str | None:
-        """What speaks against its values being those of `sensor`: floats, such as reflectances, for integers."""
-        found = self._file.dtypes[self.channels[0]]
-        if (np.dtype(found).kind == "f") == (np.dtype(sensor.dtype).kind == "f"):
-            return None
-        return (
-            f"{self.path} holds {found}, and {sensor.name} is stored as {sensor.dtype} (unit {sensor.unit}, scale"
-            f" {sensor.scale:g}): what is made of it means little unless the values are in the same unit"
-        )
+    def _hidden(self, band: int, box: Box) -> NDArray[np.bool_]:
+        """`[h, w]`: which pixels the mask of `band`, from 1, hides. Raises `OSError` for one that cannot be decoded."""
+        import rasterio
+
+        window = rasterio.windows.Window(box[1], box[0], box[3], box[2])
+        try:
+            with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES):
+                hidden: NDArray[np.bool_] = self._file.read_masks(band, window=window) == 0
+        except rasterio.errors.RasterioError as error:
+            raise OSError(f"{self.path} is truncated or damaged: its mask: {one_line(error)}") from None
+        return hidden
+
+    def doubts(self, sensor: Sensor) -> list[str]:
+        """What speaks against its values being those of `sensor`, a line each.
+
+        Floats, such as reflectances, where the sensor has integers; integers of fewer bytes; a scale or an offset that
+        is not the sensor's.
+        """
+        unless = "what is made of it means little unless the values are in the same unit"
+        found = []
+        expected = np.dtype(sensor.dtype)
+        for dtype in dict.fromkeys(np.dtype(self._file.dtypes[i]) for i in self.channels):
+            is_float = dtype.kind == "f"
+            if is_float != (expected.kind == "f") or (not is_float and dtype.itemsize < expected.itemsize):
+                found.append(
+                    f"{self.path} holds {dtype}, and {sensor.name} is stored as {expected} (unit {sensor.unit}, scale"
+                    f" {sensor.scale:g}): {unless}"
+                )
+        for pair in dict.fromkeys((self._file.scales[i], self._file.offsets[i]) for i in self.channels):
+            if pair not in ((1.0, 0.0), (sensor.scale, sensor.offset)):
+                found.append(
+                    f"{self.path} says that its values are to be scaled by {pair[0]:g}, with an offset of {pair[1]:g};"
+                    f" {sensor.name} has {sensor.scale:g} and {sensor.offset:g}, and values are taken as they are"
+                    f" stored: {unless}"
+                )
+        return found
 
     def digest(self) -> str:
         """A digest of all bytes of the file."""
@@ -174,7 +211,7 @@ def _names_of(file: Any, file_bands: Sequence[str] | None, sensor: Sensor | None
     return names
 
 
-def _channel(path: Path, band: str | int, names: tuple[str, ...], count: int) -> int:
+def _channel(path: Path, band: str | int, names: tuple[str, ...], count: int, sensor: Sensor | None) -> int:
     """Which band of the file, from 0, a name or a number from 1 means."""
     if isinstance(band, int):
         if not 1 <= band <= count:
@@ -182,12 +219,22 @@ def _channel(path: Path, band: str | int, names: tuple[str, ...], count: int) ->
         return band - 1
     if not names:
         raise ValueError(
-            f"{path} holds {count} bands and does not say which; name them all, in file order, in file_bands"
-            f" (needed is {band!r})"
+            f"{path} holds {count} bands and does not say which; give their numbers in bands (--bands), or name them"
+            f" all, in file order, in file_bands of Python (needed is {band!r})"
         )
     if band not in names:
         shown = ", ".join(names[:16]) + (f", ... {count} in all" if count > 16 else "")
-        raise ValueError(f"{path} has no band {band!r}{suggest(band, list(names))} (it holds {shown})")
+        is_right = sensor is not None and band in sensor.band_names  # and so no other was meant
+        meant = "" if is_right else suggest(band, list(names))
+        raise ValueError(f"{path} has no band {band!r}{meant} (it holds {shown})")
     if names.count(band) > 1:
-        raise ValueError(f"{path} has several bands {band!r}: tell them apart by file_bands, or by their numbers")
+        raise ValueError(f"{path} has several bands {band!r}: give their numbers in bands (--bands)")
     return names.index(band)
+
+
+def _mask_of(file: Any, channels: Sequence[int]) -> int | None:
+    """The first of the bands, from 1, that a mask in the file hides pixels of; None without."""
+    from rasterio.enums import MaskFlags
+
+    flags = ((i + 1, file.mask_flag_enums[i]) for i in channels)
+    return next((i for i, found in flags if MaskFlags.per_dataset in found and MaskFlags.alpha not in found), None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssl_eo.adapt.backbone import Backbone, EncoderBackbone, clip_of
 from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
 from ssl_eo.eval.decoders import TapMaps, TapShape
-from ssl_eo.files import atomic_write
+from ssl_eo.files import atomic_write, check_regular
 from ssl_eo.hub import (
     check_blocks,
     count_or_none,
@@ -145,13 +145,16 @@ def load_ensemble(folder: str | Path) -> list[Specialist]:
     folder = Path(folder)
     where = folder / _PAGE
     try:
+        check_regular(where)
         page = json.loads(where.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: not an ensemble ({_PAGE}: {error})") from None
     if not isinstance(page, dict) or not isinstance(page.get("specialists"), list):
         raise ValueError(f"{folder}: not an ensemble ({_PAGE} holds no object with a list of specialists)")
-    if page.get("format") != FORMAT:
-        raise ValueError(f"{where}: ensemble format {page.get('format')}, this version reads {FORMAT}; update ssl_eo")
+    if type(page.get("format")) is not int or page["format"] != FORMAT:
+        raise ValueError(
+            f"{where}: ensemble format {page.get('format')!r:.40}, this version reads {FORMAT}; update ssl_eo"
+        )
     with faults_of(where):
         _check_names([entry["name"] for entry in page["specialists"]])
     return [_load_specialist(folder, entry) for entry in page["specialists"]]
@@ -229,6 +232,7 @@ def _on_meta(cfg: EncoderConfig | ConvNeXtConfig, n_channels: int | None, tensor
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
+        check_regular(path)
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

@@ -14,11 +14,14 @@ from ssl_eo.adapt.samples import SamplesConfig
 from ssl_eo.adapt.training import TrainingConfig
 from ssl_eo.components import check_names
 from ssl_eo.eval.decoders import decoder_config, kinds_of
+from ssl_eo.eval.features import check_taps
 from ssl_eo.eval.tasks import TaskConfig
 
 __all__ = ["UNET", "Cell", "EncoderChoice", "EnsembleChoice", "StudyConfig"]
 
 UNET = "unet"  # the control that no pretraining and no decoder is part of
+_MAX_RESAMPLES = 100_000  # intervals move no more; every cell keeps as many numbers
+_MAX_RANK = 4096
 
 
 @dataclass
@@ -51,6 +54,12 @@ class EncoderChoice:
     model: str
     taps: list[float] | None = None  # ratios of the depth that decoders are given; None: 1/3, 1/2, 2/3 and 1
     ensemble: EnsembleChoice = field(default_factory=EnsembleChoice)  # of an ensemble
+
+    def __post_init__(self) -> None:
+        if self.taps is not None:
+            check_taps(self.taps)
+            if sorted(self.taps) != self.taps:
+                raise ValueError(f"taps must rise with the depth, got {self.taps}")
 
 
 @dataclass
@@ -96,8 +105,10 @@ class StudyConfig:
             raise ValueError(
                 f"encoders: {UNET!r} is the name of the control; give another, or leave it out (unset unet)"
             )
-        if self.n_resamples < 0:
-            raise ValueError(f"n_resamples must be at least 0, got {self.n_resamples}")
+        if not 0 <= self.n_resamples <= _MAX_RESAMPLES:
+            raise ValueError(f"n_resamples must be from 0 to {_MAX_RESAMPLES:,}, got {self.n_resamples}")
+        if self.lora.rank > _MAX_RANK:
+            raise ValueError(f"lora.rank must be at most {_MAX_RANK:,}: no encoder is wider, got {self.lora.rank}")
         if self.country is not None and (len(self.country) != 3 or not self.country.isalpha()):
             raise ValueError(f"country takes three letters, such as FRA, got {self.country!r}")
 

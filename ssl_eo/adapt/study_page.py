@@ -44,6 +44,7 @@ _COSTS: dict[str, Callable[[Record], float | None]] = {
 }
 _CLASS_MEASURE = {"segmentation": "iou"}  # of others: recall
 _MAX_CONFUSIONS = 4
+_CLOSE_ACROSS, _CLOSE_UP = 0.08, 0.07  # shares of the width and height of a chart, within which labels would overlap
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,15 @@ def models_of(records: Iterable[Record]) -> list[Model]:
 
 
 def study_tables(models: Sequence[Model], task: str) -> list[Table]:
-    """Scores by decoder, metrics side by side, classes, specialists of ensembles, and costs of the models of a task."""
+    """Scores by decoder, metrics side by side, classes, specialists of ensembles, how the models of a task were
+    trained, and their costs.
+    """
     own = [m for m in models if m.task == task]
     trainings = list(dict.fromkeys(m.training for m in own))
     tables = [_scores(task, [m for m in own if m.training == t], t if len(trainings) > 1 else "") for t in trainings]
     of_ensembles = [m for m in own if m.records[0]["specialists"] is not None]
     found = [_specialists(task, of_ensembles)] if of_ensembles else []
-    return [*tables, _side_by_side(task, own), _classes(task, own), *found, _costs(task, own)]
+    return [*tables, _side_by_side(task, own), _classes(task, own), *found, _trainings(task, own), _costs(task, own)]
 
 
 def print_study(records: Sequence[Record], stream: TextIO) -> None:
@@ -218,6 +221,25 @@ def _specialists(task: str, models: Sequence[Model]) -> Table:
     return Table(f"{task}: specialists", "model", columns, rows)
 
 
+def _trainings(task: str, models: Sequence[Model]) -> Table:
+    """Of how many samples, what was chosen on validation, which bands of an encoder were not there.
+
+    Where seeds differ, each once.
+    """
+    rows = []
+    for m in models:
+        sizes = [_each(f"{r['n_samples'][split]:,}" for r in m.records) for split in ("train", "val", "test")]
+        chosen = [_each(f"{r['lr']:g}" for r in m.records), _each(f"{r['step']:,}" for r in m.records)]
+        missing = _each(", ".join(r["missing_bands"]) or "none" for r in m.records)
+        rows.append(Row(_title(m), "", [Cell(text) for text in (*sizes, *chosen, missing)]))
+    columns = ["train", "val", "test samples", "learning rate", "step", "bands it knows that are missing"]
+    return Table(f"{task}: training", "model", columns, rows)
+
+
+def _each(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(texts))
+
+
 def _costs(task: str, models: Sequence[Model]) -> Table:
     """Means over seeds; columns that nobody measured are left out."""
     shown: dict[str, list[float]] = {}
@@ -233,17 +255,22 @@ def _charts(models: Sequence[Model], name: str) -> list[str]:
     metric = models[0].metric
     encoders = list(dict.fromkeys(m.encoder for m in models))
     series = {encoder: None if encoder == UNET else i % 6 for i, encoder in enumerate(encoders)}
+    ranked = sorted(models, key=lambda m: -_known(m.mean(metric)))
+    scores = [in_unit(metric, _known(m.mean(metric))) for m in ranked]
     bars = [
-        Bar(_title(m), in_unit(metric, _known(m.mean(metric))), _bounds(m), series[m.encoder])
-        for m in sorted(models, key=lambda m: -_known(m.mean(metric)))
+        Bar(f"{_title(m)}  {i}", score, _bounds(m), series[m.encoder])
+        for i, (m, score) in enumerate(zip(ranked, scores, strict=True), start=1)
     ]
+    places = [(float(m.records[0]["forward_gflop"]), score) for m, score in zip(ranked, scores, strict=True)]
     points = [
-        Point(_title(m), m.records[0]["forward_gflop"], in_unit(metric, _known(m.mean(metric))), series[m.encoder])
-        for m in models
+        Point(label, *place, series[m.encoder])
+        for m, place, label in zip(ranked, places, _point_labels(places), strict=True)
     ]
     drawn = [
         draw_bars(metric_text(metric), bars, f"{name}-bars"),
-        draw_points(f"{metric_text(metric)} over cost", points, [], "GFLOP a sample, forward", f"{name}-cost"),
+        draw_points(
+            f"{metric_text(metric)} over cost, by number", points, [], "GFLOP a sample, forward", f"{name}-cost"
+        ),
     ]
     # Those that were best on validation: what is shown is not picked by its score on the test.
     chosen = [m for m in models if m.records[0]["confusion"] is not None]
@@ -252,6 +279,23 @@ def _charts(models: Sequence[Model], name: str) -> list[str]:
         confusion = np.sum([r["confusion"] for r in m.records], axis=0)
         drawn.append(draw_confusion(_title(m), confusion, m.records[0]["classes"], f"{name}-confusion{i}"))
     return drawn
+
+
+def _point_labels(places: Sequence[tuple[float, float]]) -> list[str]:
+    """Numbers from 1 of the points `places` of a cost and a score; of those that lie close, all stand at the first.
+
+    Names of models would cover each other: protocols of an encoder cost the same.
+    """
+    costs, scores = np.array(places).T  # [models]
+    across = np.log(costs) / np.log(
+        4 * costs.max() / costs.min()
+    )  # of the width: the axis has a half and twice as well
+    up = scores / max(np.ptp(scores), 1e-12)
+    members: dict[int, list[str]] = {}
+    for i in range(len(places)):
+        near = (j for j in members if abs(across[i] - across[j]) < _CLOSE_ACROSS and abs(up[i] - up[j]) < _CLOSE_UP)
+        members.setdefault(next(near, i), []).append(str(i + 1))
+    return [", ".join(members.get(i, [])) for i in range(len(places))]
 
 
 def _bounds(model: Model) -> tuple[float, float] | None:

@@ -11,7 +11,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +28,10 @@ from ssl_eo.adapt.opened_task import OpenedTask
 from ssl_eo.adapt.saved import save_model
 from ssl_eo.adapt.study import UNET, Cell, StudyConfig
 from ssl_eo.adapt.study_code import study_code
+from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.training import Fitted, fit, predict
 from ssl_eo.adapt.workbench import Workbench
+from ssl_eo.components import one_line
 from ssl_eo.eval.bootstrap import interval_of, resampled_scores
 from ssl_eo.eval.claims import Claim, work_through
 from ssl_eo.eval.failures import failure
@@ -50,33 +53,73 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
     """Train all cells of `cfg` that have no result in `out`, together with other processes that do the same.
 
     Returns the records of all its cells, in their order. What fails is a record, and the rest goes on; the next call
-    tries it again. Raises `ValueError` where an encoder cannot be opened, before anything is trained.
+    tries it again. Raises `ValueError` where an encoder cannot be opened, `out` not be written, or the device is none,
+    before anything is trained.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    all_cells = list(cfg.cells())
-    runner = _Runner(cfg, out, {cell: f"{i}/{len(all_cells)}" for i, cell in enumerate(all_cells, start=1)})
-    cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in all_cells}
-    work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
-    found = read_study(out)
-    return [found[key] for key in map(runner.key_of, cells.values()) if key in found]
+    _check_device(cfg.device)
+    runner = _Runner(cfg, out)
+    cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in cfg.cells()}  # opens encoders
+    _check_writable(out)
+    try:
+        work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
+    except KeyboardInterrupt:
+        n_done = sum(record["kind"] == "result" for record in _records_of(out, runner, cells.values()))
+        sys.stderr.write(f"{n_done} of {len(cells)} cells are done; the same command goes on\n")
+        raise
+    return _records_of(out, runner, cells.values())
 
 
 def read_study(folder: Path) -> dict[str, dict[str, Any]]:
     """The newest record of each cell in a folder, by key; that of a failure gives way to any result."""
     found: dict[str, dict[str, Any]] = {}
-    for record in read_jsonl(folder / RECORDS):
-        if not {"key", "kind", "cell"} <= record.keys():
-            continue
+    for record in read_jsonl(folder / RECORDS, is_of_study):
         if record["kind"] == "result" or found.get(record["key"], {}).get("kind") != "result":
             found[record["key"]] = record
     return found
 
 
+def _records_of(out: Path, runner: _Runner, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+    """Those of `cells` in `out`. A key has no names of encoders and trainings, so they are shown by those asked for."""
+    found = read_study(out)
+    keys = {cell: runner.key_of(cell) for cell in cells}
+    return [{**found[key], "cell": asdict(cell)} for cell, key in keys.items() if key in found]
+
+
+def _check_device(name: str | None) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: {name!r} cannot be used ({one_line(error)}); give cpu or cuda:0") from None
+
+
+def _check_writable(out: Path) -> None:
+    """Raise `ValueError` where records of cells could not be added to the folder `out`, which is made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: no folder can be made here ({error.strerror}); give another --out") from None
+    try:
+        with _appending(out):
+            pass
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be written ({error.strerror}); give another --out") from None
+
+
+@contextmanager
+def _appending(out: Path) -> Iterator[JsonLines]:
+    with (out / f".{RECORDS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with JsonLines(out / RECORDS) as file:
+            yield file
+
+
 class _Runner:
     """Works on cells, one after another."""
 
-    def __init__(self, cfg: StudyConfig, out: Path, places: Mapping[Cell, str]) -> None:
-        self._cfg, self._out, self._places = cfg, out, places
+    def __init__(self, cfg: StudyConfig, out: Path) -> None:
+        self._cfg, self._out = cfg, out
+        cells = list(cfg.cells())
+        self._places = {cell: f"{i}/{len(cells)}" for i, cell in enumerate(cells, start=1)}
         self._bench = Workbench(cfg)
         self._tasks = {task.name: task for task in cfg.tasks}
 
@@ -102,13 +145,8 @@ class _Runner:
         sys.stderr.write(f"{self._places[cell]} {cell.name}, {seconds:.0f} s\n")
         sys.stderr.flush()
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        self._append({"key": key, "cell": asdict(cell), **found, "asked": self._facts(cell), "date": date})
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        with (self._out / f".{RECORDS}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with JsonLines(self._out / RECORDS) as file:
-                file.write(record)
+        with _appending(self._out) as file:
+            file.write({"key": key, "cell": asdict(cell), **found, "asked": self._facts(cell), "date": date})
 
     def _facts(self, cell: Cell) -> dict[str, Any]:
         cfg = self._cfg

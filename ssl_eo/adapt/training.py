@@ -74,6 +74,9 @@ class TrainingConfig:
                 "encoder_lr_ratio must be positive and layer_decay in (0, 1], got"
                 f" {self.encoder_lr_ratio} and {self.layer_decay}"
             )
+        for key in ("weight_decay", "features_gb"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"{key} must be finite and at least 0, got {getattr(self, key)}")
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ValueError(f"clip_grad_norm must be positive or null, got {self.clip_grad_norm}")
 

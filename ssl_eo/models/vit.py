@@ -51,6 +51,7 @@ SIZES = {  # width, blocks, heads
     "huge": (1280, 32, 16),
     "giant": (1536, 40, 24),
 }
+_MAX_GRID = 256  # patches a side; no file bounds the tables that are computed
 
 
 @dataclass
@@ -128,6 +129,10 @@ class EncoderConfig:
         if self.position in ("learned", "sincos_resized", "sincos_3d") and self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
+            )
+        if self.position in ("sincos_resized", "sincos_3d") and self.image_size > _MAX_GRID * self.patch_size:
+            raise ValueError(
+                f"image_size must be at most {_MAX_GRID} patches, a table of all is made, got {self.image_size}"
             )
         if not self.reference_gsd_m > 0:
             raise ValueError(f"reference_gsd_m must be positive metres, got {self.reference_gsd_m}")

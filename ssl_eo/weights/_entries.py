@@ -22,7 +22,11 @@ def open_bundle(where: str | Path, sha256: str | None = None) -> BundleEncoder |
 
     Raises `ValueError` for anything else, and as `load_bundle` and `local_file` do.
     """
-    if Path(where).is_dir():
+    try:
+        is_folder = Path(where).is_dir()
+    except OSError as error:  # a name that is too long
+        raise ValueError(f"{where!s:.200}: {error.strerror}") from None
+    if is_folder:
         if sha256 is not None:
             raise ValueError(
                 f"{where}: sha256 is that of a file, and this is a folder, which has its own; leave it out"

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ssl_eo.components import one_line
+from ssl_eo.files import check_regular
 from ssl_eo.hub import read_tensors
+from ssl_eo.weights._downloads import how_to_renew
 
 __all__ = ["find_encoder", "is_plain", "load_pickled", "read_state_dict"]
 
@@ -102,6 +104,7 @@ def _quoted(prefixes: list[str]) -> str:
 def _is_safetensors(path: Path) -> bool:
     """Whether a JSON object follows the 8 bytes of its length, as in no pickle and no zip archive."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             return file.read(9)[8:] == b"{"
     except OSError as error:
@@ -116,13 +119,15 @@ def load_pickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # Of damaged bytes torch raises whatever they lead it to: IndexError, AssertionError, BadZipFile, struct.error, ...
     except Exception as error:
-        if unsafe := re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error)):
+        if unsafe := re.search(r"(?:[Uu]nsupported (?:global: )?GLOBAL|Unsupported class) (\S+)", str(error)):
             raise ValueError(
                 f"{path}: holds Python objects ({unsafe[1]}) beside tensors, which could run code when they are read;"
                 " if you trust the file, load it with torch.load and save its state dict alone"
             ) from None
         reason = f"{type(error).__name__}: {one_line(error)}"[:_MAX_REASON]
-        raise ValueError(f"{path}: neither a safetensors file nor one of torch.save, or damaged ({reason})") from None
+        raise ValueError(
+            f"{path}: neither a safetensors file nor one of torch.save, or damaged ({reason}){how_to_renew(path)}"
+        ) from None
 
 
 def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:

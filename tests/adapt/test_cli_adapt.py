@@ -75,7 +75,7 @@ def test_the_command_writes_records_and_pages(studied: Path, capsys: pytest.Capt
     assert len((out / "study.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path) -> None:
+def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bands are found by name; a window of the whole scene gives what the model gives; CRS and no-data are kept."""
     import rasterio
 
@@ -85,7 +85,10 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path) -> None:
     out, likely = tmp_path / "classes.tif", tmp_path / "likely.tif"
     command = ["predict", str(tmp_path / "scene.tif"), "--model", str(model), "--out", str(out), *names]
     assert main([*command, "--probabilities", str(likely), "--window", "44", "--overlap", "0"]) == 0
+    assert capsys.readouterr().out == f"wrote {out}, {likely}\n"
     with rasterio.open(out) as file, rasterio.open(likely) as other:
+        assert (file.tags()["model"], file.tags()["sensor"]) == (model.name, SENSOR)
+        assert file.tags()["bands"].split() == names[1:]
         classes, probabilities = file.read(1), other.read()
         assert file.crs.to_epsg() == 32632
         assert file.transform == rasterio.transform.from_origin(6e5, 5e6, 10, 10)
@@ -105,8 +108,11 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path) -> None:
     [
         (["--bands", "1", "2"], "--bands: the model takes 4, "),
         (["--bands", "1", "2", "3", "9"], "9"),
-        (["--window", "7"], "multiple of the patch"),
-        (["--overlap", "1"], "overlap_ratio must be"),
+        (["--window", "7"], "--window must be a multiple of the patch"),
+        (["--window", "0"], "--window must be at least 1, got 0"),
+        (["--overlap", "1"], "--overlap must be"),
+        (["--out", "map.png"], "map.png: maps are written to a .tif file"),
+        (["--bands", "1", "2", "3", "1"], "band 1 of"),
         (["--model", "gone"], "gone: not a trained model"),
     ],
 )

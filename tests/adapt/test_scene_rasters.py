@@ -221,16 +221,64 @@ def test_what_was_not_measured(tmp_path: Path) -> None:
         assert scene.no_data == (3.0, *naip.no_data)
 
 
+def test_pixels_that_a_mask_hides_were_not_measured(tmp_path: Path) -> None:
+    """Of a mask in the file; a band that is called alpha may be the near infrared, and hides nothing."""
+    hidden = np.zeros((40, 50), bool)
+    hidden[5:20, 7:33] = True
+    values = values_of((4, 40, 50), "uint8")
+    values[3] = np.where(hidden, 0, 255)
+    path = write_scene(tmp_path / "scene.tif", values[:3])
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as file:
+        file.write_mask(~hidden)
+    with Scene(path, [2, 1]) as scene:
+        np.testing.assert_array_equal(scene.read((0, 0, 40, 50)).isnan(), np.broadcast_to(hidden, (2, 40, 50)))
+        part = scene.read((4, 6, 10, 20)).numpy()
+        predict_scene(scene, three_classes, NAMES, tmp_path / "o.tif", TILING, RUN)
+    np.testing.assert_array_equal(part[0], np.where(hidden, np.nan, values[1])[4:14, 6:26])
+    np.testing.assert_array_equal(read(tmp_path / "o.tif")[0] == 255, hidden)
+
+    path = write_scene(tmp_path / "rgba.tif", values, photometric="RGB", alpha="YES")
+    with rasterio.open(path) as file:
+        assert rasterio.enums.MaskFlags.alpha in file.mask_flag_enums[0]
+    with Scene(path, [1, 2, 3]) as scene:
+        np.testing.assert_array_equal(scene.read((0, 0, 40, 50)), values[:3])
+
+
+def test_what_speaks_against_the_values(tmp_path: Path) -> None:
+    sensor = load_sensor("sentinel2_l2a")
+    values = values_of((2, 9, 9))
+
+    def doubts(values: NDArray[Any], scale: float = 1.0, offset: float = 0.0) -> list[str]:
+        path = write_scene(tmp_path / "scene.tif", values)
+        with rasterio.open(path, "r+") as file:
+            file.scales, file.offsets = (1.0, scale), (0.0, offset)
+        with Scene(path) as scene:
+            return scene.doubts(sensor)
+
+    assert doubts(values) == doubts(values.astype("int16")) == []
+    assert doubts(values, sensor.scale, sensor.offset) == []
+    (narrow,) = doubts(values.astype("uint8"))
+    assert "scene.tif holds uint8, and sentinel2_l2a is stored as uint16" in narrow
+    (tagged,) = doubts(values, 0.5, -1000.0)
+    assert "scaled by 0.5, with an offset of -1000; sentinel2_l2a has 0.0001 and" in tagged
+    assert len(doubts(values.astype("float32"), 0.5)) == 2
+
+
 def test_a_scene_of_nothing(tmp_path: Path) -> None:
     path = write_scene(tmp_path / "scene.tif", np.zeros((2, 20, 30), "uint8"), nodata=0)
 
     def never(pixels: Tensor) -> Tensor:
         raise AssertionError
 
+    nothing = r"scene\.tif: nothing of it was measured"
     with Scene(path) as scene:
-        predict_scene(scene, never, NAMES, tmp_path / "o.tif", TILING, RUN)
+        with pytest.warns(UserWarning, match=nothing):
+            predict_scene(scene, never, NAMES, tmp_path / "o.tif", TILING, RUN)
+        with pytest.warns(UserWarning, match=nothing):
+            embed_scene(scene, never, 6, tmp_path / "o.tiff", PATCHES, RUN)
         pytest.importorskip("pyarrow")
-        embed_scene(scene, never, 6, tmp_path / "o.parquet", PATCHES, RUN)
+        with pytest.warns(UserWarning, match=nothing):
+            embed_scene(scene, never, 6, tmp_path / "o.parquet", PATCHES, RUN)
     assert (read(tmp_path / "o.tif") == 255).all()
     assert len(pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "o.parquet")) == 0
 
@@ -321,22 +369,25 @@ def test_bands_are_chosen_by_name_or_number(tmp_path: Path) -> None:
     assert seen(named, ["b", 1], file_bands=("a", "b", "c", "d")) == [1, 0]
     assert seen(twice, ["y", 1]) == [2, 0]
     for args, options, match in (
-        ((path, ["B02"]), {}, r"plain\.tif holds 4 bands and does not say which; name them all.*\(needed is 'B02'\)"),
+        ((path, ["B02"]), {}, r"plain\.tif holds 4 bands and does not say which; give .*--bands.*\(needed is 'B02'\)"),
         ((path, ["B02"], load_sensor("sentinel2_l2a")), {}, "holds 4 bands and does not say which"),
         ((path, ["a"]), {"file_bands": ("a", "b")}, "holds 4 bands, file_bands names 2: name all, in file order"),
         ((named, ["B03", "B8"]), {}, r"no band 'B8'; did you mean 'B08'\? \(it holds B08, B04, B03, B02\)"),
         ((path, [5]), {}, "has no band 5: it holds bands 1 to 4"),
         ((path, [0]), {}, "has no band 0"),
         ((path, []), {}, "none of .* is named"),
-        ((twice, ["x"]), {}, "several bands 'x': tell them apart by file_bands, or by their numbers"),
+        ((twice, ["x"]), {}, r"several bands 'x': give their numbers in bands \(--bands\)"),
+        ((path, [1, 2, 1]), {}, r"--bands.*: band 1 of .*plain\.tif is named more than once"),
+        ((named, ["B03", 3]), {}, r"band 3 of .*named\.tif is named more than once"),
     ):
         with pytest.raises(ValueError, match=match):
             Scene(*args, **options)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"none\.tif is not a readable GeoTIFF: .*No such file"):
-        Scene(tmp_path / "none.tif")
+    for name in (tmp_path / "none.tif", "http://127.0.0.1:9/none.tif", "/vsicurl/http://127.0.0.1:9/none.tif"):
+        with pytest.raises(ValueError, match=r"none\.tif: there is no such file \(a scene is read from a disk"):
+            Scene(Path(name))
     (tmp_path / "text.tif").write_text("no raster")
     with pytest.raises(OSError, match=r"text\.tif is not a readable GeoTIFF"):
         Scene(tmp_path / "text.tif")
@@ -378,9 +429,15 @@ def test_paths_that_are_taken(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"o\.tif exists already; give another path, or overwrite it"):
             predict(tmp_path / "o.tif")
         assert (tmp_path / "o.tif").read_text() == "mine"
-        (tmp_path / "o.tif.partial").write_text("half of a file, left by a process that was killed")
+        (tmp_path / "o.tif.partial").write_text("mine too")
         predict(tmp_path / "o.tif", run=anyhow)
-        assert not (tmp_path / "o.tif.partial").exists()
+        assert [p.read_text() for p in tmp_path.glob("*.partial")] == ["mine too"]
+        (tmp_path / "dangling.tif").symlink_to(tmp_path / "gone.tif")
+        with pytest.raises(ValueError, match=r"dangling\.tif exists already; .*--overwrite"):
+            predict(tmp_path / "dangling.tif")
+        os.mkfifo(tmp_path / "pipe.tif")
+        with pytest.raises(ValueError, match=r"pipe\.tif is no regular file"):
+            predict(tmp_path / "pipe.tif", run=anyhow)
         assert read(tmp_path / "o.tif").shape == (1, 20, 20)
         predict(tmp_path / "new" / "o.tif", tmp_path / "other" / "p.tif")
         assert read(tmp_path / "other" / "p.tif").shape == (3, 20, 20)
@@ -521,12 +578,78 @@ def test_panels_of_something_else_are_refused(stopped: tuple[Path, Path, SceneRu
         embed()
     kept[0].unlink()
     (tmp_path / "o.tif.panels" / "inputs.json").write_text("{")
-    with pytest.raises(ValueError, match=r"inputs\.json cannot be read .*: remove .*o\.tif\.panels"):
+    with pytest.raises(ValueError, match=r"inputs\.json cannot be read .*, or remove .*o\.tif\.panels"):
         embed()
     assert not out.exists()
     shutil.rmtree(tmp_path / "o.tif.panels")
     embed()
     np.testing.assert_array_equal(read(out), blend(as_tensor(read(path)), patch_means, PATCHES))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("notes.txt", "precious", r"o\.tif\.panels holds 'notes\.txt', which no run of this command has made"),
+        ("0_000000.npy/notes.txt", "precious", "holds '0_000000.npy', which no run"),
+        ("inputs.json", '{"mine": 1}', r"inputs\.json was not written by a run of this command"),
+        ("inputs.json", "[1]", "was not written by a run"),
+        ("inputs.json", '{"format": "panels 2", "token": "/../../mine"}', r"inputs\.json is damaged \(token"),
+        ("0_000000.npy", "precious", r"inputs\.json cannot be read"),
+    ],
+)
+def test_a_folder_that_is_not_of_a_run_stays_as_it_is(tmp_path: Path, name: str, content: str, match: str) -> None:
+    file = tmp_path / "o.tif.panels" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with Scene(write_scene(tmp_path / "scene.tif", values_of((2, 20, 20)))) as scene:
+        with pytest.raises(ValueError, match=match):
+            predict_scene(scene, three_classes, NAMES, tmp_path / "o.tif", TILING, SceneRun({}, overwrite=True))
+        assert file.read_text() == content
+        assert len(list((tmp_path / "o.tif.panels").iterdir())) == 1  # nothing was added, not even a lock
+        (tmp_path / "link.tif.panels").symlink_to(tmp_path / "o.tif.panels")
+        with pytest.raises(ValueError, match=r"link\.tif\.panels is a link"):
+            predict_scene(scene, three_classes, NAMES, tmp_path / "link.tif", TILING, RUN)
+    assert len(list((tmp_path / "o.tif.panels").iterdir())) == 1
+
+
+def test_what_is_put_there_meanwhile_stays(tmp_path: Path) -> None:
+    """A file in the folder of panels, and one in the place of the output."""
+    out, notes = tmp_path / "o.tif", tmp_path / "o.tif.panels" / "notes.txt"
+
+    def with_notes(pixels: Tensor) -> Tensor:
+        notes.write_text("precious")
+        return three_classes(pixels)
+
+    def with_output(pixels: Tensor) -> Tensor:
+        (tmp_path / "p.tif").write_text("mine")
+        return three_classes(pixels)
+
+    with Scene(write_scene(tmp_path / "scene.tif", values_of((2, 20, 20)))) as scene:
+        with pytest.warns(UserWarning, match=r"o\.tif\.panels stays"):
+            predict_scene(scene, with_notes, NAMES, out, TILING, RUN)
+        assert read(out).shape == (1, 20, 20)
+        assert [p.name for p in notes.parent.iterdir()] == ["notes.txt"]
+        with pytest.raises(ValueError, match=r"p\.tif exists already"):
+            predict_scene(scene, with_output, NAMES, tmp_path / "p.tif", TILING, RUN)
+    assert (tmp_path / "p.tif").read_text() == "mine"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_a_kill_leaves_of_an_output_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that goes on writes to the same unfinished file, so none stays."""
+    out = tmp_path / "o.tif"
+    with Scene(write_scene(tmp_path / "scene.tif", values_of((2, 20, 20)))) as scene:
+        with monkeypatch.context() as patched:
+            patched.setattr("ssl_eo.adapt.scene_maps.sync", lambda path: raise_killed())
+            patched.setattr("pathlib.Path.unlink", lambda path, missing_ok=False: None)  # a killed process removes none
+            with pytest.raises(Killed):
+                predict_scene(scene, three_classes, NAMES, out, TILING, RUN)
+        (left,) = tmp_path.glob("o.tif.????????.partial")
+        left.write_bytes(left.read_bytes()[:50])
+        never, _ = counting(three_classes, 0, raise_killed)
+        predict_scene(scene, never, NAMES, out, TILING, RUN)
+    assert read(out).shape == (1, 20, 20)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.tif", "scene.tif"]
 
 
 def test_a_batch_of_another_size_may_go_on(stopped: tuple[Path, Path, SceneRun]) -> None:

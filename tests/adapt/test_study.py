@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,8 @@ from toy_study import bundle, opened_task, study, task
 
 from ssl_eo.adapt.examples import Examples
 from ssl_eo.adapt.saved import load_model
-from ssl_eo.adapt.study_page import models_of, print_study, study_tables, write_study_page
+from ssl_eo.adapt.study_page import _point_labels, models_of, print_study, study_tables, write_study_page
+from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.study_run import RECORDS, read_study, run_study
 from ssl_eo.jsonl import read_jsonl
 
@@ -125,19 +127,23 @@ def test_pages_and_tables_hold_every_model(
     records = done[2]
     models = models_of(records)
     assert Counter(len(m.records) for m in models) == {2: 9}
-    scores, side, classes, costs = study_tables(models, "scenes")
+    scores, side, classes, training, costs = study_tables(models, "scenes")
     assert [row.title for row in scores.rows][-1] == "UNet from scratch"
     assert scores.columns[-1] == "unet"
     assert [bool(row.cells[-1].text) for row in scores.rows] == [*[False] * (len(scores.rows) - 1), True]
     assert not any(cell.text for cell in scores.rows[-1].cells[:-1])
     assert sum(cell.is_best for row in scores.rows for cell in row.cells) == 1
-    assert len(side.rows) == len(classes.rows) == len(costs.rows) == 9
+    assert len(side.rows) == len(classes.rows) == len(training.rows) == len(costs.rows) == 9
+    for row in training.rows:
+        assert [cell.text for cell in row.cells[:4]] == ["12", "12", "12", "0.01"]
+        assert row.cells[-1].text == "none"
     html, markdown, latex = write_study_page(records, tmp_path, "a study")
     text = html.read_text()
     assert text.count("<svg") >= 3
     assert "src=" not in text
     assert "tiny, finetune, fcn" in text
-    assert markdown.read_text().count("\n## ") == 3
+    assert text.count("UNet from scratch  ") == 1  # in the bars; points have its number alone
+    assert markdown.read_text().count("\n## ") == 4
     assert r"\toprule" in latex.read_text()
     print_study(records, sys.stdout)
     assert "UNet from scratch" in capsys.readouterr().out
@@ -183,6 +189,14 @@ def test_an_architecture_without_weights_is_for_random_protocols(tmp_path: Path)
         ({"encoders": {"unet": {"model": "x"}}}, "is the name of the control"),
         ({"seeds": [1, 1]}, "each once"),
         ({"country": "France"}, "three letters"),
+        ({"n_resamples": 10**29}, "n_resamples must be from 0 to 100,000"),
+        ({"lora": {"rank": 10**29}}, "lora.rank must be at most 4,096"),
+        ({"encoders": {"m": {"model": "x", "taps": [1, 2]}}}, r"encoders\.m.*above 0 and up to 1"),
+        ({"encoders": {"m": {"model": "x", "taps": []}}}, r"encoders\.m.*above 0 and up to 1, got \[\]"),
+        ({"encoders": {"m": {"model": "x", "taps": [0.5, 0.5]}}}, r"encoders\.m.*differ in their first two decimals"),
+        ({"encoders": {"m": {"model": "x", "taps": [1.0, 0.5]}}}, r"encoders\.m.*must rise with the depth"),
+        ({"trainings": {"a": {"weight_decay": -1}}}, r"trainings\.a.*weight_decay must be finite and at least 0"),
+        ({"trainings": {"a": {"features_gb": -1}}}, r"trainings\.a.*features_gb must be finite and at least 0"),
         ({"trainings": {"a": {"n_step": 3}}}, r"trainings\.a\.n_step: unknown key; did you mean 'n_steps'"),
     ],
 )
@@ -198,4 +212,92 @@ def test_an_encoder_that_is_not_there_is_named_before_anything_is_trained(tiny: 
     ):
         with pytest.raises(ValueError, match=message):
             run_study(study(tiny, encoders={"lost": {"model": model}}), tmp_path)
-    assert not (tmp_path / RECORDS).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_or_used_is_refused_before_anything_is_trained(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: Any) -> None:
+        raise AssertionError("a cell was begun")
+
+    monkeypatch.setattr("ssl_eo.adapt.study_run._Runner.work", trained)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / RECORDS).mkdir(parents=True)
+    for out, changes, message in (
+        ("file", {}, r"file: no folder can be made here \(File exists\); give another"),
+        ("folder", {}, r"study\.jsonl: cannot be written \(Is a directory\)"),
+        ("new", {"device": "x"}, "^device: 'x' cannot be used"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_study(study(tiny, **changes), tmp_path / out)
+
+
+def test_an_interrupted_study_says_what_is_done(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssl_eo.adapt.study_run._Runner.work", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study(tiny, seeds=[0, 1]), tmp_path)
+    assert "0 of 2 cells are done; the same command goes on" in capsys.readouterr().err
+
+
+def test_lines_that_are_no_records_are_left_out(
+    done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A page of what is read can always be drawn."""
+    good = done[2][0]
+    assert is_of_study(good)
+    metric = good["metric"]
+    odd: list[dict[str, Any]] = [
+        {"key": [], "kind": "result", "cell": {}},
+        {"key": {}, "kind": "error", "cell": {}},
+        {"key": good["key"], "kind": "result", "cell": good["cell"]},
+        {"key": good["key"], "kind": "error", "cell": good["cell"]},
+        *({**good, "kind": kind} for kind in ([], "note", None)),
+        *({**good, "cell": cell} for cell in ("x", {}, {**good["cell"], "seed": "0"}, {**good["cell"], "task": 3})),
+        *({**good, "scores": scores} for scores in ("x", {}, {metric: math.nan}, {metric: None}, {metric: True})),
+        *({**good, "metric": metric} for metric in ("__class__", [], "r2")),
+        *({**good, "resampled": text} for text in ("zzz", 3, good["resampled"][:-8])),
+        *({**good, "confusion": confusion} for confusion in ([[1]], [1], "x", good["confusion"][:-1])),
+        *({**good, "per_class": columns} for columns in ([], {"support": [1]}, {**good["per_class"], "iou": [1]})),
+        *({**good, "asked": asked} for asked in (None, {}, {**good["asked"], "task": {"kind": "segmentation"}})),
+        *({**good, "curves": curves} for curves in ([], [{}], [{"lr": 1, "scores": [None]}], 3)),
+        *({**good, "specialists": of} for of in ("x", {}, {"run": "x", "of": [], "by": None, "seconds": 1})),
+        *({**good, "n_samples": n} for n in (None, {}, {"train": -1, "val": 1, "test": 1})),
+        *({**good, name: "x"} for name in ("n_trained", "forward_gflop", "energy_kwh", "missing_bands", "n_groups")),
+        {**good, "forward_gflop": 0.0},
+    ]
+    for record in odd:
+        assert not is_of_study(record), record
+    (tmp_path / RECORDS).write_text("".join(json.dumps(record) + "\n" for record in [*odd, good, *odd]))
+    assert read_study(tmp_path) == {good["key"]: good}
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"line 1 and {2 * len(odd) - 1} more: no record of this file; left out" in caplog.text
+
+
+def test_records_are_shown_by_the_names_that_are_asked_for(tiny: Path, tmp_path: Path) -> None:
+    """The same encoder by another name is not trained again."""
+    cfg = study(tiny)
+    (trained,) = run_study(cfg, tmp_path)
+    other = {**trained, "cell": {**trained["cell"], "encoder": "somebody else's"}}
+    (tmp_path / RECORDS).write_text(json.dumps(other) + "\n")
+    assert run_study(cfg, tmp_path) == [trained]
+
+
+def test_bands_that_an_encoder_lacks_are_on_the_page(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
+    first, second = done[2][0], done[2][1]
+    records = [{**first, "missing_bands": ["B05", "B06"], "step": 1200}, {**second, "missing_bands": []}]
+    tables = {table.title: table for table in study_tables(models_of(records), "scenes")}
+    training = tables["scenes: training"]
+    assert [row.cells[-1].text for row in training.rows] == ["B05, B06", "none"]
+    assert training.rows[0].cells[-2].text == "1,200"
+
+
+def test_points_that_lie_close_share_one_label() -> None:
+    places = [(1.0, 30.0), (100.0, 29.0), (1.02, 29.8), (1.0, 20.0), (102.0, 29.1), (1.0, 20.0)]
+    assert _point_labels(places) == ["1, 3", "2, 5", "", "4, 6", "", ""]
+    assert _point_labels([(2.0, 5.0)]) == ["1"]

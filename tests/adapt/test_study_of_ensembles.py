@@ -17,6 +17,7 @@ from ssl_eo.adapt.specialists import write_ensemble
 from ssl_eo.adapt.study_page import models_of, study_tables
 from ssl_eo.adapt.study_run import read_study, run_study
 from ssl_eo.adapt.workbench import Workbench
+from ssl_eo.cli import main
 
 RGB, RADAR = ("B04", "B03", "B02"), ("VV", "VH")
 BANDS = ("B02", "B03", "B04", "B08")
@@ -250,3 +251,15 @@ def test_random_weights_are_of_single_encoders(folder: Path, tmp_path: Path) -> 
     cfg = of_scenes(folder, encoders=ensembles(folder, all={}), protocols=["random_frozen"])
     (record,) = run_study(cfg, tmp_path)
     assert "protocol random_frozen is for vision transformers" in record["error"]
+
+
+@pytest.mark.parametrize("inside", ["", "specialists/new", "../{name}"])
+def test_an_ensemble_is_not_written_among_what_it_is_made_of(
+    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle(tmp_path / "radar", depth=6)
+    out = tmp_path / inside.format(name=tmp_path.name)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["export-ensemble", str(tmp_path), "--out", str(out)]) == 2
+    assert "where runs and bundles lie; give a folder outside of it" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

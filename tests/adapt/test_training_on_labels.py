@@ -214,6 +214,9 @@ def test_pixels_alone_are_a_backbone_without_weights() -> None:
         ({"n_steps": 2, "n_evaluations": 3}, "n_evaluations 3 exceeds n_steps 2"),
         ({"layer_decay": 0.0}, r"layer_decay in \(0, 1\]"),
         ({"clip_grad_norm": 0.0}, "positive or null"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
+        ({"weight_decay": math.nan}, "weight_decay must be finite and at least 0, got nan"),
+        ({"features_gb": -1.0}, "features_gb must be finite and at least 0, got -1.0"),
     ],
 )
 def test_wrong_keys_of_training_are_refused(keys: dict[str, Any], message: str) -> None:

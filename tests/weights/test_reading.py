@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import struct
 import tempfile
 import zipfile
@@ -199,6 +200,13 @@ def test_a_damaged_file_is_read_or_refused(at: int, byte: int, zipped: bool) -> 
     assert "\n" not in reason
 
 
+class _Code:
+    """Unpickled, it would run a command."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("false",))
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("<html>not found</html>")
     (tmp_path / "config.pth").write_text("train: {name: x}\n")
@@ -209,11 +217,15 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-1])
     saved(tmp_path / "objects.pth", {"model": ENCODER, "when": datetime.date(2020, 1, 1)})
     saved(tmp_path / "tensor.pth", torch.ones(3))
+    saved(tmp_path / "code.pth", {"a": _Code()})
+    os.mkfifo(tmp_path / "pipe")
     saved(tmp_path / "numbers.pth", {"epoch": 3, "lr": 0.1})
     saved(tmp_path / "twice.pth", {"a": torch.ones(1), "module.a": torch.ones(1)})
     problems = {
         "absent.pth": "No such file",
-        ".": "Is a directory",
+        ".": "it is no regular file",
+        "pipe": "it is no regular file",
+        "code.pth": r"holds Python objects \(posix.system\) beside tensors, which could run code",
         "text.pth": "neither a safetensors file nor one of torch.save",
         "config.pth": "neither a safetensors file nor one of torch.save",
         "empty.pth": "neither a safetensors file nor one of torch.save",

@@ -1,0 +1,142 @@
+"""What a line of study.jsonl must hold to be a record of a study.
+
+The page takes what is named here for granted. Anything else in such a file was written by somebody else, or is damaged.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, get_args
+
+from ssl_eo.adapt.study import Cell
+from ssl_eo.eval.kinds import Kind
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER
+from ssl_eo.eval.records import key_of
+
+__all__ = ["is_of_study"]
+
+Check = Callable[[Any], bool]
+
+_LARGEST = 1e300  # of a number that is still one after a sum
+_SPLITS = ("train", "val", "test")
+
+
+def is_of_study(record: Mapping[str, Any]) -> bool:
+    """Whether it is a record of study.jsonl: a model that was trained, or what could not be."""
+    checks = _CHECKS.get(str(record.get("kind")))
+    if checks is None or not all(key in record and check(record[key]) for key, check in checks.items()):
+        return False
+    return record["kind"] == "error" or _is_whole(record)
+
+
+def _is_whole(result: Mapping[str, Any]) -> bool:
+    """Whether it is of what its key stands for, and nothing is told of some classes alone, or of some resamples."""
+    asked, columns, confusion = result["asked"], result["per_class"], result["confusion"]
+    if key_of(asked) != result["key"] or not _is_task(asked.get("task")):
+        return False
+    packed = result["resampled"]
+    if packed is not None and _n_packed(packed) != asked.get("n_resamples"):
+        return False
+    measure = "iou" if asked["task"]["kind"] == "segmentation" else "recall"
+    if columns and not (measure in columns and _list_of(_is_count)(columns.get("support"))):
+        return False
+    of_classes = [*columns.values(), *([] if confusion is None else [confusion, *confusion])]
+    return result["metric"] in result["scores"] and all(len(of) == len(result["classes"]) for of in of_classes)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0
+
+
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, str) and value in HIGHER_IS_BETTER
+
+
+def _is_task(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("kind") in get_args(Kind)
+
+
+def _is_cell(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Cell)}:
+        return False
+    seed = value["seed"]
+    return type(seed) is int and all(_is_text(part) for name, part in value.items() if name != "seed")
+
+
+def _is_curves(value: Any) -> bool:
+    """Scores on validation, one at least of which is defined: by it the weights were chosen."""
+    if not _list_of(lambda curve: isinstance(curve, dict))(value):
+        return False
+    scores = [curve.get("scores") for curve in value]
+    return all(_list_of(_or_none(_is_number))(of) for of in scores) and any(s is not None for of in scores for s in of)
+
+
+def _is_specialists(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"run", "of", "by", "seconds"} <= value.keys():
+        return False
+    are_named = _list_of(_is_text)(value["run"]) and _list_of(_is_text)(value["of"])
+    return are_named and _or_none(_is_text)(value["by"]) and _is_number(value["seconds"])
+
+
+def _is_samples(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_count(value.get(split)) for split in _SPLITS)
+
+
+def _n_packed(text: str) -> float:
+    """How many numbers are in it; nan where it is not what `ssl_eo.eval.records.packed` returns."""
+    try:
+        return len(base64.b64decode(text, validate=True)) / 4
+    except (ValueError, binascii.Error):
+        return math.nan
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(check(inner) for inner in value)
+
+
+def _dict_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(check(inner) for inner in value.values())
+
+
+_HEAD: dict[str, Check] = {"key": _is_text, "cell": _is_cell}
+_RESULT: dict[str, Check] = {
+    "asked": lambda value: isinstance(value, dict),
+    "metric": _is_metric,
+    "classes": _list_of(_is_text),
+    "missing_bands": _list_of(_is_text),
+    "n_samples": _is_samples,
+    "scores": _dict_of(_is_number),
+    "resampled": _or_none(_is_text),
+    "per_class": _dict_of(_list_of(_or_none(_is_number))),
+    "confusion": _or_none(_list_of(_list_of(_is_count))),
+    "curves": _is_curves,
+    "specialists": _or_none(_is_specialists),
+    **dict.fromkeys(("n_groups", "n_trained", "n_parameters", "step"), _is_count),
+    **dict.fromkeys(("lr", "forward_gflop"), _is_positive),
+    **dict.fromkeys(("memory_gb", "seconds_train", "samples_per_s"), _is_number),
+    **dict.fromkeys(("energy_kwh", "co2_kg"), _or_none(_is_number)),
+}
+_CHECKS: dict[str, dict[str, Check]] = {
+    "result": {**_HEAD, **_RESULT},
+    "error": {**_HEAD, "error": _is_text},
+}
