@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 SMALL = ("dinov2_vits14", "prithvi_eo_v2_tiny_tl")  # whole in half a second
 TINY = SMALL[1]
 ALL = reference_names()
+MOST_WIDTH = 768  # of those that are computed whole here; `ssl-eo doctor --models` does it for all
 
 
 def test_every_published_architecture_has_one() -> None:
@@ -52,9 +53,13 @@ def test_small_ones_whole(name: str) -> None:
     assert set(outputs_of(name)) == set(reference_of(name)["outputs"])
 
 
+def _width(name: str) -> int:
+    return (PAIRS[name] if name in PAIRS else base.find_released(name)).config.width
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(ALL) - set(SMALL)))
-def test_all_whole(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in ALL if name not in SMALL and _width(name) <= MOST_WIDTH])
+def test_those_of_middle_size_whole(name: str) -> None:
     found = compare(name)
     assert found.is_same, found
 
