@@ -8,20 +8,17 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
 from ssl_eo.adapt.study import Cell
 from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
 from ssl_eo.eval.records import key_of
+from ssl_eo.eval.value_checks import Check, dict_of, is_count, is_metric, is_number, is_text, list_of, or_none
 
 __all__ = ["is_of_study"]
 
-Check = Callable[[Any], bool]
-
-_LARGEST = 1e300  # of a number that is still one after a sum
 _SPLITS = ("train", "val", "test")
 
 
@@ -42,30 +39,14 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
     if packed is not None and _n_packed(packed) != asked.get("n_resamples"):
         return False
     measure = "iou" if asked["task"]["kind"] == "segmentation" else "recall"
-    if columns and not (measure in columns and _list_of(_is_count)(columns.get("support"))):
+    if columns and not (measure in columns and list_of(is_count)(columns.get("support"))):
         return False
     of_classes = [*columns.values(), *([] if confusion is None else [confusion, *confusion])]
     return result["metric"] in result["scores"] and all(len(of) == len(result["classes"]) for of in of_classes)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-
-
 def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value) and value >= 0
-
-
-def _is_metric(value: Any) -> bool:
-    return isinstance(value, str) and value in HIGHER_IS_BETTER
+    return is_number(value) and value > 0
 
 
 def _is_task(value: Any) -> bool:
@@ -76,26 +57,26 @@ def _is_cell(value: Any) -> bool:
     if not isinstance(value, dict) or value.keys() != {field.name for field in fields(Cell)}:
         return False
     seed = value["seed"]
-    return type(seed) is int and all(_is_text(part) for name, part in value.items() if name != "seed")
+    return type(seed) is int and all(is_text(part) for name, part in value.items() if name != "seed")
 
 
 def _is_curves(value: Any) -> bool:
     """Scores on validation, one at least of which is defined: by it the weights were chosen."""
-    if not _list_of(lambda curve: isinstance(curve, dict))(value):
+    if not list_of(lambda curve: isinstance(curve, dict))(value):
         return False
     scores = [curve.get("scores") for curve in value]
-    return all(_list_of(_or_none(_is_number))(of) for of in scores) and any(s is not None for of in scores for s in of)
+    return all(list_of(or_none(is_number))(of) for of in scores) and any(s is not None for of in scores for s in of)
 
 
 def _is_specialists(value: Any) -> bool:
     if not isinstance(value, dict) or not {"run", "of", "by", "seconds"} <= value.keys():
         return False
-    are_named = _list_of(_is_text)(value["run"]) and _list_of(_is_text)(value["of"])
-    return are_named and _or_none(_is_text)(value["by"]) and _is_number(value["seconds"])
+    are_named = list_of(is_text)(value["run"]) and list_of(is_text)(value["of"])
+    return are_named and or_none(is_text)(value["by"]) and is_number(value["seconds"])
 
 
 def _is_samples(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_count(value.get(split)) for split in _SPLITS)
+    return isinstance(value, dict) and all(is_count(value.get(split)) for split in _SPLITS)
 
 
 def _n_packed(text: str) -> float:
@@ -106,37 +87,25 @@ def _n_packed(text: str) -> float:
         return math.nan
 
 
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(check(inner) for inner in value)
-
-
-def _dict_of(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(check(inner) for inner in value.values())
-
-
-_HEAD: dict[str, Check] = {"key": _is_text, "cell": _is_cell}
+_HEAD: dict[str, Check] = {"key": is_text, "cell": _is_cell}
 _RESULT: dict[str, Check] = {
     "asked": lambda value: isinstance(value, dict),
-    "metric": _is_metric,
-    "classes": _list_of(_is_text),
-    "missing_bands": _list_of(_is_text),
+    "metric": is_metric,
+    "classes": list_of(is_text),
+    "missing_bands": list_of(is_text),
     "n_samples": _is_samples,
-    "scores": _dict_of(_is_number),
-    "resampled": _or_none(_is_text),
-    "per_class": _dict_of(_list_of(_or_none(_is_number))),
-    "confusion": _or_none(_list_of(_list_of(_is_count))),
+    "scores": dict_of(is_number),
+    "resampled": or_none(is_text),
+    "per_class": dict_of(list_of(or_none(is_number))),
+    "confusion": or_none(list_of(list_of(is_count))),
     "curves": _is_curves,
-    "specialists": _or_none(_is_specialists),
-    **dict.fromkeys(("n_groups", "n_trained", "n_parameters", "step"), _is_count),
+    "specialists": or_none(_is_specialists),
+    **dict.fromkeys(("n_groups", "n_trained", "n_parameters", "step"), is_count),
     **dict.fromkeys(("lr", "forward_gflop"), _is_positive),
-    **dict.fromkeys(("memory_gb", "seconds_train", "samples_per_s"), _is_number),
-    **dict.fromkeys(("energy_kwh", "co2_kg"), _or_none(_is_number)),
+    **dict.fromkeys(("memory_gb", "seconds_train", "samples_per_s"), is_number),
+    **dict.fromkeys(("energy_kwh", "co2_kg"), or_none(is_number)),
 }
 _CHECKS: dict[str, dict[str, Check]] = {
     "result": {**_HEAD, **_RESULT},
-    "error": {**_HEAD, "error": _is_text},
+    "error": {**_HEAD, "error": is_text},
 }

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
 from ssl_eo.eval.partitions import parse_partition
+from ssl_eo.eval.value_checks import Check, dict_of, is_count, is_metric, is_number, is_text, list_of, or_none
 
 __all__ = ["is_of_evaluation", "is_of_training"]
-
-Check = Callable[[Any], bool]
-
-_LARGEST = 1e300  # of a number that is still one after a sum
 
 
 def is_of_evaluation(record: Mapping[str, Any]) -> bool:
@@ -30,34 +26,18 @@ def is_of_training(record: Mapping[str, Any]) -> bool:
     """Whether it is a record of eval.jsonl: of a probe, of health, of an error, of what was put off."""
     kind = _kind(record)
     checks = _OF_TRAINING.get(kind)
-    if checks is None or not _holds(record, {"step": _is_count, **checks, **_may(_COMMON)}):
+    if checks is None or not _holds(record, {"step": is_count, **checks, **_may(_COMMON)}):
         return False
     if kind == "probe":
-        return _is_number(record.get(record["metric"]))
+        return is_number(record.get(record["metric"]))
     if "probe" in record and "tap" not in record:
         return False
     return kind == "skipped" or "task" in record or "source" in record
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-
-
 def _is_figure(value: Any) -> bool:
     """A number, or what stands for none."""
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-
-
-def _is_metric(value: Any) -> bool:
-    return isinstance(value, str) and value in HIGHER_IS_BETTER
 
 
 def _is_partition(value: Any) -> bool:
@@ -68,11 +48,11 @@ def _is_partition(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    return _is_count(value) and value > 0
+    return is_count(value) and value > 0
 
 
 def _is_source(value: Any) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("name")) and isinstance(value.get("options"), dict)
+    return isinstance(value, dict) and is_text(value.get("name")) and isinstance(value.get("options"), dict)
 
 
 def _is_seed(value: Any) -> bool:
@@ -80,7 +60,7 @@ def _is_seed(value: Any) -> bool:
 
 
 def _is_interval(value: Any) -> bool:
-    return _list_of(_is_number)(value) and len(value) == 2
+    return list_of(is_number)(value) and len(value) == 2
 
 
 def _is_packed(value: Any) -> bool:
@@ -89,18 +69,6 @@ def _is_packed(value: Any) -> bool:
         return len(base64.b64decode(value, validate=True)) % 4 == 0
     except (TypeError, ValueError, binascii.Error):
         return False
-
-
-def _or_none(check: Check) -> Check:
-    return lambda value: value is None or check(value)
-
-
-def _list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(check(inner) for inner in value)
-
-
-def _dict_of(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(check(inner) for inner in value.values())
 
 
 def _is_anything(value: Any) -> bool:
@@ -142,54 +110,54 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
 
 
 _HEAD: dict[str, Check] = {
-    **dict.fromkeys(("key", "job", "task", "features"), _is_text),
-    "model": _or_none(_is_text),
-    **_may(dict.fromkeys(("date", "metric", "kind_of_task", "dataset", "subset", "size"), _is_text)),
-    **_may({"step": _or_none(_is_count), "commit": _or_none(_is_text)}),
-    **_may({"tap": _is_text, "probe": _is_text, "partition": _is_text, "seed": _is_seed}),
+    **dict.fromkeys(("key", "job", "task", "features"), is_text),
+    "model": or_none(is_text),
+    **_may(dict.fromkeys(("date", "metric", "kind_of_task", "dataset", "subset", "size"), is_text)),
+    **_may({"step": or_none(is_count), "commit": or_none(is_text)}),
+    **_may({"tap": is_text, "probe": is_text, "partition": is_text, "seed": _is_seed}),
 }
 _RESULT: dict[str, Check] = {
-    **dict.fromkeys(("subset", "size", "tap", "probe"), _is_text),
-    "metric": _is_metric,
+    **dict.fromkeys(("subset", "size", "tap", "probe"), is_text),
+    "metric": is_metric,
     "partition": _is_partition,
     "partition_of": lambda value: value in ("all", "published", "nested"),
-    **dict.fromkeys(("n_train", "n_val", "n_groups", "n_resamples", "n_features", "size_px"), _is_count),
+    **dict.fromkeys(("n_train", "n_val", "n_groups", "n_resamples", "n_features", "size_px"), is_count),
     "n_test": _is_positive,
-    **dict.fromkeys(("weights", "pool"), _or_none(_is_text)),
-    "step": _or_none(_is_count),
+    **dict.fromkeys(("weights", "pool"), or_none(is_text)),
+    "step": or_none(is_count),
     "seed": _is_seed,
-    "encoder": _or_none(_dict_of(_is_anything)),
-    "classes": _list_of(_is_text),
-    "flags": _list_of(_is_text),
-    "data": _dict_of(_is_text),
-    "scores": _dict_of(_is_number),
-    "intervals": _dict_of(_is_interval),
-    "chosen": _dict_of(_is_figure),
-    "normalization": _is_text,
-    "interpolation": _is_text,
-    **_may({"bands": _list_of(_is_text), "taps": _list_of(_is_text), "content": _dict_of(_is_text)}),
-    **_may(dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), _is_count)),
-    **_may({"resampled": _or_none(_is_packed), "gflop": _or_none(_is_number), "cell_px": _or_none(_is_count)}),
-    **_may({"per_class": _dict_of(_list_of(_or_none(_is_number))), "confusion": _list_of(_list_of(_is_number))}),
-    **_may({"sources": _dict_of(_is_source), "version": _is_text, "torch": _is_text, "code": _is_text}),
+    "encoder": or_none(dict_of(_is_anything)),
+    "classes": list_of(is_text),
+    "flags": list_of(is_text),
+    "data": dict_of(is_text),
+    "scores": dict_of(is_number),
+    "intervals": dict_of(_is_interval),
+    "chosen": dict_of(_is_figure),
+    "normalization": is_text,
+    "interpolation": is_text,
+    **_may({"bands": list_of(is_text), "taps": list_of(is_text), "content": dict_of(is_text)}),
+    **_may(dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), is_count)),
+    **_may({"resampled": or_none(_is_packed), "gflop": or_none(is_number), "cell_px": or_none(is_count)}),
+    **_may({"per_class": dict_of(list_of(or_none(is_number))), "confusion": list_of(list_of(is_number))}),
+    **_may({"sources": dict_of(_is_source), "version": is_text, "torch": is_text, "code": is_text}),
 }
 _OF_EVALUATION: dict[str, dict[str, Check]] = {
     "result": {**_HEAD, **_RESULT},
-    "error": {**_HEAD, "error": _is_text},
-    "skipped": {**_HEAD, "error": _is_text},
-    "cleared": dict.fromkeys(("key", "job"), _is_text),
+    "error": {**_HEAD, "error": is_text},
+    "skipped": {**_HEAD, "error": is_text},
+    "cleared": dict.fromkeys(("key", "job"), is_text),
 }
 
 _COMMON: dict[str, Check] = {
-    **dict.fromkeys(("task", "source", "features", "split", "precision", "tap", "probe", "metric", "error"), _is_text),
-    **dict.fromkeys(("spread_ratio", "first_ratio", "effective_rank", "macro_accuracy", "seconds"), _is_number),
-    "collapsed": _list_of(_is_text),
-    "chosen": _dict_of(_is_figure),
+    **dict.fromkeys(("task", "source", "features", "split", "precision", "tap", "probe", "metric", "error"), is_text),
+    **dict.fromkeys(("spread_ratio", "first_ratio", "effective_rank", "macro_accuracy", "seconds"), is_number),
+    "collapsed": list_of(is_text),
+    "chosen": dict_of(_is_figure),
     "is_trained": lambda value: isinstance(value, bool),
 }
 _OF_TRAINING: dict[str, dict[str, Check]] = {
-    "probe": {**dict.fromkeys(("task", "features", "tap", "probe"), _is_text), "metric": _is_metric},
-    "health": dict.fromkeys(("features", "tap"), _is_text),
-    "error": dict.fromkeys(("features", "error"), _is_text),
-    "skipped": dict.fromkeys(("what", "reason"), _is_text),
+    "probe": {**dict.fromkeys(("task", "features", "tap", "probe"), is_text), "metric": is_metric},
+    "health": dict.fromkeys(("features", "tap"), is_text),
+    "error": dict.fromkeys(("features", "error"), is_text),
+    "skipped": dict.fromkeys(("what", "reason"), is_text),
 }
