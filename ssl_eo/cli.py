@@ -149,29 +149,18 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--overwrite", action="store_true", help="replace the bundle that is there")
     imported.set_defaults(run=_import)
 
-    evaluate = commands.add_parser("eval", help="probe a frozen encoder; the same command goes on")
-    cli_eval.add_arguments(evaluate)
-
-    report = commands.add_parser("report", help="write a page about runs, or about what ssl-eo eval measured")
-    cli_report.add_arguments(report)
-
-    study = commands.add_parser("study", help="train decoders and encoders on labels, and compare them")
-    cli_adapt.add_study(study)
-
-    predict = commands.add_parser("predict", help="classes of all pixels of a scene, by a model of a study")
-    cli_adapt.add_predict(predict)
-
-    ensemble = commands.add_parser("export-ensemble", help="write an ensemble of all runs and bundles of a folder")
-    cli_adapt.add_export_ensemble(ensemble)
-
-    embed = commands.add_parser("embed", help="features of all patches of a scene, by any encoder")
-    cli_embed.add_embed(embed)
-
-    doctor = commands.add_parser("doctor", help="look at this machine and installation, with advice")
-    cli_doctor.add_doctor(doctor)
-
-    data = commands.add_parser("data", help="pack, index, measure and check data")
-    cli_data.add_commands(data)
+    elsewhere = {
+        "eval": ("probe a frozen encoder; the same command goes on", cli_eval.add_arguments),
+        "report": ("write a page about runs, or about what ssl-eo eval measured", cli_report.add_arguments),
+        "study": ("train decoders and encoders on labels, and compare them", cli_adapt.add_study),
+        "predict": ("classes of all pixels of a scene, by a model of a study", cli_adapt.add_predict),
+        "export-ensemble": ("write an ensemble of all runs and bundles of a folder", cli_adapt.add_export_ensemble),
+        "embed": ("features of all patches of a scene, by any encoder", cli_embed.add_embed),
+        "doctor": ("look at this machine and installation, with advice", cli_doctor.add_doctor),
+        "data": ("pack, index, measure and check data", cli_data.add_commands),
+    }
+    for name, (what, add_to) in elsewhere.items():
+        add_to(commands.add_parser(name, help=what))
     return parser
 
 

@@ -8,9 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
-__all__ = ["progress"]
+__all__ = ["progress", "say"]
 
 PROGRESS_EVERY_S = 30.0  # where there is no terminal
+
+
+def say(text: str) -> None:
+    """One line on stderr, at once."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -37,7 +43,6 @@ def _progress_lines(title: str) -> Callable[[int, int], None]:
         if now - last >= PROGRESS_EVERY_S:
             last = now
             left = timedelta(seconds=round((now - start) / done * (total - done)))
-            sys.stderr.write(f"{title}: {done:,} of {total:,}, {left} left\n")
-            sys.stderr.flush()
+            say(f"{title}: {done:,} of {total:,}, {left} left")
 
     return show

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from ssl_eo.eval.metrics import Classified, Outcome, Segmented
 from ssl_eo.eval.provenance import task_facts
 from ssl_eo.eval.records import key_of, packed
 from ssl_eo.jsonl import JsonLines, read_jsonl
+from ssl_eo.progress import say
 from ssl_eo.seeding import derive_seed
 
 __all__ = ["RECORDS", "read_study", "run_study"]
@@ -64,7 +64,7 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
         work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
     except KeyboardInterrupt:
         n_done = sum(record["kind"] == "result" for record in _records_of(out, runner, cells.values()))
-        sys.stderr.write(f"{n_done} of {len(cells)} cells are done; the same command goes on\n")
+        say(f"{n_done} of {len(cells)} cells are done; the same command goes on")
         raise
     return _records_of(out, runner, cells.values())
 
@@ -142,8 +142,7 @@ class _Runner:
             except Exception as error:
                 found = failure(logger, error, "%s could not be trained", cell.name)
         seconds = time.perf_counter() - start
-        sys.stderr.write(f"{self._places[cell]} {cell.name}, {seconds:.0f} s\n")
-        sys.stderr.flush()
+        say(f"{self._places[cell]} {cell.name}, {seconds:.0f} s")
         date = datetime.now(UTC).isoformat(timespec="seconds")
         with _appending(self._out) as file:
             file.write({"key": key, "cell": asdict(cell), **found, "asked": self._facts(cell), "date": date})

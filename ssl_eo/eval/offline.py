@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,6 +46,7 @@ from ssl_eo.eval.splits import INTERPOLATION, Split
 from ssl_eo.eval.tasks import Task
 from ssl_eo.installation import commit
 from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
+from ssl_eo.progress import say
 from ssl_eo.seeding import derive_seed
 
 __all__ = ["Evaluation", "Model", "evaluate"]
@@ -71,12 +71,7 @@ class Model:
         return digest_of_tensors(self.encoder.state_dict())
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
-
-
-def evaluate(model: Model, plan: Evaluation, out: Path, say: Callable[[str], None] = _say) -> list[dict[str, Any]]:
+def evaluate(model: Model, plan: Evaluation, out: Path, say: Callable[[str], None] = say) -> list[dict[str, Any]]:
     """Do what `plan` says and is not in `out` yet, together with other processes that do the same; returns its results.
 
     Results of other models and plans in `out` are left as they are, and not returned. What fails is a record and the
