@@ -7,7 +7,10 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-RESOURCES = [str(path) for folder in ("configs", "datasets_meta") for path in sorted(Path(folder).rglob("*.yaml"))]
+FOLDERS = ("configs", "datasets_meta")
+RESOURCES = [str(path) for folder in FOLDERS for path in sorted(Path(folder).rglob("*.yaml"))]
+if missing := [folder for folder in FOLDERS if not Path(folder).is_dir()]:
+    raise SystemExit(f"setup.py: {', '.join(missing)} must lie beside it: a package without cannot find its configs")
 
 
 class BuildWithResources(build_py):

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from ssl_eo.bundles import BundleEncoder, BundlePair
 from ssl_eo.cluster import EXIT_DONE
-from ssl_eo.hub import load_bundle
+from ssl_eo.components import suggest
 from ssl_eo.jsonl import read_jsonl
-from ssl_eo.weights._entries import open_bundle, released, released_pair
-from ssl_eo.weights.base import find_released
-from ssl_eo.weights.croma import PAIRS
+from ssl_eo.weights._entries import open_bundle
+from ssl_eo.weights._named import is_published, known_names, named
 
 if TYPE_CHECKING:
     from ssl_eo.config import Config
@@ -36,8 +35,9 @@ def load(
     - A run directory, or one `step_` directory of its checkpoints: what `ssl-eo export` would write of it.
     - A bundle: its folder, a zip file of it, or the `https://` or `file://` address of one, of which `sha256` are the
       first 8 to 64 digits of the checksum.
-    - The name of a published encoder (`dofa_vitb16`), with `weights` the path or address of its authors' file, to which
-      `sha256` then belongs, or False for random ones.
+    - The name of a published encoder (`dofa_vitb16`), with `weights` the path or address of its authors' file, or that
+      of one of our recipes (`mae_vitmicro4_eurosat`), with that of a bundle: `sha256` then belongs to these. With False
+      either has random ones.
 
     Two encoders (`BundlePair`) come of CROMA's names, and of bundles that hold both. No code of any file is run, but a
     run's config may name modules of yours, which are imported. Raises `ValueError` that begins with what is wrong.
@@ -45,8 +45,7 @@ def load(
     if not isinstance(where, str | os.PathLike):
         raise ValueError(f"{where!r:.80}: expected a path, an address or a name, got a {type(where).__name__}")
     if weights is not None:
-        name = str(where)
-        return (released_pair if name in PAIRS else released)(name, weights, sha256)
+        return named(str(where), weights, sha256)
     path = Path(where)
     try:
         is_there, is_folder = path.exists(), path.is_dir()
@@ -57,30 +56,21 @@ def load(
             raise ValueError(
                 f"{path}: sha256 is that of a file, and a checkpoint has checksums of its own; leave it out"
             )
-        return _of_run(path)
+        from ssl_eo.train.export import open_encoder
+
+        return open_encoder(path)
     if "://" not in str(where) and not is_there:
         raise ValueError(_not_there(str(where)))
     return open_bundle(where, sha256)
 
 
-def _of_run(path: Path) -> BundleEncoder | BundlePair:
-    """By way of a bundle: so it has the same facts, too."""
-    from ssl_eo.train.export import export_encoder
-
-    with TemporaryDirectory(prefix="ssl_eo-") as folder:
-        export_encoder(path, Path(folder))
-        return load_bundle(folder)
-
-
 def _not_there(name: str) -> str:
-    if Path(name).name != name:
-        return f"{name}: there is no such run, bundle or file"
-    if name not in PAIRS:
-        try:
-            find_released(name)
-        except ValueError as error:
-            return f"{name}: there is no such run, bundle or file, and {error}"
-    return f"{name}: give the file of its weights, ssl_eo.load({name!r}, 'FILE'), or False for random ones"
+    """What to say of a name that is no path: an encoder that is called so needs weights."""
+    nothing = f"{name}: there is no such run, bundle or file"
+    if name not in (known := known_names()):
+        return nothing + suggest(name, known)
+    what = "the file of its weights" if is_published(name) else "a bundle"
+    return f"{nothing}; of the encoder {name} give {what}, ssl_eo.load({name!r}, 'PATH'), or False for random weights"
 
 
 @dataclass(frozen=True)

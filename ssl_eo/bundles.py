@@ -249,6 +249,11 @@ class BundlePair(nn.Module):
         return self.radar if self.facts.get("published") == "radar" else self.optical
 
     @property
+    def inputs(self) -> dict[str, dict[str, SensorInput]]:
+        """What each encoder was trained on, by group and sensor."""
+        return {"optical": self.optical.inputs, "radar": self.radar.inputs}
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
         """All that has weights, by the names that it has in training (`ssl_eo.objectives.croma`)."""
         model = self.model

@@ -224,13 +224,15 @@ def _export(arguments: argparse.Namespace) -> int:
     elif arguments.released is None:
         step = export_encoder(checkpoint, out, arguments.overwrite, licence, sensor)
     elif arguments.released in croma.PAIRS:
-        pair, step, inputs = open_pair(checkpoint)
-        croma.export_pair(pair, arguments.released, inputs, out, arguments.overwrite)
+        pair = open_pair(checkpoint)
+        step = pair.facts["step"]
+        croma.export_pair(pair.model, arguments.released, pair.inputs, out, arguments.overwrite)
     else:
         from ssl_eo.weights.base import export_released
 
-        encoder, step, _ = open_encoder(checkpoint)
-        export_released(encoder, arguments.released, out, arguments.overwrite)
+        found = open_encoder(checkpoint)
+        step = found.facts["step"]
+        export_released(found.encoder, arguments.released, out, arguments.overwrite)
     print(f"wrote {out} (encoder after step {step})")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,18 +53,20 @@ def add_export_ensemble(parser: argparse.ArgumentParser) -> None:
 
 def _study(arguments: argparse.Namespace) -> int:
     from ssl_eo.adapt.study import StudyConfig
-    from ssl_eo.adapt.study_page import print_study, write_study_page
+    from ssl_eo.adapt.study_page import check_pages, print_study, write_study_page
     from ssl_eo.adapt.study_run import run_study
     from ssl_eo.config import build, find_config, read_yaml
 
     path = find_config(arguments.config)
     cfg = build(StudyConfig, read_yaml(path, arguments.overrides), "")
     out = Path(arguments.out)
+    check_pages(out)
     records = run_study(_on_own_gpu(cfg), out)
     if read_launch(os.environ).rank != 0:
         return EXIT_DONE
     print_study(records, sys.stdout)
-    for written in write_study_page(records, out, path.stem.replace("_", " ")):
+    command = shlex.join(["ssl-eo", "study", arguments.config, *arguments.overrides, "--out", arguments.out])
+    for written in write_study_page(records, out, path.stem.replace("_", " "), command):
         print(written)
     return EXIT_DONE if all(record["kind"] == "result" for record in records) else EXIT_FAILURE
 
@@ -96,11 +99,10 @@ def _predict(arguments: argparse.Namespace) -> int:
     saved.model.to(device)
     known = saved.input
     patch_px = max(saved.model.backbone.shape.strides_px)
-    default = -(-int(saved.facts["size_px"]) // patch_px) * patch_px
+    default = -(-saved.facts["size_px"] // patch_px) * patch_px
     window = default if arguments.window is None else arguments.window
     tiling = tiling_of(arguments, window, patch_px, 1, arguments.blend)
     outputs = [Path(arguments.out), *([] if arguments.probabilities is None else [Path(arguments.probabilities)])]
-    facts = {"encoder": saved.bundle.facts.get("sha256"), "decoder": saved.facts["sha256"]}
     with opened_scene(Path(arguments.scene), arguments.bands, known) as scene, progress("windows") as tell:
         predict_scene(
             scene,
@@ -108,10 +110,11 @@ def _predict(arguments: argparse.Namespace) -> int:
             saved.classes,
             outputs[0],
             tiling,
-            SceneRun(facts, arguments.overwrite, tell),
+            SceneRun(saved.identity, arguments.overwrite, tell),
             outputs[1] if outputs[1:] else None,
             {
                 "model": Path(arguments.model).resolve().name,
+                "weights": saved.weights,
                 "task": str(saved.facts["task"]),
                 "sensor": known.sensor.name,
                 "bands": " ".join(known.bands),

@@ -6,19 +6,20 @@ B windows, C bands, s side of a window in pixels, p side of a patch, D features.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_eo.cluster import EXIT_DONE
+from ssl_eo.components import told_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ssl_eo.adapt.opening import OpenedEncoder
     from ssl_eo.bundles import BundleEncoder, SensorInput
     from ssl_eo.models.vit import EncoderConfig
+    from ssl_eo.opening import OpenedEncoder
 
 __all__ = ["add_embed"]
 
@@ -34,7 +35,11 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     )
     some = "bands of the sensor to look at, for an encoder of any sensor; default: all that it has statistics of"
     parser.add_argument("scene", metavar="SCENE.tif", help="a GeoTIFF of any size")
-    parser.add_argument("--model", required=True, help="a run, a bundle folder, or NAME=FILE: released weights")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a run, a checkpoint or a bundle; NAME=PATH calls it NAME; RELEASED=FILE: released weights",
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="a .tif with a band a feature, or a .parquet")
     parser.add_argument("--sensor", default=None, help="which of the model's the scene is of; needed if it has several")
     parser.add_argument(
@@ -52,26 +57,21 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 def _embed(arguments: argparse.Namespace) -> int:
     import torch
 
-    from ssl_eo.adapt.opening import open_model
     from ssl_eo.adapt.scene_maps import SceneRun, embed_scene
     from ssl_eo.adapt.tiling import grid_of
     from ssl_eo.bundle_inputs import with_bands
-    from ssl_eo.bundles import BundleEncoder
     from ssl_eo.cli_scenes import opened_scene, tiling_of
+    from ssl_eo.opening import open_model
     from ssl_eo.progress import progress
 
     path, out = Path(arguments.scene), Path(arguments.out)
-    opened = open_model(arguments.model)
-    if not opened.is_trained:
-        raise ValueError(f"--model {opened.name}: its weights would be random; give {opened.name}=FILE")
-    sensor = _sensor_of(opened, arguments.sensor)
-    model = BundleEncoder(opened.encoder, opened.inputs, {}).eval()
+    with told_of("--model"):
+        opened = open_model(arguments.model)
+    sensor, model = _sensor_of(opened, arguments.sensor), opened.bundle
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
+    with told_of("--sensor-bands"):
         is_fixed = model.encoder.cfg.patch_embed == "conv"
         known = with_bands(opened.inputs[sensor], arguments.sensor_bands, is_fixed)
-    except ValueError as error:
-        raise ValueError(f"--sensor-bands: {error}") from None
     facts = _facts(model, known)
     with opened_scene(path, arguments.bands, known) as scene, progress("windows") as tell:
         patch_px = model.encoder.patch_size
@@ -82,7 +82,14 @@ def _embed(arguments: argparse.Namespace) -> int:
         n_features = model.encoder.embed_dim
         tags = {"model": opened.name, "weights": facts["weights"], "sensor": sensor, "bands": " ".join(known.bands)}
         embed_scene(
-            scene, lambda images: _features(model, images, known), n_features, out, tiling, run, arguments.dtype, tags
+            scene,
+            lambda images: _features(model, images, sensor, known.bands),
+            n_features,
+            out,
+            tiling,
+            run,
+            arguments.dtype,
+            tags,
         )
         height, width = grid_of(scene.shape, patch_px)
     print(
@@ -120,10 +127,13 @@ def _default_window(cfg: EncoderConfig, shape: tuple[int, int]) -> int:
     return n_patches * cfg.patch_size
 
 
-def _features(model: BundleEncoder, images: Tensor, known: SensorInput) -> Tensor:
-    """Features `[B, D, s / p, s / p]` of stored values `[B, C, s, s]`, NaN where nothing was measured."""
+def _features(model: BundleEncoder, images: Tensor, sensor: str, bands: Sequence[str]) -> Tensor:
+    """Features `[B, D, s / p, s / p]` of stored values `[B, C, s, s]`, NaN where nothing was measured.
+
+    `sensor` is what the model calls its input, of which it may have two for one sensor.
+    """
     device = next(model.parameters()).device
-    tokens = model.forward_features(images.to(device), known.sensor.name, bands=known.bands)
+    tokens = model.forward_features(images.to(device), sensor, bands=bands)
     patches = tokens.patches.transpose(1, 2)  # [B, D, h*w]
     return patches.reshape(*patches.shape[:2], *tokens.grid).cpu()  # [B, D, h, w]
 

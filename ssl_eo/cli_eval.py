@@ -11,10 +11,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any
 
 from ssl_eo.cli_eval_tasks import known_tasks, print_tasks, read_task
 from ssl_eo.cluster import (
@@ -26,15 +25,13 @@ from ssl_eo.cluster import (
     read_launch,
     signals_handled,
 )
-from ssl_eo.components import suggest
+from ssl_eo.components import told_of
 
 if TYPE_CHECKING:
     from ssl_eo.eval.jobs import Evaluation
     from ssl_eo.eval.offline import Model
 
 __all__ = ["add_arguments"]
-
-T = TypeVar("T")
 
 _LISTS = {  # options that take several values
     "tasks": "names in datasets_meta/benchmarks, patterns of them such as 'geobench/*', or YAML files",
@@ -120,18 +117,18 @@ def _requests_stop() -> Iterator[None]:
 
     A process that dies instead counts as one that its work has killed.
     """
-    owner, asked_s = os.getpid(), -math.inf
+    owner, told_s = os.getpid(), -math.inf
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked_s
+        nonlocal told_s
         if os.getpid() != owner:
             os._exit(128 + signum)  # a process that reads samples: it has no claim
-        before_s, asked_s = asked_s, time.monotonic()
-        if asked_s - before_s > _ONE_REQUEST_S:
+        before_s, told_s = told_s, time.monotonic()
+        if told_s - before_s > _ONE_REQUEST_S:
             raise StoppedEarlyError
 
-    asked = [name for name in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(name) is not signal.SIG_IGN]  # nohup
-    with signals_handled(asked, stop):
+    heard = [name for name in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(name) is not signal.SIG_IGN]  # nohup
+    with signals_handled(heard, stop):
         yield
 
 
@@ -139,64 +136,71 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _refuse_overrides(arguments)
     import torch
 
-    from ssl_eo.cli_eval_models import open_model
-    from ssl_eo.eval.offline import evaluate
-    from ssl_eo.eval.records import read_results, write_csv
+    from ssl_eo.eval.offline import Model, evaluate
+    from ssl_eo.eval.records import TABLE, read_results, write_csv
     from ssl_eo.eval.table import print_summary, rows_of_results
+    from ssl_eo.opening import open_model
 
     launch = read_launch(os.environ)
     device = f"cuda:{launch.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    model, features = open_model(arguments.model)
-    plan = _plan(arguments, features, device)
+    with told_of("--model"):
+        opened = open_model(arguments.model)
+    model = Model(opened.name, opened.encoder, opened.step)
+    plan = _plan(arguments, opened.features, device)
     _check_sizes(model, plan)
     out = Path(arguments.out)
     results = evaluate(model, plan, out)
     if launch.rank != 0:
         return EXIT_DONE
     results = _named(model, results, out)
-    write_csv(out / "results.csv", read_results(out))
+    write_csv(out / TABLE, read_results(out))
     is_whole = print_summary(rows_of_results(results), sys.stdout)
-    for remark in dict.fromkeys([*_remarks(results), *_hints(model, plan, results)]):
+    for remark in dict.fromkeys(_remarks(results)):
         print(remark)
     return EXIT_DONE if is_whole else EXIT_FAILURE
 
 
 def _plan(arguments: argparse.Namespace, features: Mapping[str, Any], device: str) -> Evaluation:
     """What is asked for; `features` is how they are read unless the command says so. Errors name the option."""
-    from ssl_eo.eval.bands import BAND_SUBSETS
-    from ssl_eo.eval.features import Pool, Precision, check_taps
     from ssl_eo.eval.jobs import Evaluation
-    from ssl_eo.eval.probes import find_probe
 
-    given: dict[str, Any] = {
-        "probes": _listed(arguments.protocol),
-        "partitions": _listed(arguments.partitions),
-        "subsets": [_one_of("--bands", text, BAND_SUBSETS) for text in _listed(arguments.bands)],
-        "sizes": _listed(arguments.size),
-        "seeds": _numbers("--seeds", arguments.seeds, int),
-        "taps": _numbers("--taps", arguments.taps, float),
-    }
-    for name, allowed in (("pool", get_args(Pool)), ("precision", get_args(Precision))):
-        if (value := getattr(arguments, name)) is not None:
-            given[name] = _one_of(f"--{name}", value, allowed)
     for name in _LISTS:
         if (values := getattr(arguments, name)) is not None and not _listed(values):
             raise ValueError(f"--{name}: nothing is named; leave the option out for its default")
-    for probe in given["probes"]:
-        with _told_of("--protocol"):
-            find_probe(probe)
-    if given["taps"]:
-        with _told_of("--taps"):
-            check_taps(given["taps"])
-    return Evaluation(
-        tasks=[read_task(name) for name in known_tasks(_listed(arguments.tasks))],
-        controls=not arguments.no_controls,
-        batch_size=arguments.batch_size,
-        n_workers=arguments.workers,
-        n_resamples=arguments.resamples,
-        device=device,
-        **{**features, **{key: value for key, value in given.items() if value}},
-    )
+    given: dict[str, Any] = {
+        "probes": _listed(arguments.protocol),
+        "partitions": _listed(arguments.partitions),
+        "subsets": _listed(arguments.bands),
+        "sizes": _listed(arguments.size),
+        "seeds": _numbers("--seeds", arguments.seeds, int),
+        "taps": _numbers("--taps", arguments.taps, float),
+        "pool": arguments.pool,
+        "precision": arguments.precision,
+    }
+    tasks = [read_task(name) for name in known_tasks(_listed(arguments.tasks))]
+    try:
+        return Evaluation(
+            tasks=tasks,
+            controls=not arguments.no_controls,
+            batch_size=arguments.batch_size,
+            n_workers=arguments.workers,
+            n_resamples=arguments.resamples,
+            device=device,
+            **{**features, **{key: value for key, value in given.items() if value not in (None, [])}},
+        )
+    except ValueError as error:
+        raise ValueError(_with_option(str(error))) from None
+
+
+def _with_option(message: str) -> str:
+    """`message`, which begins with a key of the plan, with the option in its place."""
+    key = re.split(r"\W", message, maxsplit=1)[0]
+    return f"--{_option_of(key)}{message.removeprefix(key)}"
+
+
+def _option_of(key: str) -> str:
+    """The name of the option for a key of a config, or of a plan."""
+    return _NAMES.get(key, key).replace("_", "-")
 
 
 def _refuse_overrides(arguments: argparse.Namespace) -> None:
@@ -205,10 +209,10 @@ def _refuse_overrides(arguments: argparse.Namespace) -> None:
         key, sign, value = text.partition("=")
         if sign and re.fullmatch(r"[\w.\[\]]+", key) and not Path(text).exists():
             last = key.rpartition(".")[2]
-            name = _NAMES.get(last, last)
-            is_flag, is_default = name == "no_controls", (last, value.lower()) == ("controls", "true")
-            option = f"--{name.replace('_', '-')}" + ("" if is_flag else f" {value.strip('[]')}")
-            is_known = name in vars(arguments) and name not in _NO_OPTIONS
+            name = _option_of(last)
+            is_flag, is_default = name == "no-controls", (last, value.lower()) == ("controls", "true")
+            option = f"--{name}" + ("" if is_flag else f" {value.strip('[]')}")
+            is_known = name.replace("-", "_") in vars(arguments) and name not in _NO_OPTIONS
             known = f"use {option}; " if is_known and not is_default else ""
             raise ValueError(f"{text}: {known}eval takes options, no key=value (see ssl-eo eval --help)")
     if arguments.overrides:
@@ -229,23 +233,6 @@ def _numbers(option: str, values: Sequence[str] | None, kind: type[int] | type[f
         except ValueError:
             raise ValueError(f"{option}: {text!r:.40} is no {'whole number' if kind is int else 'number'}") from None
     return list(dict.fromkeys(found))
-
-
-def _one_of(option: str, value: str, allowed: Sequence[T]) -> T:
-    for one in allowed:
-        if one == value:
-            return one
-    names = [str(one) for one in allowed]
-    raise ValueError(f"{option}: got {value!r}, must be one of {', '.join(names)}{suggest(value, names)}")
-
-
-@contextlib.contextmanager
-def _told_of(option: str) -> Iterator[None]:
-    """Errors inside are told of `option`."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
 
 
 def _check_sizes(model: Model, plan: Evaluation) -> None:
@@ -274,33 +261,22 @@ def _named(model: Model, results: list[dict[str, Any]], out: Path) -> list[dict[
 
 
 def _remarks(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a table of scores does not show: what was skipped, and fits that did not reach their optimum."""
+    """What a table of scores does not show: flags of tasks, what was skipped, fits that are not at their optimum."""
+    from ssl_eo.eval.experiments import CONDITIONS
     from ssl_eo.eval.probes import is_at_optimum
+    from ssl_eo.eval.task_flags import flags_of_records
+    from ssl_eo.eval.wording import NOT_AT_OPTIMUM, condition_text, features_text, value_text
 
+    measured: dict[str, list[Mapping[str, Any]]] = {}
+    for r in results:
+        if r["kind"] == "result":
+            measured.setdefault(r["task"], []).append(r)
+    for task, records in measured.items():
+        yield from (f"{task}: {flag}" for flag in flags_of_records(records))
     for r in results:
         if r["kind"] == "skipped":
             yield f"skipped: {r['task']}: {r['error']}"
         elif r["kind"] == "result" and not is_at_optimum(r["chosen"]):
-            of = f"{r['features'].replace('_', ' ')} at {r['tap'].replace('_', ' ')}"
-            yield (
-                f"{r['task']}: {r['probe']} on {of} ({r['partition']}, bands {r['subset']}, seed {r['seed']}) is not at"
-                " its optimum: its score may be a little lower than it could be"
-            )
-
-
-def _hints(model: Model, plan: Evaluation, results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Where an encoder of fixed bands takes as many as a task that failed has of true colour."""
-    n_channels = model.encoder.n_channels
-    failed = {(r["task"], r["subset"]) for r in results if r["kind"] == "error" and r["features"] == "encoder"}
-    for job in plan.jobs():
-        if n_channels is None or (job.task.name, job.subset) not in failed or job.features != "encoder":
-            continue
-        try:
-            shown, rgb = (replace(job, subset=subset).open(1) for subset in (job.subset, "rgb"))
-        except Exception:  # whatever it is: that the task cannot be opened has been told of
-            continue
-        if shown is not None and rgb is not None and len(shown.bands) != n_channels == len(rgb.bands):
-            yield (
-                f"{job.task.name}: {model.name} takes {n_channels} bands and was shown {len(shown.bands)}; true colour"
-                " would fit: --bands rgb"
-            )
+            conditions = ", ".join(condition_text(axis, r[axis]) for axis in CONDITIONS)
+            of = f"{features_text(r)} at {value_text('tap', r['tap'])}"
+            yield f"{r['task']}: {r['probe']} on {of} ({conditions}, seed {r['seed']}) {NOT_AT_OPTIMUM}"

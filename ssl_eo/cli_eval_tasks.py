@@ -49,7 +49,7 @@ def read_task(name: str) -> TaskConfig:
 
 
 def print_tasks(stream: TextIO) -> None:
-    """Print the shipped tasks: kind, classes, metric, and where their data are looked for, and whether found."""
+    """Print the shipped tasks: kind, classes, metric, where their data are looked for, and whether all are found."""
     rows = [("task", "kind", "classes", "metric", "data"), *((name, *_facts(name)) for name in _shipped())]
     *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
     for *cells, last in rows:
@@ -68,10 +68,11 @@ def _facts(name: str) -> tuple[str, str, str, str]:
     import yaml
 
     from ssl_eo.eval.metrics import HEADLINE
+    from ssl_eo.eval.tasks import TaskConfig
     from ssl_eo.resources import find_resource
 
     page: dict[str, Any] = yaml.safe_load(find_resource("datasets_meta/benchmarks", name).read_text(encoding="utf-8"))
-    kind = page.get("kind", "classification")
+    kind = page.get("kind", TaskConfig.kind)
     train = page["train"]
     root = train.get("root")
     where = "needs no file" if root is None else _VARIABLE.sub(r"$\1", root)
@@ -80,17 +81,23 @@ def _facts(name: str) -> tuple[str, str, str, str]:
     if unset:
         where = f"{where} ({unset[0]} is not set)"
     else:
-        classes, problem = _opened(name)
-        where += "" if root is None else f" ({problem or 'found'})"
+        classes, state = _opened(name)
+        where += "" if root is None else f" ({state})"
     return kind, str(len(classes) or "?"), page.get("metric") or HEADLINE[kind], where
 
 
-def _opened(name: str) -> tuple[Sequence[str], str | None]:
-    """The classes of the training samples of a task, and why they cannot be read, if so."""
+def _opened(name: str) -> tuple[Sequence[str], str]:
+    """The classes of a task as far as its data tell them, and whether all of its splits are found, or what is wrong."""
     from ssl_eo.components import MissingExtraError, one_line
     from ssl_eo.data.opening import open_source
 
-    try:
-        return open_source(read_task(name).train).label_names, None
-    except (ValueError, OSError, MissingExtraError) as error:
-        return (), f"cannot be read: {one_line(error)}"
+    cfg = read_task(name)
+    classes: Sequence[str] = ()
+    for split in ("train", "val", "test"):
+        if getattr(cfg, split) is None:
+            continue
+        try:
+            classes = open_source(getattr(cfg, split)).label_names
+        except (ValueError, OSError, MissingExtraError) as error:
+            return classes, f"{split} cannot be read: {one_line(error)}"
+    return classes, "found"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ssl_eo.progress import say
 
 if TYPE_CHECKING:
     from ssl_eo.adapt.scenes import Scene
@@ -29,7 +30,7 @@ def opened_scene(path: Path, given: Sequence[str] | None, known: SensorInput) ->
     if len(bands) != len(known.bands):
         raise ValueError(f"--bands: the model takes {len(known.bands)}, {', '.join(known.bands)}; got {len(bands)}")
     with _warnings_as_lines(), Scene(path, bands, known.sensor) as scene:
-        for doubt in scene.doubts(known.sensor):
+        for doubt in scene.doubts(known.sensor, known.gsd_m):
             _warn(doubt)
         yield scene
 
@@ -59,4 +60,4 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _warn(text: str) -> None:
-    print(f"ssl-eo: warning: {text}", file=sys.stderr, flush=True)
+    say(f"ssl-eo: warning: {text}")

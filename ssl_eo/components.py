@@ -10,7 +10,8 @@ import difflib
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ __all__ = [
     "one_line",
     "resolve",
     "suggest",
+    "told_of",
 ]
 
 T = TypeVar("T")
@@ -72,6 +74,15 @@ def suggest(word: str, allowed: list[str]) -> str:
 def one_line(error: Exception) -> str:
     """The text of an error, for a message of one line."""
     return " ".join(str(error).split())
+
+
+@contextmanager
+def told_of(where: str) -> Iterator[None]:
+    """A `ValueError` inside begins with `where`: the option, the key or the file that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def import_extra(extra: str, module: str, what: str) -> Any:

@@ -33,6 +33,8 @@ _LEAST_DISK, _ENOUGH_DISK = 1 * _GB, 20 * _GB  # checkpoints are written beside 
 _LEAST_SHARED, _ENOUGH_SHARED = 0.032 * _GB, 1 * _GB  # batches go through it from the processes that read
 _LEAST_FILES, _ENOUGH_FILES = 256, 4096  # each reading process keeps its shards open
 _SHOWN = 10  # packages of an extra
+_FOR_GPUS = "cuda"  # an extra
+_FIRST_GPU = "cuda:0"  # a topic
 _NVIDIA = Path("/dev/nvidiactl")
 _SHARED = Path("/dev/shm")
 
@@ -56,11 +58,11 @@ def examine(paths: Sequence[str], limit_s: float) -> list[Finding]:
     Two processes that meet have `limit_s` for it; with 0 they are not started. Nothing is written but what they leave
     in a temporary folder while they run, and nothing is fetched.
     """
-    torch = list(_torch())
+    of_torch = list(_torch())
     findings = [
         *_software(),
-        *_packages(),
-        *torch,
+        *_packages(has_gpu=any(finding.topic == _FIRST_GPU for finding in of_torch)),
+        *of_torch,
         *_storage(Path("runs"), "the folder of runs"),
         *_temporary("export TMPDIR=..., a folder with more"),
         *_shared_memory(),
@@ -68,7 +70,7 @@ def examine(paths: Sequence[str], limit_s: float) -> list[Finding]:
         *_launcher(os.environ),
         *_variables(os.environ),
     ]
-    if torch[0].status == "wrong":  # the rest needs it
+    if of_torch[0].status == "wrong":  # the rest needs it
         return findings
     return [*findings, *(found for path in paths for found in _path(path)), *(_collectives(limit_s) if limit_s else ())]
 
@@ -123,8 +125,8 @@ def _software() -> Iterator[Finding]:
     yield Finding("ssl_eo", "ok", f"{ssl_eo.__version__}, {f'commit {found}' if found else 'not a git checkout'}")
 
 
-def _packages() -> Iterator[Finding]:
-    """What is needed always, and each extra."""
+def _packages(has_gpu: bool) -> Iterator[Finding]:
+    """What is needed always, and each extra; that for GPUs where torch has one."""
     try:
         needed = requirements()
     except ValueError as error:
@@ -135,7 +137,9 @@ def _packages() -> Iterator[Finding]:
         absent = [str(need) for need, version in versions.items() if version is None]
         other = [f"{need.name} {v}, not {need}" for need, v in versions.items() if v and not need.allows(v)]
         topic, named = ("packages", "ssl_eo") if extra == ALWAYS else (f"extra {extra}", f"'ssl_eo[{extra}]'")
-        if absent or other:
+        if (absent or other) and extra == _FOR_GPUS and not has_gpu:
+            yield Finding(topic, "ok", "not needed: torch uses no GPU here")
+        elif absent or other:
             lacking = [*other, *([f"without {_listed(absent)}"] if absent else [])]
             status: Status = "wrong" if extra == ALWAYS else "note"
             yield Finding(topic, status, _listed(lacking), f"python -m pip install {named}")

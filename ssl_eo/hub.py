@@ -59,19 +59,25 @@ UNSAID: Mapping[str, Any] = {
     "licence": "not stated",  # of the weights
 }
 _GROUPS = ("optical", "radar")
+# Of a page, all that is needed to build what the bundle holds, and to read its images; the rest are facts.
+_NO_FACTS = {"format", "kind", "sha256", "encoder", "encoders", "n_channels", "cross_depth", "inputs"}
+_MOST_PAGE_BYTES = 64 << 20  # of encoder.json, of which a long config and many scores take a hundredth
 
 
 def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]) -> None:
     """Write the bundle `folder`; `facts` are plain values kept beside the weights.
 
-    Raises `OSError` that names the file which cannot be written; then, as after a kill, what `folder` holds is the old
-    bundle, or a mixture that `load_bundle` refuses.
+    Raises `ValueError` for facts that are called as what an encoder is built from, and `OSError` that names the file
+    which cannot be written; then, as after a kill, what `folder` holds is the old bundle, or a mixture that
+    `load_bundle` refuses.
     """
-    _write(folder, encoder, "encoder", {**page_of(encoder, inputs), **facts})
+    _write(folder, encoder, "encoder", page_of(encoder, inputs), facts)
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise `ValueError` where `folder` holds a bundle already, unless it may be overwritten."""
+    """Raise `ValueError` where `folder` holds a bundle already, unless it may be overwritten, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, and a bundle is one; give another --out")
     if (folder / "encoder.json").exists() and not overwrite:
         raise ValueError(f"{folder} holds a bundle already; give another --out, or add --overwrite")
 
@@ -88,14 +94,18 @@ def write_pair_bundle(
         "encoders": {group: page_of(encoder, inputs[group]) for group, encoder in encoders.items()},
         "cross_depth": len(model.cross.blocks),
     }
-    _write(folder, model, "pair", {**page, **facts})
+    _write(folder, model, "pair", page, facts)
 
 
-def _write(folder: Path, module: nn.Module, kind: str, page: Mapping[str, Any]) -> None:
+def _write(folder: Path, module: nn.Module, kind: str, page: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    if taken := sorted(_NO_FACTS & facts.keys()):
+        raise ValueError(
+            f"{folder}: facts must have other names than {', '.join(taken)}, which say what a bundle holds"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     sha256 = write_tensors(folder / "encoder.safetensors", module.state_dict())
     head = {"format": FORMAT, "kind": kind, "sha256": sha256}
-    atomic_write(folder / "encoder.json", json.dumps({**head, **page}, indent=1))
+    atomic_write(folder / "encoder.json", json.dumps({**head, **page, **facts}, indent=1))
 
 
 def page_of(encoder: Encoder, inputs: Mapping[str, SensorInput]) -> dict[str, Any]:
@@ -146,9 +156,7 @@ def _load_pair(folder: Path, page: Mapping[str, Any]) -> BundlePair:
 
 
 def _facts_of(page: Mapping[str, Any]) -> dict[str, Any]:
-    """All that is neither needed to build what the bundle holds, nor to read its images."""
-    built_from = ("format", "kind", "sha256", "encoder", "encoders", "n_channels", "cross_depth", "inputs")
-    return {key: value for key, value in page.items() if key not in built_from}
+    return {key: value for key, value in page.items() if key not in _NO_FACTS}
 
 
 class _Said(NamedTuple):
@@ -182,7 +190,7 @@ def fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None
 def _read_page(folder: Path) -> dict[str, Any]:
     """The content of `encoder.json`, an object, as one of the format of this version."""
     try:
-        check_regular(folder / "encoder.json")
+        check_regular(folder / "encoder.json", _MOST_PAGE_BYTES)
         page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None

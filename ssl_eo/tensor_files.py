@@ -8,13 +8,14 @@ import json
 import math
 import struct
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ssl_eo.files import atomic_write, check_regular
+from ssl_eo.files import atomic_file, check_regular
 
 __all__ = ["read_tensors", "write_tensors"]
 
@@ -60,9 +61,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         offset += n_bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = b"".join((struct.pack("<Q", len(text)), text, *map(_raw_bytes, tensors.values())))
-    atomic_write(path, data)
-    return hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256()
+    with atomic_file(path) as file:  # tensor by tensor: the whole may be as large as half the memory
+        for part in chain((struct.pack("<Q", len(text)), text), map(_raw_bytes, tensors.values())):
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ import torch
 
 import ssl_eo
 from ssl_eo.cli import main
-from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle, write_tensors
+from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle, write_bundle, write_tensors
 from ssl_eo.weights import _entries
 from ssl_eo.weights.base import find_released, released_state_dict
 
@@ -117,17 +117,29 @@ def test_published_weights(tmp_path: Path) -> None:
 def test_two_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
     pair = BundlePair.__new__(BundlePair)  # the real one has 200 million weights
-    monkeypatch.setattr("ssl_eo.api.released_pair", lambda *arguments: asked.append(arguments) or pair)
+    monkeypatch.setattr("ssl_eo.weights._named.released_pair", lambda *arguments: asked.append(arguments) or pair)
     assert ssl_eo.load("croma_base", "CROMA_base.pt") is pair
     assert asked == [("croma_base", "CROMA_base.pt", None)]
+
+
+def test_an_encoder_of_a_recipe(tmp_path: Path) -> None:
+    random = ssl_eo.load("mae_vitmicro4_eurosat", False)
+    assert isinstance(random, BundleEncoder)
+    write_bundle(tmp_path, random.encoder, random.inputs, random.facts)
+    same(ssl_eo.load("mae_vitmicro4_eurosat", tmp_path), load_bundle(tmp_path))
+    with pytest.raises(ValueError, match="not of the recipe mae_vitt8_eurosat: its "):
+        ssl_eo.load("mae_vitt8_eurosat", tmp_path)
+    with pytest.raises(ValueError, match="no encoder is called 'mae_vitt8_euro'; did you mean 'mae_vitt8_eurosat'"):
+        ssl_eo.load("mae_vitt8_euro", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("dofa_vitb16",), r"dofa_vitb16: give the file of its weights, ssl_eo.load\('dofa_vitb16', 'FILE'\), or"),
-        (("croma_base",), "croma_base: give the file of its weights"),
-        (("dofa_vitb61",), "dofa_vitb61: there is no such run, bundle or file, and .* did you mean 'dofa_vitb16'"),
+        (("dofa_vitb16",), r"dofa_vitb16 give the file of its weights, ssl_eo.load\('dofa_vitb16', 'PATH'\), or"),
+        (("croma_base",), "of the encoder croma_base give the file of its weights"),
+        (("dofa_vitb61",), "dofa_vitb61: there is no such run, bundle or file; did you mean 'dofa_vitb16'"),
+        (("mae_vitmicro4_eurosat",), "mae_vitmicro4_eurosat give a bundle, ssl_eo.load"),
         (("runs/gone",), "^runs/gone: there is no such run, bundle or file$"),
         (("dofa_vitb61", "a.pth"), "did you mean 'dofa_vitb16'"),
         (("dofa_vitb16", True), "pretrained is True: give the path or address"),

@@ -162,7 +162,7 @@ def test_eval_of_a_task_that_cannot_be_measured_fails(
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(task))
     arguments = ["--model", str(bundle), "--tasks", str(tmp_path / "small.yaml"), "--out", str(tmp_path)]
     assert main(["eval", *arguments]) == 1
-    assert "encoder, step 4 could not be measured: ValueError" in capsys.readouterr().out
+    assert f"{bundle.name} could not be measured: ValueError" in capsys.readouterr().out
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

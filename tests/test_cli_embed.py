@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,22 @@ def test_features_of_a_scene(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert not list(out.parent.glob("*.panels"))
 
 
+def test_each_input_is_normalised_by_its_own_statistics(tmp_path: Path) -> None:
+    """Of two sources of one sensor, and of a tile that is called otherwise than its sensor."""
+    first = known("sentinel2_l2a", BANDS)
+    inputs = {"sentinel2_l2a": first}
+    for shift, name in ((500.0, "sentinel2_l2a@1"), (1000.0, "before")):
+        inputs[name] = replace(first, mean=tuple(value + shift for value in first.mean))
+    model, values = bundle(tmp_path / "several", inputs), values_of(16, 16)
+    scene = write(tmp_path / "scene.tif", values)
+    found = {}
+    for name in inputs:
+        assert embed(scene, model, tmp_path / f"{name}.tif", "--sensor", name) == 0
+        found[name] = read(tmp_path / f"{name}.tif")
+        np.testing.assert_allclose(found[name], of_windows(model, values, 16, name), atol=1e-5)
+    assert np.abs(found["sentinel2_l2a"] - found["sentinel2_l2a@1"]).max() > 0.1
+
+
 def test_bands_by_number_half_precision_and_batches(tiny: Path, tmp_path: Path) -> None:
     values = values_of(24, 24)
     named = write(tmp_path / "named.tif", values)
@@ -218,8 +235,8 @@ def test_models_that_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixtur
     scene, out = write(tmp_path / "scene.tif", values_of(16, 16)), tmp_path / "out.tif"
     for model, message in (
         (bundle(tmp_path / "stateless", {}), "stateless: it has statistics for no sensor"),
-        ("prithvi_eo_v2_tiny_tl", "weights would be random; give prithvi_eo_v2_tiny_tl=FILE"),
-        ("gone/bundle", "there is no such run or bundle"),
+        ("prithvi_eo_v2_tiny_tl", "of released weights, give the file: prithvi_eo_v2_tiny_tl=FILE"),
+        ("gone/bundle", "no such path"),
     ):
         assert embed(scene, model, out) == 2
         (line,) = capsys.readouterr().err.splitlines()

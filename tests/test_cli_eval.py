@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 
-from ssl_eo import cli_eval_models
+from ssl_eo import opening
+from ssl_eo.bundles import BundleEncoder
 from ssl_eo.cli import main
 from ssl_eo.eval.claims import claimed
-from ssl_eo.eval.offline import Model
 from ssl_eo.eval.records import read_results
 from ssl_eo.models.vit import Encoder, EncoderConfig
+from ssl_eo.opening import OpenedEncoder
 
 FORK = multiprocessing.get_context("fork")
 TASK = {
@@ -50,6 +51,10 @@ def _encoder(kind: type[Encoder] = Encoder) -> Encoder:
     return encoder
 
 
+def _opened(name: str, encoder: Encoder, step: int = 0) -> OpenedEncoder:
+    return OpenedEncoder(name, BundleEncoder(encoder, {}, {"step": step, "features": {}}))
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     path = tmp_path / "scenes.yaml"
@@ -64,7 +69,7 @@ def _evaluate_slowly(task: Path, out: Path, ignored: list[signal.Signals], n_wor
     encoder = _encoder(_Slow)
     assert isinstance(encoder, _Slow)
     encoder.begun = out.with_name("begun")
-    cli_eval_models.open_model = lambda text: (Model(text, encoder, 0), {})
+    opening.open_model = lambda text: _opened(text, encoder)
     arguments = ["--model", "slow", "--tasks", str(task), "--out", str(out), "--no-controls", "--batch-size", "4"]
     sys.exit(main(["eval", *arguments, "--workers", str(n_workers)]))
 
@@ -142,7 +147,7 @@ def test_handlers_are_given_back_and_the_message_is_one_line(
         raise AssertionError("it goes on")
 
     before = [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
-    monkeypatch.setattr(cli_eval_models, "open_model", told_to_end)
+    monkeypatch.setattr(opening, "open_model", told_to_end)
     assert main(["eval", "--model", "any", "--tasks", str(task), "--out", str(tmp_path / "out")]) == 75
     assert capsys.readouterr().err == "ssl-eo: stopped on request; the same command goes on\n"
     assert [signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
@@ -151,9 +156,9 @@ def test_handlers_are_given_back_and_the_message_is_one_line(
 def test_results_of_others_in_the_folder_are_neither_printed_nor_count(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = {"of_12_bands": Model("of_12_bands", _encoder(), 7), "other": Model("other", _encoder(), 8)}
+    models = {"of_12_bands": _opened("of_12_bands", _encoder(), 7), "other": _opened("other", _encoder(), 8)}
     next(models["other"].encoder.parameters()).data += 1.0
-    monkeypatch.setattr(cli_eval_models, "open_model", lambda text: (models[text], {}))
+    monkeypatch.setattr(opening, "open_model", lambda text: models[text])
     small = tmp_path / "small.yaml"
     split = {"sensors": ["dem"], "extent_m": 240.0}  # one band, where the encoder takes twelve
     small.write_text(yaml.safe_dump({**TASK, "train": {**TASK["train"], **split}, "test": {**TASK["test"], **split}}))
@@ -169,13 +174,13 @@ def test_results_of_others_in_the_folder_are_neither_printed_nor_count(
     assert "could not be measured" in text
     status, text = evaluate("of_12_bands", task)
     assert status == 0
-    assert "encoder, step 7" in text
-    for of_another in ("small", "step 8", "could not be measured"):
+    assert "│ of_12_bands " in text
+    for of_another in ("small", "│ other ", "could not be measured"):
         assert of_another not in text
     status, text = evaluate("other", task)
     assert status == 0
-    assert "encoder, step 8" in text
-    assert "step 7" not in text
+    assert "│ other " in text
+    assert "│ of_12_bands " not in text
     measured = [r for r in read_results(out) if r["kind"] == "result"]
     assert len((out / "results.csv").read_text().splitlines()) == 1 + len(measured)
     assert {r["model"] for r in measured if r["features"] == "encoder"} == {"of_12_bands", "other"}

@@ -14,11 +14,7 @@ import yaml
 from launching import ROOT
 
 from ssl_eo.cli import main
-from ssl_eo.cli_eval import _hints, _remarks, add_arguments
-from ssl_eo.cli_eval_models import open_model
-from ssl_eo.cli_eval_tasks import read_task
-from ssl_eo.components import MissingExtraError
-from ssl_eo.eval.jobs import Evaluation, Job
+from ssl_eo.cli_eval import _remarks, add_arguments
 from ssl_eo.eval.records import read_results
 from ssl_eo.hub import write_bundle
 from ssl_eo.models.vit import Encoder, EncoderConfig
@@ -52,6 +48,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _bundle(tmp_path / "rgb", 3)
     _task(tmp_path / "scenes.yaml")
     _task(tmp_path / "colours.yaml", "sentinel2_l2a:rgb")
+    (tmp_path / "more").mkdir()
+    _task(tmp_path / "more" / "scenes.yaml")
     return tmp_path
 
 
@@ -73,6 +71,9 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SCENES, "--taps", "0.5", "2"), "--taps: taps are ratios of the depth"),
     ((*SCENES, "--seeds", "one"), "--seeds: 'one' is no whole number"),
     ((*SCENES, "--seeds", "1.5"), "--seeds: '1.5' is no whole number"),
+    ((*SCENES, "--size", "0"), "--size: '0' must be task, native, or a number of pixels up to 4096"),
+    ((*SCENES, "--partitions", "10%"), "--partitions: '10%' is no part; give for instance 0.01x"),
+    (("--tasks", "scenes.yaml", "more/scenes.yaml"), "--tasks must name at least one, and each once"),
     ((*SCENES, "--size", "60"), "--size: 60 pixels are no whole number of patches, of which those of ms have 8"),
     ((*SCENES, "--size", "4"), "give 8, or native"),
     ((*SCENES, "--workers", "257"), "argument --workers: must be a whole number from 0 to 256, got '257'"),
@@ -121,27 +122,12 @@ def test_bands_that_a_tile_has_not_are_skipped_in_one_line(folder: Path, capsys:
 
 def test_an_encoder_of_true_colour_is_told_how_it_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ("--no-controls", "--resamples", "0")
-    hint = "scenes: rgb takes 3 bands and was shown 12; true colour would fit: --bands rgb"
+    hint = "ValueError: rgb takes 3 bands and was shown 12; true colour would fit: bands rgb"
     assert _eval(*SCENES, *few, model="rgb") == 1
-    assert hint in capsys.readouterr().out.splitlines()
+    assert capsys.readouterr().out.splitlines().count(f"  rgb could not be measured: {hint}") == 1
     assert _eval("--tasks", "colours.yaml", *few) == 1  # 12 bands, of which true colour has 3
-    assert "would fit" not in capsys.readouterr().out
+    assert "ms takes 12 bands and was shown 3; show as many" in capsys.readouterr().out
     assert _eval(*SCENES, *few, "--bands", "rgb", model="rgb") == 0
-
-
-def test_a_task_that_cannot_be_opened_gives_no_hint_and_stops_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, _ = open_model("rgb")
-    plan = Evaluation([read_task("scenes.yaml")])
-    failed = {"kind": "error", "features": "encoder", "task": "scenes", "subset": "all"}
-    assert len(list(_hints(model, plan, [failed]))) == 1
-
-    def refuse(self: Job, patch_px: int) -> None:
-        raise MissingExtraError("not installed")
-
-    monkeypatch.setattr(Job, "open", refuse)
-    assert list(_hints(model, plan, [failed])) == []
 
 
 def test_what_was_measured_takes_the_name_that_is_given_last(folder: Path) -> None:
@@ -156,18 +142,23 @@ def test_what_was_measured_takes_the_name_that_is_given_last(folder: Path) -> No
     assert "ViT/encoder/last" in (folder / "out" / "results.csv").read_text()
 
 
-def test_fits_that_did_not_come_to_their_optimum_are_named() -> None:
-    place = {"task": "t", "probe": "logistic", "partition": "1.00x", "subset": "all", "seed": 0, "tap": "depth_0.50"}
+def test_flags_of_tasks_and_fits_that_did_not_come_to_their_optimum_are_named() -> None:
+    task = {"task": "t", "flags": ["labels are noisy"], "classes": ["a", "b"], "n_train": 90, "n_test": 60}
+    place = {"probe": "logistic", "seed": 0, "tap": "depth_0.50", "partition": "1.00x", "subset": "all"}
     found = [
-        {**place, "kind": "result", "features": features, "chosen": chosen}
+        {**task, **place, "kind": "result", "size": "native", "features": features, "model": "m", "chosen": chosen}
         for features, chosen in (
             ("encoder", {"lambda": 1.0, "converged": 1.0}),
             ("random_encoder", {"lambda": 1.0, "converged": 0.0}),
             ("band_statistics", {"n_neighbors": 20}),
         )
     ]
-    (remark,) = _remarks(found)
-    assert remark.startswith("t: logistic on random encoder at depth 0.50 (1.00x, bands all, seed 0) is not at its")
+    where = "t: logistic on random encoder at depth 0.50 (labels 1.00x, bands all, own size, seed 0)"
+    flag, remark = dict.fromkeys(_remarks([*found, {**found[0], "n_leaked": 0}]))
+    assert flag == "t: labels are noisy"
+    assert remark == f"{where} is not at its optimum: its score may be a little lower than it could be"
+    one_sample = [{**r, "n_test": 1} for r in found]
+    assert "t: its scores tell nothing: they are of one test sample" in list(_remarks(one_sample))
 
 
 # --- the tasks that there are -----------------------------------------------------------------------------------------
@@ -204,7 +195,19 @@ def test_and_whether_their_data_are_there(
             (folder / "resisc45" / name / f"{number}.jpg").write_bytes(_JPEG)
     listed = _listed(capsys)
     assert listed["resisc45"] == ["classification", "2", "accuracy", "$SSL_EO_SAMPLES/resisc45 (found)"]
-    assert listed["eurosat_ms"][3].startswith("$SSL_EO_SAMPLES/eurosat_ms (cannot be read: ")
+    assert listed["eurosat_ms"][3].startswith("$SSL_EO_SAMPLES/eurosat_ms (train cannot be read: ")
+
+
+def test_data_of_which_a_split_is_empty_are_not_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SSL_EO_SAMPLES", str(folder))
+    for name in ("a", "b"):
+        (folder / "resisc45" / name).mkdir(parents=True)
+        (folder / "resisc45" / name / "0.jpg").write_bytes(_JPEG)
+    _, n_classes, _, where = _listed(capsys)["resisc45"]
+    assert n_classes == "2"
+    assert where.startswith("$SSL_EO_SAMPLES/resisc45 (val cannot be read: split: no image of ")
 
 
 def _jpeg() -> bytes:

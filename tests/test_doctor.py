@@ -197,6 +197,20 @@ def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
     assert found()["packages"].found == "without no_such_package>=1"
 
 
+def test_the_extra_for_gpus_is_advised_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {ALWAYS: [], "cuda": [Requirement("no_such_package", ">=1")]}
+    monkeypatch.setattr(doctor, "requirements", lambda: needed)
+    finding = Finding("extra cuda", "ok", "not needed: torch uses no GPU here")
+    on_cpus, gpu = Finding("torch", "ok", "2.10+cpu"), Finding("cuda:0", "ok", "a GPU")
+    monkeypatch.setattr(doctor, "_torch", lambda: iter([on_cpus]))
+    assert found()["extra cuda"] == finding
+    monkeypatch.setattr(doctor, "_torch", lambda: iter([on_cpus, gpu]))
+    assert found()["extra cuda"].advice == "python -m pip install 'ssl_eo[cuda]'"
+    needed["cuda"] = [Requirement("numpy", ">=1")]
+    monkeypatch.setattr(doctor, "_torch", lambda: iter([on_cpus]))
+    assert found()["extra cuda"].found.startswith("numpy ")
+
+
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssl_eo import hub, tensor_files
 from ssl_eo.bundles import BundlePair
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.stacking import stack_tiles, stack_views
@@ -28,6 +29,7 @@ from ssl_eo.hub import (
     UNSAID,
     BundleEncoder,
     SensorInput,
+    check_free,
     load_bundle,
     read_tensors,
     write_bundle,
@@ -86,6 +88,48 @@ def test_round_trip_is_exact(tmp_path: Path, patch_embed: str) -> None:
     expected, found = written.state_dict(), read.encoder.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["format", "inputs", "sha256", "encoders"])
+def test_facts_do_not_take_the_place_of_what_a_bundle_is(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"facts must have other names than {name}, which say what a bundle holds"):
+        write_bundle(tmp_path / "new", _encoder("conv"), _inputs(), {**FACTS, name: 7})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_page_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path)
+    monkeypatch.setattr(hub, "_MOST_PAGE_BYTES", 100)
+    with pytest.raises(ValueError, match=r"not an encoder bundle \(encoder\.json: .* bytes, expected at most 100"):
+        load_bundle(tmp_path)
+
+
+def test_what_is_no_folder_holds_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="file is no folder, and a bundle is one; give another --out"):
+            check_free(tmp_path / "file", overwrite)
+
+
+def test_a_file_of_tensors_is_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than one of them is in memory as bytes; and what fails on the way leaves the old file."""
+    (tmp_path / "file").write_text("old")
+    written, raw_bytes = [], tensor_files._raw_bytes
+
+    def raw(tensor: torch.Tensor) -> bytes:
+        (partial,) = tmp_path.glob("*.partial")
+        with partial.open("rb") as file:
+            written.append(len(file.read()))
+        if len(written) == 3:
+            raise RuntimeError("gone")
+        return raw_bytes(tensor)
+
+    monkeypatch.setattr(tensor_files, "_raw_bytes", raw)
+    with pytest.raises(RuntimeError, match="gone"):
+        write_tensors(tmp_path / "file", {name: torch.zeros(1 << 18) for name in "abc"})  # larger than any buffer
+    assert written[2] - written[1] == 1 << 20
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_call_with_stored_values_normalises_them(bundle: Path) -> None:

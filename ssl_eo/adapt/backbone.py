@@ -40,6 +40,7 @@ class Backbone(nn.Module):
     shape: TapShape
     missing_bands: tuple[str, ...] = ()  # that it was trained with, and images lack
     depth: int  # number of blocks, `encoder.blocks.0` to the last, whose learning rates may differ
+    is_finetuned: bool = False  # whether its pretrained weights train, at lower rates than the decoder
 
     def forward(self, inputs: EncoderInput) -> TapMaps:
         """Features of patches at each tap."""

@@ -44,12 +44,13 @@ class Energy:
 def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int]) -> StepCost:
     """The cost of training `model` on `inputs`, backbone included, whether or not its features were kept.
 
-    One step runs, whose gradients are thrown away. Attention is taken apart into its products, so memory is an upper
-    bound where a fused kernel would do it.
+    One step runs, of which nothing is left: no gradients, no statistics of norms. Attention is taken apart into its
+    products, so memory is an upper bound where a fused kernel would do it.
     """
     was_training, n_samples = model.training, len(inputs.pixels)
     model.train()
     weights = list(model.parameters())
+    statistics = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), Ledger() as ledger:
         ledger.leave_out([*weights, *model.buffers(), inputs.pixels])
         with ledger.phase("forward"):
@@ -58,6 +59,8 @@ def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int]) -> 
             logits.float().square().mean().backward()
     gradients = [p.grad for p in weights if p.grad is not None]
     model.zero_grad(set_to_none=True)
+    for buffer, before in zip(model.buffers(), statistics, strict=True):
+        buffer.copy_(before)
     model.train(was_training)
     state = _bytes(weights) + 2 * _bytes(gradients)  # AdamW keeps two moments; gradients are in the peak
     peak = max(alive.total for alive in ledger.peaks.values())

@@ -14,6 +14,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ssl_eo.adapt.model import TaskModel
 from ssl_eo.bundles import BundleEncoder, SensorInput
 from ssl_eo.components import one_line
 from ssl_eo.eval.decoders import build_decoder
+from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
 from ssl_eo.files import atomic_write
 from ssl_eo.hub import load_bundle, write_bundle
@@ -35,7 +37,10 @@ from ssl_eo.tensor_files import read_tensors, write_tensors
 __all__ = ["SavedModel", "load_model", "save_model"]
 
 _FORMAT = 1
-_KEYS = ("decoder", "options", "taps", "n_outputs", "kind", "classes", "bands", "fixed_bands", "clip_std", "sha256")
+_KEYS = (
+    *("task", "kind", "classes", "bands", "size_px", "n_outputs", "decoder", "options", "taps", "fixed_bands"),
+    *("clip_std", "sha256"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,18 @@ class SavedModel:
     def input(self) -> SensorInput:
         """What it takes: a sensor, bands in order, statistics."""
         return next(iter(self.bundle.inputs.values()))
+
+    @cached_property
+    def weights(self) -> str:
+        """The digest of all its weights."""
+        return digest_of_tensors(self.model.state_dict())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that what it predicts depends on, as plain JSON types."""
+        known = self.input
+        statistics = {"mean": list(known.mean), "std": list(known.std), "gsd_m": known.gsd_m}
+        return {"weights": self.weights, "page": dict(self.facts), "statistics": statistics}
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -108,7 +125,8 @@ def load_model(folder: Path) -> SavedModel:
     if not isinstance(bundle, BundleEncoder) or not bundle.inputs:
         raise ValueError(f"{folder}/encoder.json: a trained model has one encoder, and statistics for its images")
     try:
-        backbone = EncoderBackbone(bundle.encoder, page["taps"], _bands_from(page["fixed_bands"]), page["clip_std"])
+        bands = _bands_from(page["fixed_bands"], len(page["bands"]))
+        backbone = EncoderBackbone(bundle.encoder, page["taps"], bands, page["clip_std"])
         decoder: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
         model = TaskModel(backbone, decoder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -131,14 +149,18 @@ def _page_of(bands: FixedBands | None) -> dict[str, Any] | None:
     return {"sensor": bands.sensor.to_dict(), "names": list(bands.names), "picks": list(bands.picks)}
 
 
-def _bands_from(page: Mapping[str, Any] | None) -> FixedBands | None:
+def _bands_from(page: Mapping[str, Any] | None, n_shown: int) -> FixedBands | None:
+    """What stands for the bands of the encoder among the `n_shown` of an image."""
     if page is None:
         return None
     names, picks = tuple(page["names"]), tuple(page["picks"])
     sensor = Sensor.from_dict(page["sensor"], "fixed_bands.sensor")
     sensor.index(names)
-    if len(picks) != len(names) or not all(pick is None or type(pick) is int for pick in picks):
-        raise ValueError(f"fixed_bands: {len(names)} names need as many picks, whole numbers or null, got {picks}")
+    are_channels = all(pick is None or (type(pick) is int and 0 <= pick < n_shown) for pick in picks)
+    if len(picks) != len(names) or not are_channels:
+        raise ValueError(
+            f"fixed_bands: {len(names)} names need as many picks, from 0 to {n_shown - 1} or null, got {picks}"
+        )
     return FixedBands(sensor, names, picks)
 
 
@@ -152,4 +174,6 @@ def _read_page(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: format {found}, this version reads {_FORMAT}; update ssl_eo")
     if missing := [key for key in _KEYS if key not in page]:
         raise ValueError(f"{path}: key {missing[0]!r} is missing")
+    if type(page["size_px"]) is not int or page["size_px"] < 1:
+        raise ValueError(f"{path}: size_px must be a whole number and at least 1, got {page['size_px']!r}")
     return page

@@ -35,11 +35,24 @@ from ssl_eo.adapt.tiling import Box, Tiling, WindowModel, blend_box, count_windo
 from ssl_eo.components import one_line
 from ssl_eo.files import atomic_file, atomic_write, locked_folder, sync
 
-__all__ = ["SceneRun", "embed_scene", "map_scene", "predict_scene"]
+__all__ = ["SceneRun", "Windowed", "embed_scene", "map_scene", "predict_scene"]
 
 _FORMAT = "panels 2"
 _RASTERS = (".tif", ".tiff")
 _OWN = re.compile(r"\.lock|inputs\.json|\d_\d{6,}\.npy|(inputs\.json|\d_\d{6,}\.npy)\.[0-9a-f]{8}\.partial")
+
+
+@dataclass(frozen=True)
+class Windowed:
+    """A model of windows, which gives `n_values` values of a cell, and how its windows are cut and joined.
+
+    With `softmax` what is joined are probabilities, the softmax over the values.
+    """
+
+    model: WindowModel
+    n_values: int
+    tiling: Tiling
+    softmax: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def predict_scene(
     outputs: list[Output] = [class_map(out, class_names, tags or {})]
     if probabilities is not None:
         outputs.append(value_map(probabilities, len(class_names), "float32", class_names, tags or {}))
-    map_scene(scene, model, len(class_names), outputs, tiling, run, softmax=True)
+    map_scene(scene, Windowed(model, len(class_names), tiling, softmax=True), outputs, run)
 
 
 def embed_scene(
@@ -102,19 +115,11 @@ def embed_scene(
         output = value_map(out, n_features, dtype, (), tags or {})
     else:
         raise ValueError(f"{out}: features are written to a .tif or a .parquet file")
-    map_scene(scene, model, n_features, [output], tiling, run)
+    map_scene(scene, Windowed(model, n_features, tiling), [output], run)
 
 
-def map_scene(
-    scene: Scene,
-    model: WindowModel,
-    n_values: int,
-    outputs: Sequence[Output],
-    tiling: Tiling,
-    run: SceneRun,
-    softmax: bool = False,
-) -> None:
-    """Write all `outputs` from the `n_values` values that `model` gives for each cell of `scene`.
+def map_scene(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: SceneRun) -> None:
+    """Write all `outputs` from the values that a model of windows gives for each cell of `scene`.
 
     Raises `ValueError` for paths that are taken, a model that gives something else, too little memory, and panels of a
     killed run with another scene, model, tiling or memory, or a folder of panels that holds something else; `OSError`
@@ -122,14 +127,15 @@ def map_scene(
     them. Warns where nothing of the scene was measured.
     """
     _check_paths(scene.path, [output.path for output in outputs], run.overwrite)
-    side = panel_side(scene.shape, tiling, scene.n_bands, n_values, run.memory_bytes)
+    tiling = windowed.tiling
+    side = panel_side(scene.shape, tiling, scene.n_bands, windowed.n_values, run.memory_bytes)
     folder = outputs[0].path.with_name(f"{outputs[0].path.name}.panels")
     kept = _Panels(folder, panels(scene.grid.coarser(tiling.cell_px).shape, side))
     kept.check()
     with locked_folder(folder, "write to another path"):
         try:
-            token = kept.begin(_inputs(scene, outputs, tiling, run, softmax, side))
-            _make_panels(kept, scene, model, n_values, outputs, tiling, run, softmax)
+            token = kept.begin(_inputs(scene, windowed, outputs, run, side))
+            _make_panels(kept, scene, windowed, outputs, run)
             if not any(outputs[0].has_values(stored) for _, stored in kept.load(0)):
                 warnings.warn(
                     f"{scene.path}: nothing of it was measured, so there are no values to write", stacklevel=3
@@ -143,17 +149,9 @@ def map_scene(
         kept.remove()
 
 
-def _make_panels(
-    kept: _Panels,
-    scene: Scene,
-    model: WindowModel,
-    n_values: int,
-    outputs: Sequence[Output],
-    tiling: Tiling,
-    run: SceneRun,
-    softmax: bool,
-) -> None:
+def _make_panels(kept: _Panels, scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: SceneRun) -> None:
     """Make the panels that are not there yet."""
+    tiling, n_values = windowed.tiling, windowed.n_values
     n_windows = [count_windows(scene.shape, box, tiling) for box in kept.boxes]
     done, total = 0, sum(n_windows)
 
@@ -164,7 +162,7 @@ def _make_panels(
             run.progress(done, total)
 
     def make(i: int, box: Box) -> None:
-        values = blend_box(scene.read, scene.shape, box, model, tiling, softmax, advance)  # [K, h, w]
+        values = blend_box(scene.read, scene.shape, box, windowed.model, tiling, windowed.softmax, advance)  # [K, h, w]
         if values is None:
             values = torch.full((n_values, *box[2:]), torch.nan)
         if values.shape[0] != n_values:
@@ -297,18 +295,16 @@ def _is_own(entry: os.DirEntry[str]) -> bool:
     return _OWN.fullmatch(entry.name) is not None and entry.is_file(follow_symlinks=False)
 
 
-def _inputs(
-    scene: Scene, outputs: Sequence[Output], tiling: Tiling, run: SceneRun, softmax: bool, side: int
-) -> dict[str, Any]:
+def _inputs(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: SceneRun, side: int) -> dict[str, Any]:
     """What panels depend on, as plain JSON types."""
-    cut = {key: value for key, value in asdict(tiling).items() if key != "batch_size"}
+    cut = {key: value for key, value in asdict(windowed.tiling).items() if key != "batch_size"}
     return {
         "format": _FORMAT,
         "scene": scene.digest(),
         "bands": list(scene.channels),
         "no_data": list(scene.no_data),
         "model": json.loads(json.dumps(dict(run.facts))),
-        "tiling": {**cut, "softmax": softmax},
+        "tiling": {**cut, "softmax": windowed.softmax},
         "outputs": [output.facts() for output in outputs],
         "panel_side": side,
     }

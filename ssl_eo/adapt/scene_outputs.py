@@ -5,6 +5,7 @@ K values of a cell, n bands of the output, h w cells of a panel.
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import warnings
@@ -27,10 +28,14 @@ from ssl_eo.data.sources._rasters import check_utf8
 __all__ = ["Output", "Panels", "RasterOutput", "TableOutput", "class_map", "value_map"]
 
 Dtype = Literal["uint8", "uint16", "float16", "float32"]
+Colour = tuple[int, int, int, int]  # red, green, blue and opacity, from 0 to 255
 Panels = Callable[[], Iterable[tuple[Box, NDArray[Any]]]]  # each call gives all panels, row by row
 
 _BLOCKS = (256, 128, 64, 32, 16)  # sides of blocks; GDAL wants multiples of 16
 _CACHE_BYTES = 64 << 20  # of GDAL's blocks
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread over a circle, however many there are
+_SHADES = ((0.65, 0.85), (0.85, 0.6), (0.45, 0.95))  # saturation and value
+_UNSEEN: Colour = (0, 0, 0, 0)
 
 
 class Output(Protocol):
@@ -70,6 +75,7 @@ class RasterOutput:
     convert: Callable[[Tensor], Tensor]
     descriptions: tuple[str, ...] = ()  # of each band
     tags: Mapping[str, str] = field(default_factory=dict)
+    colours: Mapping[int, Colour] = field(default_factory=dict)  # of stored values of the first band; none: no table
 
     def __post_init__(self) -> None:
         check_utf8(self.path)
@@ -93,6 +99,8 @@ class RasterOutput:
             file.update_tags(**self.tags)
             if self.descriptions:
                 file.descriptions = self.descriptions
+            if self.colours:
+                file.write_colormap(1, dict(self.colours))
             for box, stored in panels():
                 file.write(stored.astype(file.dtypes[0], copy=False), window=_window(box))
         self._check(path, panels)
@@ -134,15 +142,23 @@ class RasterOutput:
 def class_map(path: Path, class_names: Sequence[str], tags: Mapping[str, str]) -> RasterOutput:
     """The class of each cell, the one of the highest value: uint8, or uint16 above 255 classes; the highest is no-data.
 
-    The names of classes are tags `CLASS_0`, ...
+    The names of classes are tags `CLASS_0`, ...; maps of uint8 have a table of colours.
     """
     n = len(class_names)
     dtype: Dtype = "uint8" if n <= 255 else "uint16"
     if not 1 <= n <= 65535:
         raise ValueError(f"a map has 1 to 65535 classes, got {n}")
     named = {f"CLASS_{i}": name for i, name in enumerate(class_names)}
-    no_data = float(np.iinfo(dtype).max)
-    return RasterOutput(path, 1, dtype, no_data, _highest, ("class",), {**tags, **named})
+    no_data = int(np.iinfo(dtype).max)
+    colours = {**{i: _colour(i) for i in range(n)}, no_data: _UNSEEN} if dtype == "uint8" else {}
+    return RasterOutput(path, 1, dtype, float(no_data), _highest, ("class",), {**tags, **named}, colours)
+
+
+def _colour(i: int) -> Colour:
+    """That of class `i`: neighbours, and the next ones too, lie far apart in hue, and differ in lightness."""
+    saturation, value = _SHADES[i % len(_SHADES)]
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(i * _GOLDEN % 1.0, saturation, value))
+    return red, green, blue, 255
 
 
 def value_map(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_eo.adapt.tiling import Box, grid_of
 from ssl_eo.components import import_extra, one_line, suggest
-from ssl_eo.data.sources._rasters import open_raster, read_box
+from ssl_eo.data.sources._rasters import ground_of, open_raster, read_box
 from ssl_eo.sensors import Sensor
 
 __all__ = ["Grid", "Scene"]
@@ -29,6 +29,7 @@ __all__ = ["Grid", "Scene"]
 _MAX_VALUES = 1 << 26  # read at once, in the stored dtype; more are read some bands after the others
 _CHUNK_BYTES = 1 << 20
 _CACHE_BYTES = 64 << 20  # of GDAL's blocks of a mask
+_ALIKE = 1.5  # up to this factor pixels are of one size
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,11 @@ class Scene:
             raise OSError(f"{self.path} is truncated or damaged: its mask: {one_line(error)}") from None
         return hidden
 
-    def doubts(self, sensor: Sensor) -> list[str]:
-        """What speaks against its values being those of `sensor`, a line each.
+    def doubts(self, sensor: Sensor, gsd_m: float) -> list[str]:
+        """What speaks against its values being those of `sensor`, with pixels of `gsd_m` metres, a line each.
 
         Floats, such as reflectances, where the sensor has integers; integers of fewer bytes; a scale or an offset that
-        is not the sensor's.
+        is not the sensor's; pixels of another size on the ground.
         """
         unless = "what is made of it means little unless the values are in the same unit"
         found = []
@@ -172,7 +173,19 @@ class Scene:
                     f" {sensor.name} has {sensor.scale:g} and {sensor.offset:g}, and values are taken as they are"
                     f" stored: {unless}"
                 )
-        return found
+        return [*found, *self._doubts_of_size(gsd_m)]
+
+    def _doubts_of_size(self, gsd_m: float) -> list[str]:
+        try:
+            ground = ground_of(self._file, (0, 0, *self.shape))
+        except ValueError as error:  # it is nowhere on Earth
+            return [str(error)]
+        if ground is None or 1 / _ALIKE <= ground.gsd_m / gsd_m <= _ALIKE:
+            return []
+        return [
+            f"{self.path} has pixels of {ground.gsd_m:.3g} m, and the model was trained on ones of {gsd_m:.3g} m: what"
+            " it shows is not of the size that the model knows, unless it is resampled"
+        ]
 
     def digest(self) -> str:
         """A digest of all bytes of the file."""

@@ -29,9 +29,8 @@ class EnsembleChoice:
     """Which specialists of an ensemble are run. By default all that can be shown the bands of a task."""
 
     keep: list[str] | None = None  # these alone, by name; None: all
-    k: int | None = (
-        None  # so many of them are selected on train and val of the task, by frozen encoders; None: no choice
-    )
+    # So many of them are selected on train and val of the task, by frozen encoders; None: no choice.
+    k: int | None = None
     # ridge: one after the other, by ridge regression on pooled features. gate: learned beside a decoder of the cell.
     by: Literal["ridge", "gate"] = "ridge"
     # How bands are found: by what they measure, or by the rules of EoS-FM, which know how many there are.
@@ -49,7 +48,7 @@ class EnsembleChoice:
 class EncoderChoice:
     """An encoder of a study."""
 
-    # A run, a bundle folder, NAME=FILE for released weights, or NAME alone: that architecture, for random weights. Or
+    # As --model of ssl-eo eval; also the NAME of a released encoder or a recipe alone, for random weights. Or
     # the folder of an ensemble.
     model: str
     taps: list[float] | None = None  # ratios of the depth that decoders are given; None: 1/3, 1/2, 2/3 and 1
@@ -78,9 +77,8 @@ class StudyConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     unet: bool = True  # beside encoders of maps, a UNet that is trained from scratch
     n_resamples: int = 1000  # of the test samples, for intervals; 0: none
-    save_models: bool = (
-        False  # those of one encoder, as folders that ssl-eo predict takes: models/<cell> in that of the study
-    )
+    # Those of one encoder, as folders that ssl-eo predict takes: models/<cell> in that of the study.
+    save_models: bool = False
     country: str | None = None  # three letters (ISO 3166): codecarbon measures energy, and CO2 by its carbon intensity
     device: str | None = None  # None: a GPU where there is one
 
@@ -102,9 +100,7 @@ class StudyConfig:
             if not kinds & set(kinds_of(decoder)):
                 raise ValueError(f"decoders: {decoder} is for {', '.join(kinds_of(decoder))}, and no task is of these")
         if UNET in self.encoders:
-            raise ValueError(
-                f"encoders: {UNET!r} is the name of the control; give another, or leave it out (unset unet)"
-            )
+            raise ValueError(f"encoders: {UNET!r} is the name of the control; give another")
         if not 0 <= self.n_resamples <= _MAX_RESAMPLES:
             raise ValueError(f"n_resamples must be from 0 to {_MAX_RESAMPLES:,}, got {self.n_resamples}")
         if self.lora.rank > _MAX_RANK:

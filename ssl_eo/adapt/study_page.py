@@ -13,16 +13,17 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ssl_eo.adapt.protocols import draws_encoder
 from ssl_eo.adapt.study import UNET
 from ssl_eo.eval.bootstrap import FEWEST_GROUPS, Interval, interval_of
-from ssl_eo.eval.metrics import best_of, has_intervals, in_unit, metric_text, number_text
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, has_intervals, in_unit, metric_text, number_text
 from ssl_eo.eval.page import render
 from ssl_eo.eval.records import unpacked
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
-from ssl_eo.eval.result_tables import Cell, Row, Table, as_latex, as_markdown
+from ssl_eo.eval.result_tables import Cell, Row, Table, as_latex, as_markdown, with_numbers
 from ssl_eo.files import atomic_write
 
-__all__ = ["Model", "models_of", "print_study", "study_tables", "write_study_page"]
+__all__ = ["Model", "check_pages", "models_of", "print_study", "study_tables", "write_study_page"]
 
 Record = Mapping[str, Any]
 
@@ -42,6 +43,7 @@ _COSTS: dict[str, Callable[[Record], float | None]] = {
     "Wh": lambda r: None if r["energy_kwh"] is None else 1000 * r["energy_kwh"],
     "g CO2": lambda r: None if r["co2_kg"] is None else 1000 * r["co2_kg"],
 }
+_PAGES = ("study.html", "study.md", "study.tex")
 _CLASS_MEASURE = {"segmentation": "iou"}  # of others: recall
 _MAX_CONFUSIONS = 4
 _CLOSE_ACROSS, _CLOSE_UP = 0.08, 0.07  # shares of the width and height of a chart, within which labels would overlap
@@ -138,19 +140,43 @@ def print_study(records: Sequence[Record], stream: TextIO) -> None:
         console.print(f"  {problem}")
 
 
-def write_study_page(records: Sequence[Record], out: Path, title: str) -> list[Path]:
-    """Write `study.html`, `study.md` and `study.tex` in the folder `out`; returns their paths."""
+def check_pages(out: Path) -> None:
+    """Raise `ValueError` where `write_study_page` could not write in the folder `out`, which need not be there yet."""
+    for path in (out / name for name in _PAGES):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and a page is to be written there; move it, or give another --out")
+
+
+def write_study_page(records: Sequence[Record], out: Path, title: str, command: str) -> list[Path]:
+    """Write `study.html`, `study.md` and `study.tex` in the folder `out`; returns their paths.
+
+    `command` is what made the study, as a shell takes it.
+    """
     models = models_of(records)
     tasks = list(dict.fromkeys(m.task for m in models))
     tables = {task: study_tables(models, task) for task in tasks}
     problems = _problems(records)
     charts = {task: _charts([m for m in models if m.task == task], f"task{i}") for i, task in enumerate(tasks)}
     every = [table for of_task in tables.values() for table in of_task]
-    page = render("study.html.j2", title=title, tables=tables, drawn=charts, problems=problems)
-    files = {"study.html": page, "study.md": as_markdown(every, problems), "study.tex": as_latex(every, problems)}
-    for name, text in files.items():
+    flags = {task: _flags([m for m in models if m.task == task]) for task in tasks}
+    page = render(
+        "study.html.j2", title=title, command=command, tables=tables, drawn=charts, problems=problems, flags=flags
+    )
+    notes = [*problems, *(f"{task}: {flag}" for task in tasks for flag in flags[task]), f"made by {command}"]
+    for name, text in zip(_PAGES, (page, as_markdown(every, notes), as_latex(every, notes)), strict=True):
         atomic_write(out / name, text)
-    return [out / name for name in files]
+    return [out / name for name in _PAGES]
+
+
+def _flags(models: Sequence[Model]) -> list[str]:
+    """What a reader must know of a task before its scores are believed."""
+    records = [r for m in models for r in m.records]
+    found = [flag for r in records for flag in r["asked"]["task"].get("flags", [])]
+    if any(r["asked"].get("samples", {}).get("stratified") for r in records):
+        found.append("samples.stratified split it anew: samples of one place may be in train and test")
+    if (n_groups := min(r["n_groups"] for r in records)) < FEWEST_GROUPS and any(r["resampled"] for r in records):
+        found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
+    return list(dict.fromkeys(found))
 
 
 def _scores(task: str, models: Sequence[Model], training: str) -> Table:
@@ -171,9 +197,8 @@ def _scores(task: str, models: Sequence[Model], training: str) -> Table:
 
 def _score_cell(model: Model, is_best: bool) -> Cell:
     value, bounds = _known(model.mean(model.metric)), model.interval
-    note = (
-        "" if bounds is None else f"[{number_text(model.metric, bounds.low)}, {number_text(model.metric, bounds.high)}]"
-    )
+    ends = [] if bounds is None else [number_text(model.metric, end) for end in (bounds.low, bounds.high)]
+    note = f"[{', '.join(ends)}]" if ends else ""
     return Cell(number_text(model.metric, value), note, is_best)
 
 
@@ -222,7 +247,7 @@ def _specialists(task: str, models: Sequence[Model]) -> Table:
 
 
 def _trainings(task: str, models: Sequence[Model]) -> Table:
-    """Of how many samples, what was chosen on validation, which bands of an encoder were not there.
+    """Of how many samples, what was chosen on validation, which weights it began with, which bands were not there.
 
     Where seeds differ, each once.
     """
@@ -231,8 +256,10 @@ def _trainings(task: str, models: Sequence[Model]) -> Table:
         sizes = [_each(f"{r['n_samples'][split]:,}" for r in m.records) for split in ("train", "val", "test")]
         chosen = [_each(f"{r['lr']:g}" for r in m.records), _each(f"{r['step']:,}" for r in m.records)]
         missing = _each(", ".join(r["missing_bands"]) or "none" for r in m.records)
-        rows.append(Row(_title(m), "", [Cell(text) for text in (*sizes, *chosen, missing)]))
-    columns = ["train", "val", "test samples", "learning rate", "step", "bands it knows that are missing"]
+        is_random = m.is_unet or draws_encoder(m.protocol)
+        weights = "random" if is_random else _each(r["asked"].get("weights", "")[:12] for r in m.records)
+        rows.append(Row(_title(m), "", [Cell(text) for text in (*sizes, *chosen, weights, missing)]))
+    columns = ["train", "val", "test samples", "learning rate", "step", "weights", "bands it knows that are missing"]
     return Table(f"{task}: training", "model", columns, rows)
 
 
@@ -242,20 +269,20 @@ def _each(texts: Iterable[str]) -> str:
 
 def _costs(task: str, models: Sequence[Model]) -> Table:
     """Means over seeds; columns that nobody measured are left out."""
-    shown: dict[str, list[float]] = {}
-    for name, of in _COSTS.items():
-        of_models = [[value for r in m.records if (value := of(r)) is not None] for m in models]
-        if all(of_models):
-            shown[name] = [float(np.mean(values)) for values in of_models]
-    rows = [Row(_title(m), "", [Cell(f"{values[i]:.3g}") for values in shown.values()]) for i, m in enumerate(models)]
-    return Table(f"{task}: cost", "model", list(shown), rows)
+    rows = []
+    for m in models:
+        measured = ([value for r in m.records if (value := of(r)) is not None] for of in _COSTS.values())
+        rows.append(Row(_title(m), "", [Cell(f"{float(np.mean(v)):.3g}" if v else "") for v in measured]))
+    (table,) = with_numbers([Table(f"{task}: cost", "model", list(_COSTS), rows)])
+    return table
 
 
 def _charts(models: Sequence[Model], name: str) -> list[str]:
     metric = models[0].metric
     encoders = list(dict.fromkeys(m.encoder for m in models))
     series = {encoder: None if encoder == UNET else i % 6 for i, encoder in enumerate(encoders)}
-    ranked = sorted(models, key=lambda m: -_known(m.mean(metric)))
+    higher_is_better = HIGHER_IS_BETTER[metric]
+    ranked = sorted(models, key=lambda m: _known(m.mean(metric)), reverse=higher_is_better)
     scores = [in_unit(metric, _known(m.mean(metric))) for m in ranked]
     bars = [
         Bar(f"{_title(m)}  {i}", score, _bounds(m), series[m.encoder])
@@ -274,7 +301,7 @@ def _charts(models: Sequence[Model], name: str) -> list[str]:
     ]
     # Those that were best on validation: what is shown is not picked by its score on the test.
     chosen = [m for m in models if m.records[0]["confusion"] is not None]
-    chosen.sort(key=lambda m: m.on_validation, reverse=True)
+    chosen.sort(key=lambda m: m.on_validation, reverse=higher_is_better)
     for i, m in enumerate(chosen[:_MAX_CONFUSIONS]):
         confusion = np.sum([r["confusion"] for r in m.records], axis=0)
         drawn.append(draw_confusion(_title(m), confusion, m.records[0]["classes"], f"{name}-confusion{i}"))
@@ -287,9 +314,8 @@ def _point_labels(places: Sequence[tuple[float, float]]) -> list[str]:
     Names of models would cover each other: protocols of an encoder cost the same.
     """
     costs, scores = np.array(places).T  # [models]
-    across = np.log(costs) / np.log(
-        4 * costs.max() / costs.min()
-    )  # of the width: the axis has a half and twice as well
+    # Of the width: the axis has a half and twice as well.
+    across = np.log(costs) / np.log(4 * costs.max() / costs.min())
     up = scores / max(np.ptp(scores), 1e-12)
     members: dict[int, list[str]] = {}
     for i in range(len(places)):

@@ -33,7 +33,7 @@ def is_of_study(record: Mapping[str, Any]) -> bool:
 def _is_whole(result: Mapping[str, Any]) -> bool:
     """Whether it is of what its key stands for, and nothing is told of some classes alone, or of some resamples."""
     asked, columns, confusion = result["asked"], result["per_class"], result["confusion"]
-    if key_of(asked) != result["key"] or not _is_task(asked.get("task")):
+    if key_of(asked) != result["key"]:
         return False
     packed = result["resampled"]
     if packed is not None and _n_packed(packed) != asked.get("n_resamples"):
@@ -49,8 +49,16 @@ def _is_positive(value: Any) -> bool:
     return is_number(value) and value > 0
 
 
+def _is_asked(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("samples", {}), dict):
+        return False
+    return _is_task(value.get("task")) and is_text(value.get("weights", ""))
+
+
 def _is_task(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("kind") in get_args(Kind)
+    if not isinstance(value, dict) or not list_of(is_text)(value.get("flags", [])):
+        return False
+    return value.get("kind") in get_args(Kind)
 
 
 def _is_cell(value: Any) -> bool:
@@ -89,7 +97,7 @@ def _n_packed(text: str) -> float:
 
 _HEAD: dict[str, Check] = {"key": is_text, "cell": _is_cell}
 _RESULT: dict[str, Check] = {
-    "asked": lambda value: isinstance(value, dict),
+    "asked": _is_asked,
     "metric": is_metric,
     "classes": list_of(is_text),
     "missing_bands": list_of(is_text),

@@ -7,6 +7,7 @@ same command goes on.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import time
@@ -53,13 +54,14 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
     """Train all cells of `cfg` that have no result in `out`, together with other processes that do the same.
 
     Returns the records of all its cells, in their order. What fails is a record, and the rest goes on; the next call
-    tries it again. Raises `ValueError` where an encoder cannot be opened, `out` not be written, or the device is none,
-    before anything is trained.
+    tries it again. Raises `ValueError` where an encoder cannot be opened, `out` not be written, the device is none, or
+    models are to be saved and none can be, before anything is trained.
     """
     _check_device(cfg.device)
     runner = _Runner(cfg, out)
     cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in cfg.cells()}  # opens encoders
     _check_writable(out)
+    runner.check_saved()
     try:
         work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
     except KeyboardInterrupt:
@@ -113,6 +115,34 @@ def _appending(out: Path) -> Iterator[JsonLines]:
             yield file
 
 
+class _Results:
+    """Which cells have a result in a file that any number of processes add to; each of its lines is read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._n_read = path, 0
+        self._keys: set[str] = set()
+
+    def has(self, key: str) -> bool:
+        """Whether there is a result of the cell `key` by now."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._n_read)
+                whole, end, _ = file.read().rpartition(b"\n")  # the rest is being written
+            self._n_read += len(whole + end)
+            self._keys.update(found for line in whole.splitlines() if (found := _key_of_result(line)))
+        return key in self._keys
+
+
+def _key_of_result(line: bytes) -> str | None:
+    """The key of the result in a line of the file; None for anything else, of which `read_study` tells."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_result = isinstance(record, dict) and record.get("kind") == "result" and is_of_study(record)
+    return str(record["key"]) if is_result else None
+
+
 class _Runner:
     """Works on cells, one after another."""
 
@@ -122,15 +152,29 @@ class _Runner:
         self._places = {cell: f"{i}/{len(cells)}" for i, cell in enumerate(cells, start=1)}
         self._bench = Workbench(cfg)
         self._tasks = {task.name: task for task in cfg.tasks}
+        self._results = _Results(out / RECORDS)
 
     def key_of(self, cell: Cell) -> str:
         """The hash of all that is asked of a cell."""
         return key_of(self._facts(cell))
 
+    def check_saved(self) -> None:
+        """Raise `ValueError` where models are to be saved and none can be; say of which there will be no file."""
+        if not self._cfg.save_models:
+            return
+        kinds = {name: self._bench.is_ensemble(name) for name in self._cfg.encoders}
+        if all(kinds.values()):
+            raise ValueError("save_models: models of ensembles cannot be saved, and there are no others; unset it")
+        unsaved = [name for name, is_ensemble in kinds.items() if is_ensemble]
+        if any(cell.encoder == UNET for cell in self._places):
+            unsaved.append("the UNet")
+        if unsaved:
+            say(f"save_models: models of {', '.join(unsaved)} are not saved; those of single encoders are")
+
     def work(self, cell: Cell, claim: Claim) -> None:
         """Train a cell, unless there is a result of it."""
         key = self.key_of(cell)
-        if read_study(self._out).get(key, {}).get("kind") == "result":
+        if self._results.has(key):
             return
         start = time.perf_counter()
         if claim.n_before >= _MAX_DEATHS:
@@ -152,6 +196,7 @@ class _Runner:
         is_unet = cell.encoder == UNET
         return {
             "task": task_facts(self._tasks[cell.task]),
+            "content": self._bench.content_of(cell.task),
             "samples": asdict(cfg.samples),
             **({} if is_unet else self._bench.facts_of(cell.encoder)),
             "decoder": cell.decoder,

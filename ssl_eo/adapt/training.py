@@ -50,8 +50,10 @@ class TrainingConfig:
     batch_size: int = 8  # samples of a step
     # Peaks that are tried; the best on validation is kept, so that no width of encoder is favoured.
     lrs: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
-    encoder_lr_ratio: float = 0.1  # lr of what trains of the encoder, over that of the decoder
-    layer_decay: float = 0.75  # of the encoder: lr of block i is multiplied by layer_decay ** (depth - i)
+    # finetune: lr of the encoder, over that of the decoder, at which all else learns: adapters, the patch embedding of
+    # retrain_input, encoders that begin with random weights.
+    encoder_lr_ratio: float = 0.1
+    layer_decay: float = 0.75  # finetune: lr of block i is multiplied by layer_decay ** (depth - i)
     weight_decay: float = 0.05  # of AdamW; not of biases, norms and tokens
     clip_grad_norm: float | None = 1.0  # one global norm over all that trains
     n_evaluations: int = 4  # on validation, evenly over the steps; the weights of the best are kept
@@ -77,6 +79,11 @@ class TrainingConfig:
         for key in ("weight_decay", "features_gb"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"{key} must be finite and at least 0, got {getattr(self, key)}")
+        if self.sampling == "balanced" and self.loss is not None and self.loss.name == "logit_adjusted":
+            raise ValueError(
+                "sampling: balanced with loss logit_adjusted: both correct for the same thing, and of balanced batches"
+                " the priors are equal; take one of the two"
+            )
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ValueError(f"clip_grad_norm must be positive or null, got {self.clip_grad_norm}")
 
@@ -243,17 +250,17 @@ def _batches(examples: Examples, labels: Labels, cfg: TrainingConfig, seed: int)
 
 
 def _optimizer(model: TaskModel, cfg: TrainingConfig) -> tuple[torch.optim.AdamW, list[nn.Parameter]]:
-    """AdamW over what trains: the decoder at its rate, the backbone at less, by depth."""
+    """AdamW over what trains: all at the rate of the decoder, but for a pretrained backbone, at less, by depth."""
     named = [(name.removeprefix("backbone."), p) for name, p in model.named_parameters() if p.requires_grad]
-    of_backbone = {} if model.is_frozen else {"^(?!decoder\\.)": cfg.encoder_lr_ratio}
-    of_adapters = (
-        {"\\.lora_": 0.0} if any(".lora_" in name for name, _ in named) else {}
-    )  # decay would only shrink them
+    is_finetuned = model.backbone.is_finetuned
+    of_backbone = {"^(?!decoder\\.)": cfg.encoder_lr_ratio} if is_finetuned else {}
+    has_adapters = any(".lora_" in name for name, _ in named)
+    of_adapters = {"\\.lora_": 0.0} if has_adapters else {}  # decay would only shrink them
     of_gate = {"^decoder\\.gate\\.": GATE_LR_RATIO} if isinstance(model.decoder, GatedDecoder) else {}
     rules = OptimConfig(
         weight_decay=cfg.weight_decay,
         betas=(0.9, 0.999),
-        layer_decay=cfg.layer_decay,
+        layer_decay=cfg.layer_decay if is_finetuned else 1.0,
         lr_multipliers={**of_backbone, **of_gate},
         weight_decay_multipliers=of_adapters,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,18 @@ from ssl_eo.adapt.ensemble_bench import Chosen, EnsembleBench
 from ssl_eo.adapt.examples import Examples
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.opened_task import OpenedTask
-from ssl_eo.adapt.opening import OpenedEncoder, open_model
-from ssl_eo.adapt.protocols import apply_protocol, draws_encoder, trains_encoder
+from ssl_eo.adapt.protocols import apply_protocol, check_for_ensemble, draws_encoder, trains_encoder
 from ssl_eo.adapt.samples import choose_rows
 from ssl_eo.adapt.specialists import Specialist, is_ensemble, load_ensemble
 from ssl_eo.adapt.study import UNET, Cell, EncoderChoice, EnsembleChoice, StudyConfig
 from ssl_eo.adapt.training import Labels, Samples, TrainingConfig
+from ssl_eo.bundles import SensorInput
+from ssl_eo.components import told_of
+from ssl_eo.data.opening import open_source
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
+from ssl_eo.opening import OpenedEncoder, open_model
 
 __all__ = ["Workbench"]
 
@@ -51,37 +54,61 @@ class Workbench:
         self._samples: tuple[tuple[Any, ...], dict[str, Samples]] | None = None
         self._ensembles = EnsembleBench(cfg, self.device)
         self._facts: dict[str, dict[str, Any]] = {}
+        self._contents: dict[str, dict[str, str] | None] = {}
 
     def facts_of(self, encoder: str) -> dict[str, Any]:
-        """What is asked of an encoder: its weights, none where only its architecture is known, and how it is read."""
+        """What is asked of an encoder: its weights, none where only its architecture is known, and how it is read.
+
+        Of statistics there are none: pixels are normalised with those of the task.
+        """
         if encoder not in self._facts:
             asked, model = self._cfg.encoders[encoder], self.model(encoder)
             if isinstance(model, OpenedEncoder):
                 weights = digest_of_tensors(model.encoder.state_dict()) if model.is_trained else "none"
-                found = {"weights": weights, "encoder": asdict(model.encoder.cfg), "taps": asked.taps, "ensemble": None}
+                found = {
+                    "weights": weights,
+                    "encoder": asdict(model.encoder.cfg),
+                    "bands": _bands_by_sensor(model.inputs),
+                    "clip_std": clip_of(model.inputs),
+                    "taps": asked.taps,
+                    "ensemble": None,
+                }
             else:
                 tensors = {f"{s.name}.{key}": value for s in model for key, value in s.backbone.state_dict().items()}
                 found = {
                     "weights": digest_of_tensors(tensors),
                     "encoder": {s.name: asdict(s.encoder.cfg) for s in model},
-                    "bands": {s.name: {name: list(known.bands) for name, known in s.inputs.items()} for s in model},
+                    "bands": {s.name: _bands_by_sensor(s.inputs) for s in model},
+                    "clip_std": {s.name: clip_of(s.inputs) for s in model},
                     "taps": None,
                     "ensemble": asdict(asked.ensemble),
                 }
             self._facts[encoder] = found
         return self._facts[encoder]
 
+    def is_ensemble(self, encoder: str) -> bool:
+        """Whether the encoder that the study calls so is an ensemble of several."""
+        return is_ensemble(Path(self._cfg.encoders[encoder].model))
+
+    def content_of(self, task: str) -> dict[str, str] | None:
+        """What the sources of a task hold, by split, wherever they lie; None where one of them cannot be opened."""
+        if task not in self._contents:
+            splits = {name: getattr(self._tasks[task], name) for name in ("train", "val", "test")}
+            try:
+                found = {name: open_source(cfg).fingerprint() for name, cfg in splits.items() if cfg is not None}
+            except Exception:  # cells of this task will say why, and those of others go on
+                found = None
+            self._contents[task] = found
+        return self._contents[task]
+
     def model(self, encoder: str) -> Opened:
         """The encoder that the study calls so, or the ensemble. Raises `ValueError` where there is none."""
         asked = self._cfg.encoders[encoder]
-        try:
+        with told_of(f"encoders.{encoder}"):
             if self._model is None or self._model[0] != asked.model:
                 self._model = None
-                is_one = not is_ensemble(Path(asked.model))
-                self._model = asked.model, open_model(asked.model) if is_one else load_ensemble(asked.model)
+                self._model = asked.model, _open(asked.model)
             _check_asked(asked, self._model[1])
-        except ValueError as error:
-            raise ValueError(f"encoders.{encoder}: {error}") from None
         return self._model[1]
 
     def task(self, name: str) -> OpenedTask:
@@ -148,6 +175,8 @@ class Workbench:
     def _backbone(self, cell: Cell, opened: OpenedTask) -> Backbone:
         if cell.encoder == UNET:
             return PixelBackbone(len(opened.task.bands))
+        if self.is_ensemble(cell.encoder):
+            check_for_ensemble(cell.protocol)  # before anything is computed to choose of it
         if (chosen := self.chosen(cell)) is not None:
             ensemble = copy.deepcopy(chosen.ensemble) if trains_encoder(cell.protocol) else chosen.ensemble
             apply_protocol(ensemble, cell.protocol, self._cfg.lora, cell.seed)
@@ -167,6 +196,14 @@ class Workbench:
         )
         apply_protocol(backbone, cell.protocol, self._cfg.lora, cell.seed)
         return backbone.to(self.device)
+
+
+def _open(text: str) -> Opened:
+    return load_ensemble(text) if is_ensemble(Path(text)) else open_model(text, or_random=True)
+
+
+def _bands_by_sensor(inputs: Mapping[str, SensorInput]) -> dict[str, list[str]]:
+    return {name: list(known.bands) for name, known in inputs.items()}
 
 
 def _check_asked(asked: EncoderChoice, model: Opened) -> None:

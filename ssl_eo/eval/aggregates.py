@@ -145,13 +145,13 @@ def read_ranges(paths: Sequence[Path], tasks: Mapping[str, str]) -> Ranges:
         if pair is None:
             continue
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(v, (int, float)) for v in pair)):
-            raise ValueError(f"--normalizer: {read}: the range of {task} must be [low, high], got {pair}")
+            raise ValueError(f"{read}: the range of {task} must be [low, high], got {pair}")
         if not pair[0] < pair[1]:
-            raise ValueError(f"--normalizer: {read}: the range of {task} must rise, got {pair}")
+            raise ValueError(f"{read}: the range of {task} must rise, got {pair}")
         found[task] = (pair[0], pair[1]) if HIGHER_IS_BETTER[metric] else (pair[1], pair[0])
     if not found:
         names = ", ".join(in_files) or "nothing"
-        raise ValueError(f"--normalizer: {read} has {names}, but none of {', '.join(tasks)}; add their [low, high]")
+        raise ValueError(f"{read} has {names}, but none of {', '.join(tasks)}; add their [low, high]")
     return found
 
 
@@ -159,9 +159,9 @@ def _read_table(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"--normalizer: {path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(table, dict):
-        raise ValueError(f"--normalizer: {path} must hold {{dataset: [low, high]}}, got a {type(table).__name__}")
+        raise ValueError(f"{path} must hold {{dataset: [low, high]}}, got a {type(table).__name__}")
     return table
 
 

@@ -12,7 +12,7 @@ from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant, identity_of
 from ssl_eo.eval.features import ALL_TAPS
 from ssl_eo.eval.records import Record
-from ssl_eo.eval.wording import condition_text, value_text
+from ssl_eo.eval.wording import condition_text, places_text, value_text
 from ssl_eo.models.vit import SIZES
 from ssl_eo.resources import resource_dir
 
@@ -31,8 +31,8 @@ class Facts:
 
 
 def facts_of_models(comparison: Comparison) -> list[Facts]:
-    """Each model: its shape, its weights, and the command that measured it."""
-    return [Facts(model.title, _of_model(comparison, model)) for model in comparison.models]
+    """Each model: its shape, its weights, and the commands that measured it."""
+    return [Facts(model.title, _facts_of_model(comparison, model)) for model in comparison.models]
 
 
 def facts_of_tasks(comparison: Comparison) -> list[Facts]:
@@ -44,10 +44,10 @@ def facts_of_tasks(comparison: Comparison) -> list[Facts]:
         part = condition_text("partition", comparison.condition(task, "partition"))
         bands = [str(name) for name in r.get("bands") or ()]
         named = f": {', '.join(bands)}" if len(bands) <= _MAX_BANDS else ""
-        places = f" at {r['n_groups']:,} places" if r["n_groups"] < r["n_test"] else ""
+        test = f"{r['n_test']:,}{places_text(r)}"
         pairs = [
             ("dataset", "; ".join(_references(r))),
-            ("samples", f"training {r['n_train']:,} ({part}), validation {r['n_val']:,}, test {r['n_test']:,}{places}"),
+            ("samples", f"training {r['n_train']:,} ({part}), validation {r['n_val']:,}, test {test}"),
             ("shown", f"{r['tile']}, {len(bands)} bands{named}" if bands and r.get("tile") else ""),
             ("size", f"{r['size_px']} px, resized by {r['interpolation']} where it differs"),
             ("normalised by", f"{r['normalization']} mean and standard deviation of each band"),
@@ -82,16 +82,26 @@ def encoder_text(encoder: Mapping[str, Any]) -> str:
     return f"ViT, {width} wide x {depth} blocks, patches of {encoder.get('patch_size')} px"
 
 
-def _of_model(comparison: Comparison, model: Entrant) -> list[tuple[str, str]]:
+def _facts_of_model(comparison: Comparison, model: Entrant) -> list[tuple[str, str]]:
     own = [r for r in comparison.results if identity_of(r) == model.identity]
     newest = max(own, key=lambda r: str(r["date"]))
     encoder = [encoder_text(newest["encoder"] or {}), f"weights {newest['weights']}"]
     encoder += [f"step {newest['step']:,}"] if newest["step"] else []
-    return [("encoder", ", ".join(encoder)), ("measured again by", _command(own))]
+    return [("encoder", ", ".join(encoder)), *(("measured again by", _command(of)) for of in _by_command(own))]
+
+
+def _by_command(records: Sequence[Record]) -> list[list[Record]]:
+    """Those of each value of what one command has one value for; what has no pool, patches, goes with the first."""
+    pools = _values(records, "pool")
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for r in sorted(records, key=lambda r: r["pool"] is None):
+        pool = r["pool"] or next(iter(pools), None)
+        found.setdefault((pool, r.get("precision"), r["n_resamples"]), []).append(r)
+    return list(found.values())
 
 
 def _command(records: Sequence[Record]) -> str:
-    """That measures `records`, of one model, anew, once its path is put in; of several commands more, and one pool."""
+    """That measures `records`, of one model, anew, once its path is put in; and what they combine to besides."""
     ratios = {
         float(tap[6:]) if tap.startswith("depth_") else 1.0 for r in records if (tap := str(r["tap"])) != ALL_TAPS
     }
@@ -100,12 +110,12 @@ def _command(records: Sequence[Record]) -> str:
         "protocol": _values(records, "probe"),
         "partitions": _values(records, "partition"),
         "bands": _values(records, "subset"),
-        "size": [size for size in _values(records, "size") if size != "task"],
+        "size": _values(records, "size"),
         "seeds": _values(records, "seed"),
         "taps": [f"{ratio:g}" for ratio in sorted(ratios)],
-        "pool": _values(records, "pool")[:1],
-        "precision": _values(records, "precision")[:1],
-        "resamples": _values(records, "n_resamples")[:1],
+        "pool": _values(records, "pool"),
+        "precision": _values(records, "precision"),
+        "resamples": _values(records, "n_resamples"),
     }
     options = [word for name, of in values.items() if of for word in (f"--{name}", *of)]
     return shlex.join(["ssl-eo", "eval", "--model", f"{records[0]['model']}=PATH", *options, "--out", "scores"])

@@ -19,10 +19,9 @@ from ssl_eo.eval.bootstrap import Interval
 from ssl_eo.eval.entrants import Entrant, EntrantKind, entrants_of, identity_of, is_encoder, shape_of
 from ssl_eo.eval.experiments import AXES, CONDITIONS, Score, Setting, newest_whole, paired_interval, split_digest
 from ssl_eo.eval.features import ALL_TAPS
-from ssl_eo.eval.merging import dated, merged, unanswered
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, is_ratio, number_text
 from ssl_eo.eval.partitions import parse_partition
-from ssl_eo.eval.records import RESULTS, Record, read_results
+from ssl_eo.eval.records import RESULTS, Record, has_results, merged, read_results
 from ssl_eo.eval.task_flags import flags_of_records, flags_of_scores, why_left_out
 from ssl_eo.eval.wording import condition_text, reading_text
 
@@ -31,7 +30,7 @@ __all__ = ["Comparison", "Margin", "PairedMargin", "probe_shown", "reading_rank"
 _PROBE_SHOWN = "ridge"  # where one has to stand for all: it takes every kind of labels, and chooses on train alone
 _ORDERS = {  # of values that do not stand before these in the order of their letters
     "subset": ("all", "rgb", "no-rgb", "random"),
-    "size": ("task", "native"),
+    "size": ("native",),
     "tap": ("last", ALL_TAPS),
 }
 _Place = tuple[str, str, str]  # identity of the entrant, task, probe
@@ -87,9 +86,9 @@ class Comparison:
 
     def __init__(self, records: Iterable[Record]) -> None:
         """Raises `ValueError` where a task is ranked by several metrics."""
-        every = merged(dated(records))
+        every = merged(records)
         self.results = [r for r in every if r["kind"] == "result"]
-        self.every_problem = unanswered(every)  # of all jobs, also where several fail alike
+        self.every_problem = [r for r in every if r["kind"] != "result"]  # of all jobs, also where several fail alike
         self.problems = _distinct(self.every_problem)
         self._of: dict[str, list[Record]] = {}
         for r in self.results:
@@ -116,9 +115,9 @@ class Comparison:
     def read(cls, folders: Sequence[Path]) -> Comparison:
         """Of the results in all `folders`. Raises `ValueError` where one has none."""
         for folder in folders:
-            if not (folder / RESULTS).is_file():
+            if not has_results(folder):
                 raise ValueError(f"{folder} has no {RESULTS}: it is not a folder that ssl-eo eval wrote to")
-        return cls([r for folder in folders for r in dated(read_results(folder))])
+        return cls([r for folder in folders for r in read_results(folder)])
 
     @property
     def models(self) -> list[Entrant]:

@@ -107,7 +107,7 @@ def score_table(comparison: Comparison, probe: str) -> Table:
     barred = [e for e in comparison.entrants if comparison.is_mixed(e, tasks, probe)]
     columns = []
     for task in tasks:
-        cells = _column(comparison, task, [comparison.score(e, task, probe) for e in comparison.entrants], barred)
+        cells = _column(comparison, task, {e: comparison.score(e, task, probe) for e in comparison.entrants}, barred)
         absent = [comparison.absence(e, task, probe) for e in comparison.entrants]
         columns.append(
             [c if c.text else Cell(note=why.replace(", ", ",\n")) for c, why in zip(cells, absent, strict=True)]
@@ -145,8 +145,8 @@ def axis_table(comparison: Comparison, task: str, probe: str, axis: str) -> Tabl
     entrants = [e for e in comparison.entrants if axis in CONDITIONS or e.kind != "control"]
     columns = []
     for step in steps:
-        fixed_axis = {axis: step}
-        columns.append(_column(comparison, task, [comparison.score(e, task, probe, **fixed_axis) for e in entrants]))
+        scores = {e: comparison.score(e, task, probe, **{axis: step}) for e in entrants}
+        columns.append(_column(comparison, task, scores))
     reading = [comparison.reading(e, [task], [probe]) if axis in CONDITIONS else "" for e in entrants]
     rows = [Row(e.title, e.kind, [column[i] for column in columns], reading[i]) for i, e in enumerate(entrants)]
     is_parts = axis == "partition"
@@ -242,22 +242,18 @@ def _lacking(n_tasks: int, n_all: int) -> Cell:
 
 
 def _column(
-    comparison: Comparison, task: str, scores: Sequence[Score | None], barred: Collection[Entrant] = ()
+    comparison: Comparison, task: str, scores: Mapping[Entrant, Score | None], barred: Collection[Entrant] = ()
 ) -> list[Cell]:
-    """One cell an entrant; the best of those that can be compared is marked, unless it is one of the `barred`.
-
-    Scores are those of the entrants in their order where any is barred.
-    """
-    compared = [s for s in scores if s is not None and comparison.is_compared(task, s)]
+    """One cell an entrant; the best of those that can be compared is marked, unless it is one of the `barred`."""
+    compared = [s for s in scores.values() if s is not None and comparison.is_compared(task, s)]
     has_rivals = len(compared) >= _FEWEST_RIVALS
     best = best_of(comparison.metrics[task], compared, lambda s: s.value).value if has_rivals else None
     cells = []
-    for i, score in enumerate(scores):
+    for entrant, score in scores.items():
         if score is None:
             cells.append(Cell(note=_NOTHING))
         elif score in compared:
-            is_barred = bool(barred) and comparison.entrants[i] in barred
-            cells.append(_score_cell(score, score.value == best and not is_barred))
+            cells.append(_score_cell(score, score.value == best and entrant not in barred))
         else:
             cell = _score_cell(score, is_best=False)
             cells.append(replace(cell, note="\n".join(filter(None, [cell.note, "other test samples"]))))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssl_eo.eval.records import Record, key_of
+from ssl_eo.eval.wording import features_text
 
 __all__ = ["Entrant", "EntrantKind", "entrants_of", "identity_of", "is_encoder", "shape_of"]
 
@@ -51,7 +52,7 @@ def entrants_of(results: Sequence[Record]) -> list[Entrant]:
             named = shapes.setdefault(shape_of(r), [])
             named += [r["model"]] if r["model"] not in named else []
         else:
-            controls[str(r["features"])] = str(r["features"]).replace("_", " ")
+            controls[str(r["features"])] = features_text(r)
     names = [str(r["model"]) for r in models.values()]
     stepped = [f"{r['model']}, step {r['step']:,}" for r in models.values()]
     titles = []

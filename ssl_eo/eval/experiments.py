@@ -21,7 +21,17 @@ from ssl_eo.eval.bootstrap import Interval, interval_of
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER
 from ssl_eo.eval.records import Record, unpacked
 
-__all__ = ["AXES", "CONDITIONS", "Score", "Setting", "known", "newest_whole", "paired_interval", "split_digest"]
+__all__ = [
+    "AXES",
+    "CONDITIONS",
+    "Score",
+    "Setting",
+    "known",
+    "newest_whole",
+    "over_seeds",
+    "paired_interval",
+    "split_digest",
+]
 
 # What seeds of one experiment have in common. Bands too, unless they are drawn by the seed.
 _FACTS = (
@@ -72,12 +82,12 @@ class Score:
 
     @property
     def value(self) -> float:
-        return float(np.mean(self.values))
+        return over_seeds(self.values)[0]
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over seeds; None where no two of them differ."""
-        return float(np.std(self.values, ddof=1)) if len(set(self.values)) > 1 else None
+        return over_seeds(self.values)[1]
 
     @property
     def n_groups(self) -> int:
@@ -103,6 +113,11 @@ class Score:
         if a.get("content") and b.get("content"):
             return split_digest(a, "test") == split_digest(b, "test")
         return bool(a["data"]["test"] == b["data"]["test"] and a["n_test"] == b["n_test"])
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean of the scores `[S]`, and their standard deviation; None where no two of them differ."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(set(values)) > 1 else None
 
 
 def split_digest(record: Record, split: str) -> str:

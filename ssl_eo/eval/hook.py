@@ -57,6 +57,7 @@ from ssl_eo.eval.probing import Probing, draw_of
 from ssl_eo.eval.record_checks import is_of_training
 from ssl_eo.eval.tasks import Task, TaskConfig
 from ssl_eo.eval.watching import Training, WatchedSource, watched_sources
+from ssl_eo.eval.wording import NOT_AT_OPTIMUM, value_text
 from ssl_eo.jsonl import JsonLines, read_jsonl
 from ssl_eo.models.layers import Attention
 
@@ -327,8 +328,8 @@ def _warn_of_fits(records: Sequence[Mapping[str, Any]], what: str) -> None:
     """Of what was chosen and did not come to its optimum; on the rank that writes."""
     for r in records if is_main() else ():
         if r["kind"] == "probe" and not is_at_optimum(r["chosen"]):
-            message = "%s: %s at %s is not at its optimum, its score may be a little lower than it could be"
-            logger.warning(message, what, r["probe"], r["tap"])
+            where = value_text("tap", r["tap"])
+            logger.warning("%s: %s at %s %s", what, r["probe"], where, NOT_AT_OPTIMUM)
 
 
 def _health_of(features: FeatureSet, tap: str) -> dict[str, Any]:

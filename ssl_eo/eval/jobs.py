@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
-from ssl_eo.components import check_names
+from ssl_eo.components import check_names, suggest, told_of
 from ssl_eo.data.opening import open_source
 from ssl_eo.data.types import Locates
 from ssl_eo.eval.bands import BAND_SUBSETS, BandSubset, bands_of
@@ -120,32 +120,36 @@ class Evaluation:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_taps(self.taps)
+        """Errors begin with the name of what is wrong."""
         for key, least in (("batch_size", 1), ("n_workers", 0), ("n_resamples", 0)):
             if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+                raise ValueError(f"{key}: must be at least {least}, got {getattr(self, key)}")
         check_names("tasks", [task.name for task in self.tasks])
         for key in ("partitions", "subsets", "sizes", "seeds"):
             check_names(key, getattr(self, key))
+        with told_of("taps"):
+            check_taps(self.taps)
+        for name in self.partitions:
+            with told_of("partitions"):
+                parse_partition(name)
         for size in self.sizes:
             if size not in ("task", "native") and not (size.isdecimal() and 0 < int(size) <= 4096):
-                raise ValueError(f"--size: {size!r} must be native, or a number of pixels up to 4096")
+                raise ValueError(f"sizes: {size!r} must be task, native, or a number of pixels up to 4096")
         for subset in self.subsets:
-            if subset not in BAND_SUBSETS:
-                raise ValueError(f"--bands: there is no {subset!r} ({', '.join(BAND_SUBSETS)})")
-        for name in self.partitions:
-            parse_partition(name)
-        for task in self.tasks:
-            if self.probes and not any(task.kind in kinds_of(probe) for probe in self.probes):
-                names = ", ".join(self.probes)
-                raise ValueError(f"--protocol: none of {names} takes {task.kind}, which {task.name} is")
+            _check_one_of("subsets", subset, BAND_SUBSETS)
+        _check_one_of("pool", self.pool, get_args(Pool))
+        _check_one_of("precision", self.precision, get_args(Precision))
+        with told_of("probes"):
+            self._check_probes()
 
-    def jobs(self) -> list[Job]:
-        """Those of all tasks, as they are asked for."""
-        return [job for task in self.tasks for job in self.jobs_of(task)]
+    def _check_probes(self) -> None:
+        kinds = {kind for probe in self.probes for kind in kinds_of(probe)}
+        for task in self.tasks:
+            if self.probes and task.kind not in kinds:
+                raise ValueError(f"none of {', '.join(self.probes)} takes {task.kind}, which {task.name} is")
 
     def jobs_of(self, task: TaskConfig, opened: Task | None = None) -> list[Job]:
-        """What depends on a draw has a job for each seed, all else one for all seeds.
+        """The forward passes of one of the tasks. What depends on a draw has a job for each seed, all else one for all seeds.
 
         Bands and sizes are called by what they show, so that what is the same has one name and is measured once; what
         only the files tell of that takes the task `opened`, in any size and with all its bands.
@@ -169,11 +173,16 @@ class Evaluation:
         seeds = self.seeds if job.seed is None else [job.seed]
         return {"places": places, "probes": probes, "partitions": self.partitions, "seeds": seeds}
 
-    def asked(self, job: Job) -> Iterator[dict[str, Any]]:
+    def questions(self, job: Job) -> Iterator[dict[str, Any]]:
         """What is run on the features of `job`: where they are read, and the probe with its options but the seed."""
         for place, probe, part, seed in product(*self.axes(job).values()):
             options = {key: value for key, value in asdict(build_config(probe, {})).items() if key != "seed"}
             yield {**place, "probe": probe, "options": options, "partition": part, "seed": seed}
+
+
+def _check_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}: got {value!r}, must be one of {', '.join(allowed)}{suggest(value, list(allowed))}")
 
 
 def _shown(cfg: TaskConfig, opened: Task | None, subset: BandSubset, size: str) -> tuple[BandSubset, str]:

@@ -105,7 +105,7 @@ class _Runner:
         self.weights = model.weights
         self.device = torch.device(plan.device)
         self._opened = OpenedTask(model.encoder.cfg.patch_size)
-        self._wanted: dict[str, dict[str, dict[str, Any]]] = {}  # by the id of a job: what is asked, by key
+        self._questions: dict[str, dict[str, dict[str, Any]]] = {}  # of a job, by its id: what is asked, by key
         self._checked: set[str] = set()  # names of tasks whose keys have been compared
         self._given_up: set[str] = set()  # names of tasks of which no job is tried
 
@@ -113,9 +113,8 @@ class _Runner:
         """Open each task, to find its jobs, and note what is asked for."""
         problems: dict[str, Exception] = {}
         for task in self.plan.tasks:
-            asked = self.plan.jobs_of(task)
             try:
-                self.jobs += self.plan.jobs_of(task, self._open_any(asked))
+                self.jobs += self.plan.jobs_of(task, self._open_any(self.plan.jobs_of(task)))
             except Exception as error:
                 problems[task.name] = error
         told = failures(logger, problems, len(self.plan.tasks), "tasks cannot be opened")
@@ -136,7 +135,7 @@ class _Runner:
 
     def claim_of(self, job: Job) -> str:
         """The name of a job to all processes that are asked the same."""
-        facts = {"job": self._id(job), "asked": list(self.plan.asked(job)), "task": task_facts(job.task)}
+        facts = {"job": self._id(job), "questions": list(self.plan.questions(job)), "task": task_facts(job.task)}
         digest = key_of({**facts, "n_resamples": self.plan.n_resamples, "code": code_digest()})
         return f"{job.name.replace(', ', '-')}-{digest}"
 
@@ -152,7 +151,7 @@ class _Runner:
         try:
             is_done = self._measure(job)
         except Exception as error:
-            self._wanted.setdefault(self._id(job), {})
+            self._questions.setdefault(self._id(job), {})
             self._fail(job, failure(logger, error, "%s could not be evaluated", job.name)["error"])
         else:
             if is_done:
@@ -172,37 +171,37 @@ class _Runner:
         return own
 
     def _results_of(self, job: Job, found: Mapping[str, dict[str, Any]], is_told: bool) -> Iterator[dict[str, Any]]:
-        wanted = {} if job.task.name in self._given_up else self._keys(job)
-        problem = found.get(key_of_job(self._id(job)))
-        # Of the whole job. It may be that of another plan, and all that is asked here has been measured.
-        is_open = not wanted or any(found.get(key, {}).get("kind") != "result" for key in wanted)
-        if problem is not None and is_open:
-            yield problem
-        is_told = is_told or (problem is not None and is_open)
-        for key, asked in wanted.items() or {key_of_job(self._id(job)): {}}.items():
-            if key in wanted and key in found:
+        questions = {} if job.task.name in self._given_up else self._questions_of(job)
+        of_job = key_of_job(self._id(job))
+        # It may be that of another plan, and all that is asked here has been measured.
+        is_open = not questions or any(found.get(key, {}).get("kind") != "result" for key in questions)
+        if of_job in found and is_open:
+            yield found[of_job]
+            is_told = True
+        for key, question in questions.items() or {of_job: {}}.items():
+            if key in questions and key in found:
                 yield found[key]
             elif not is_told:
                 error = "no process has left a result of it, or said why; run the same command again"
-                yield {"key": key, "kind": "error", **self._head(job), **asked, "error": error}
+                yield {"key": key, "kind": "error", **self._head(job), **question, "error": error}
 
-    def _keys(self, job: Job) -> Mapping[str, dict[str, Any]]:
+    def _questions_of(self, job: Job) -> Mapping[str, dict[str, Any]]:
         """What is asked of a job by its key, whoever has worked on it; nothing where that cannot be known."""
-        if self._id(job) not in self._wanted:
-            self._wanted[self._id(job)] = {}
+        if self._id(job) not in self._questions:
+            self._questions[self._id(job)] = {}
             try:
                 task = self._opened.of(job)
             except Exception as error:
                 failure(logger, error, "%s: the task cannot be opened", job.name)
             else:
-                self._ask(job, task)
-        return self._wanted[self._id(job)]
+                self._note_questions(job, task)
+        return self._questions[self._id(job)]
 
-    def _ask(self, job: Job, task: Task | None) -> dict[str, Any]:
+    def _note_questions(self, job: Job, task: Task | None) -> dict[str, Any]:
         """Note what is asked of a job; returns the facts that it depends on."""
         facts = {} if task is None else self._facts(job, task)
-        asked = [] if task is None else self.plan.asked(job)
-        self._wanted[self._id(job)] = {key_of({**facts, **one}): one for one in asked}
+        questions = [] if task is None else self.plan.questions(job)
+        self._questions[self._id(job)] = {key_of({**facts, **question}): question for question in questions}
         return facts
 
     def _id(self, job: Job) -> str:
@@ -251,19 +250,20 @@ class _Runner:
     def _measure(self, job: Job) -> bool:
         """Whether there was anything to measure."""
         task = self._opened.of(job)
-        facts = self._ask(job, task)
+        facts = self._note_questions(job, task)
         if task is None:
             self._fail(job, f"the tile has no bands {job.subset}", kind="skipped")
             return False
         found = {record["key"]: record["kind"] for record in read_results(self.out)}
-        wanted = self._wanted[self._id(job)]
-        missing = {key: asked for key, asked in wanted.items() if found.get(key) != "result"}
+        questions = self._questions[self._id(job)]
+        missing = {key: question for key, question in questions.items() if found.get(key) != "result"}
         if not missing:
             if (key := key_of_job(self._id(job))) in found:  # it has failed since, and does no more
                 append(self.out, [{"key": key, "kind": "cleared", "job": self._id(job), **_stamp()}])
             return False
         if not self._has_own_samples(job, task):
             return False
+        self._check_bands(job, task)
         start = time.perf_counter()
         featurise = self._featurise(job)
         splits = [split for split in (task.train, task.val, task.test) if split is not None]
@@ -293,6 +293,22 @@ class _Runner:
                 first = next(other for other in self.jobs if other.task is job.task)
                 self._give_up(first, failure(logger, error, "%s cannot be evaluated", task.name)["error"])
         return task.name not in self._given_up
+
+    def _check_bands(self, job: Job, task: Task) -> None:
+        """Raise `ValueError` where the encoder takes another number of bands than `task` shows."""
+        n_taken, n_shown = self.model.encoder.n_channels, len(task.bands)
+        if not job.is_of_encoder or n_taken in (None, n_shown):
+            return
+        true_color = task.schema.sensor.true_color or ()
+        fits = n_taken == len(true_color) and set(true_color) <= set(task.bands)
+        raise ValueError(
+            f"{self.model.name} takes {n_taken} bands and was shown {n_shown}"
+            + (
+                "; true colour would fit: bands rgb"
+                if fits
+                else "; show as many, or evaluate an encoder for any sensor"
+            )
+        )
 
     def _extract(self, featurise: Featurise, split: Split) -> FeatureSet:
         """Of patches all that are scored, and as many of others as any part of the training set needs."""

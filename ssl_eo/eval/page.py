@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_eo.eval.records import PLAN, RESULTS, TABLE
+
 __all__ = ["check_written", "render"]
 
 _PAGES = (".html", ".htm")
-# Names of files that runs, evaluations and studies go on from, and of the table that an evaluation keeps.
-_MEASURED = ("results.jsonl", "plan.jsonl", "eval.jsonl", "metrics.jsonl", "study.jsonl")
-_TABLE = "results.csv"
+_MEASURED = (RESULTS, PLAN, "eval.jsonl", "metrics.jsonl", "study.jsonl")  # runs, evaluations and studies go on from it
 
 
 def check_written(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
@@ -21,11 +21,11 @@ def check_written(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:
     evaluation keeps in one of the folders `inputs`.
     """
     if paths[0].suffix.lower() not in _PAGES:
-        raise ValueError(f"--out: {paths[0]} is to be a page, so its name ends in {' or '.join(_PAGES)}")
+        raise ValueError(f"{paths[0]} is to be a page, so its name ends in {' or '.join(_PAGES)}")
     for path in paths:
         if path.name in _MEASURED:
             raise ValueError(f"{path} holds what was measured, and is not replaced; give another name")
-        if path.resolve() in [(folder / _TABLE).resolve() for folder in inputs]:
+        if path.resolve() in [(folder / TABLE).resolve() for folder in inputs]:
             raise ValueError(f"{path} is the table of ssl-eo eval in its folder, and is not replaced; name another")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"{', '.join(map(str, paths))}: each is to be a file of its own; give other names")

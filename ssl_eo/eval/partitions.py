@@ -44,7 +44,7 @@ def parse_partition(name: str) -> Partition:
     """`0.01x`, `nested_0.5x`, ...; raises `ValueError` for anything else."""
     match = _NAME.fullmatch(name)
     if match is None or not 0 < float(match[2]) <= 1:
-        raise ValueError(f"--partitions: {name!r} is none; give for instance 0.01x, 0.10x, 1.00x or nested_0.10x")
+        raise ValueError(f"{name!r} is no part; give for instance 0.01x, 0.10x, 1.00x or nested_0.10x")
     return Partition(name, float(match[2]), match[1] is not None)
 
 

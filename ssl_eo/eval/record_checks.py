@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ssl_eo.eval.partitions import parse_partition
@@ -16,17 +17,29 @@ from ssl_eo.eval.value_checks import Check, dict_of, is_count, is_metric, is_num
 __all__ = ["is_of_evaluation", "is_of_training"]
 
 
+@dataclass(frozen=True)
+class _Checks:
+    """Of the values of a record: of keys that it must have, and of those that it may have."""
+
+    needed: Mapping[str, Check]
+    optional: Mapping[str, Check] = field(default_factory=dict)
+
+    def hold_of(self, record: Mapping[str, Any]) -> bool:
+        is_whole = all(key in record and check(record[key]) for key, check in self.needed.items())
+        return is_whole and all(check(record[key]) for key, check in self.optional.items() if key in record)
+
+
 def is_of_evaluation(record: Mapping[str, Any]) -> bool:
     """Whether it is a record of results.jsonl: a result, what could not be measured, or the end of such an error."""
     checks = _OF_EVALUATION.get(_kind(record))
-    return checks is not None and _holds(record, checks) and (record["kind"] != "result" or _is_whole(record))
+    return checks is not None and checks.hold_of(record) and (record["kind"] != "result" or _is_whole(record))
 
 
 def is_of_training(record: Mapping[str, Any]) -> bool:
     """Whether it is a record of eval.jsonl: of a probe, of health, of an error, of what was put off."""
     kind = _kind(record)
     checks = _OF_TRAINING.get(kind)
-    if checks is None or not _holds(record, {"step": is_count, **checks, **_may(_COMMON)}):
+    if checks is None or not checks.hold_of(record):
         return False
     if kind == "probe":
         return is_number(record.get(record["metric"]))
@@ -75,22 +88,6 @@ def _is_anything(value: Any) -> bool:
     return True
 
 
-def _may(checks: Mapping[str, Check]) -> dict[str, Check]:
-    """For keys that may be absent."""
-    return {f"{key}?": check for key, check in checks.items()}
-
-
-def _holds(record: Mapping[str, Any], checks: Mapping[str, Check]) -> bool:
-    for key, check in checks.items():
-        name = key.removesuffix("?")
-        if name in record:
-            if not check(record[name]):
-                return False
-        elif name == key:
-            return False
-    return True
-
-
 def _kind(record: Mapping[str, Any]) -> str:
     return str(record.get("kind"))
 
@@ -110,11 +107,14 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
 
 
 _HEAD: dict[str, Check] = {
-    **dict.fromkeys(("key", "job", "task", "features"), is_text),
+    **dict.fromkeys(("key", "job", "task", "features", "date"), is_text),
     "model": or_none(is_text),
-    **_may(dict.fromkeys(("date", "metric", "kind_of_task", "dataset", "subset", "size"), is_text)),
-    **_may({"step": or_none(is_count), "commit": or_none(is_text)}),
-    **_may({"tap": is_text, "probe": is_text, "partition": is_text, "seed": _is_seed}),
+}
+_OPTIONAL_HEAD: dict[str, Check] = {
+    **dict.fromkeys(("metric", "kind_of_task", "dataset", "subset", "size", "tap", "probe", "partition"), is_text),
+    "seed": _is_seed,
+    "step": or_none(is_count),
+    "commit": or_none(is_text),
 }
 _RESULT: dict[str, Check] = {
     **dict.fromkeys(("subset", "size", "tap", "probe"), is_text),
@@ -135,29 +135,40 @@ _RESULT: dict[str, Check] = {
     "chosen": dict_of(_is_figure),
     "normalization": is_text,
     "interpolation": is_text,
-    **_may({"bands": list_of(is_text), "taps": list_of(is_text), "content": dict_of(is_text)}),
-    **_may(dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), is_count)),
-    **_may({"resampled": or_none(_is_packed), "gflop": or_none(is_number), "cell_px": or_none(is_count)}),
-    **_may({"per_class": dict_of(list_of(or_none(is_number))), "confusion": list_of(list_of(is_number))}),
-    **_may({"sources": dict_of(_is_source), "version": is_text, "torch": is_text, "code": is_text}),
 }
-_OF_EVALUATION: dict[str, dict[str, Check]] = {
-    "result": {**_HEAD, **_RESULT},
-    "error": {**_HEAD, "error": is_text},
-    "skipped": {**_HEAD, "error": is_text},
-    "cleared": dict.fromkeys(("key", "job"), is_text),
+_OPTIONAL_OF_RESULT: dict[str, Check] = {
+    **dict.fromkeys(("version", "torch", "code"), is_text),
+    **dict.fromkeys(("bands", "taps"), list_of(is_text)),
+    **dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), is_count),
+    "content": dict_of(is_text),
+    "sources": dict_of(_is_source),
+    "resampled": or_none(_is_packed),
+    "gflop": or_none(is_number),
+    "cell_px": or_none(is_count),
+    "per_class": dict_of(list_of(or_none(is_number))),
+    "confusion": list_of(list_of(is_number)),
+}
+_PROBLEM = _Checks({**_HEAD, "error": is_text}, _OPTIONAL_HEAD)
+_OF_EVALUATION = {
+    "result": _Checks({**_HEAD, **_RESULT}, {**_OPTIONAL_HEAD, **_OPTIONAL_OF_RESULT}),
+    "error": _PROBLEM,
+    "skipped": _PROBLEM,
+    "cleared": _Checks(dict.fromkeys(("key", "job"), is_text)),
 }
 
-_COMMON: dict[str, Check] = {
+_OPTIONAL_OF_TRAINING: dict[str, Check] = {
     **dict.fromkeys(("task", "source", "features", "split", "precision", "tap", "probe", "metric", "error"), is_text),
     **dict.fromkeys(("spread_ratio", "first_ratio", "effective_rank", "macro_accuracy", "seconds"), is_number),
     "collapsed": list_of(is_text),
     "chosen": dict_of(_is_figure),
     "is_trained": lambda value: isinstance(value, bool),
 }
-_OF_TRAINING: dict[str, dict[str, Check]] = {
+_NEEDED_OF_TRAINING: dict[str, dict[str, Check]] = {
     "probe": {**dict.fromkeys(("task", "features", "tap", "probe"), is_text), "metric": is_metric},
     "health": dict.fromkeys(("features", "tap"), is_text),
     "error": dict.fromkeys(("features", "error"), is_text),
     "skipped": dict.fromkeys(("what", "reason"), is_text),
+}
+_OF_TRAINING = {
+    kind: _Checks({"step": is_count, **needed}, _OPTIONAL_OF_TRAINING) for kind, needed in _NEEDED_OF_TRAINING.items()
 }

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,11 +33,14 @@ __all__ = [
     "PLAN",
     "QUESTION",
     "RESULTS",
+    "TABLE",
     "Record",
     "add_to_plan",
     "append",
+    "has_results",
     "key_of",
     "key_of_job",
+    "merged",
     "packed",
     "question_of",
     "read_plan",
@@ -48,8 +51,9 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]  # an object of results.jsonl, or of the eval.jsonl of a run
+R = TypeVar("R", bound=Record)
 
-RESULTS, PLAN = "results.jsonl", "plan.jsonl"
+RESULTS, PLAN, TABLE = "results.jsonl", "plan.jsonl", "results.csv"
 QUESTION = ("job", "tap", "taps", "probe", "partition", "seed")  # what a result answers, whatever data and code
 _COLUMNS = (
     *("dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "feature_dim", "best_c", "best_lr"),
@@ -86,27 +90,67 @@ def append(folder: Path, records: Sequence[Record]) -> None:
             file.write(record)
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Results by `key`, the newest of each, in the order in which they were first found.
+def has_results(folder: Path) -> bool:
+    """Whether `ssl-eo eval` wrote results to it."""
+    return (folder / RESULTS).is_file()
 
-    What could not be measured counts until it is: a later result takes the place of an error that answers the same
-    question, of which the key may be another (data were mended, the version has changed); any later result of a job
-    that of an error of the whole job (`key_of_job`); and a record `cleared` that of whatever has its key.
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """What counts of the results of `folder`: see `_counting`."""
+    return _counting(read_jsonl(folder / RESULTS, is_of_evaluation))
+
+
+def merged(records: Iterable[Record]) -> list[Record]:
+    """What counts of the results of several folders, by their dates: whatever their order, and if one is named twice.
+
+    They are in the order in which their keys were first found.
     """
-    found: dict[str, dict[str, Any]] = {}
-    errors: dict[tuple[str, ...], set[str]] = {}  # keys by question
-    for record in read_jsonl(folder / RESULTS, is_of_evaluation):
+    newest: dict[str, Record] = {}
+    for r in records:
+        known = newest.get(r["key"])
+        newest[r["key"]] = r if known is None else max(known, r, key=_age)
+    # Of one second a problem counts as the later one: it may not be hidden.
+    by_date = sorted(newest.values(), key=lambda r: (str(r["date"]), r["kind"] != "result", r["key"]))
+    keys = {r["key"] for r in _counting(by_date)}
+    return [r for key, r in newest.items() if key in keys]
+
+
+def _age(record: Record) -> tuple[str, str]:
+    """What is newest is greatest; of one second by what it says, so that there is always one answer."""
+    return str(record["date"]), json.dumps(record, sort_keys=True)
+
+
+def _counting(records: Iterable[R]) -> list[R]:
+    """Of `records`, made one after another, those that count: the newest of each `key`, in the order of first keys.
+
+    A problem (an error, what was skipped) counts until something newer is there in its place, see `_in_place_of`; a
+    record `cleared` takes away whatever has its key.
+    """
+    found: dict[str, R] = {}
+    problems: dict[tuple[str, ...], str] = {}  # keys of those that count, by what they are of
+    for record in records:
+        key = record["key"]
         if record["kind"] == "cleared":
-            found.pop(record["key"], None)
+            found.pop(key, None)
             continue
-        found[record["key"]] = record
-        if record["kind"] == "error":
-            errors.setdefault(question_of(record), set()).add(record["key"])
-        elif record["kind"] == "result":
-            answered = errors.pop(question_of(record), ())
-            for key in {key_of_job(record["job"]), *answered} - {record["key"]}:
-                found.pop(key, None)
+        for of in _in_place_of(record):
+            before = problems.pop(of, key)
+            if before != key:
+                found.pop(before, None)
+        found[key] = record
+        if record["kind"] != "result":
+            problems[_in_place_of(record)[0]] = key
     return list(found.values())
+
+
+def _in_place_of(record: Record) -> list[tuple[str, ...]]:
+    """Of what problems `record` takes the place: a result of those of its question, under whatever key (data were
+    mended, the version has changed), and of its whole job; a problem of older ones of what it is of itself.
+    """
+    question, job = question_of(record), (str(record["job"]),)
+    if record["kind"] == "result":
+        return [question, job]
+    return [question if "probe" in record else job]
 
 
 def question_of(record: Record) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def _health(run: Run, position: int, source: str) -> dict[str, Any]:
         when = (
             f"Step {found[0]:,}" if len(found) == 1 else f"{len(found)} times from step {found[0]:,} to {found[-1]:,}"
         )
-        remarks.append(f"{when}: features at {tap.replace('_', ' ')} {cause}")
+        remarks.append(f"{when}: features at {value_text('tap', tap)} {cause}")
     return {"source": source, "charts": draw_all(f"health{position}-", health_charts(records)), "remarks": remarks}
 
 

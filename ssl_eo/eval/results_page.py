@@ -26,13 +26,14 @@ from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.experiments import CONDITIONS, Score
 from ssl_eo.eval.metrics import metric_text
 from ssl_eo.eval.page import check_written, render
-from ssl_eo.eval.records import RESULTS, read_plan, write_csv
+from ssl_eo.eval.records import read_plan, write_csv
 from ssl_eo.eval.result_figures import draw_confusion, short
 from ssl_eo.eval.result_tables import Table, as_latex, as_markdown, with_numbers
-from ssl_eo.eval.shortfalls import alerts_of, incomplete, lines_of, shortfalls_of
+from ssl_eo.eval.shortfalls import coverage_text, failed_tasks, failure_alerts, shortfalls_of
+from ssl_eo.eval.wording import places_text
 from ssl_eo.files import atomic_write
 
-__all__ = ["Files", "has_results", "write_results_page"]
+__all__ = ["Files", "write_results_page"]
 
 _TITLES = {
     "partition": "Parts of the training set",
@@ -58,11 +59,6 @@ class Files:
         return [path for path in (self.out, self.csv, self.markdown, self.latex) if path is not None]
 
 
-def has_results(folder: Path) -> bool:
-    """Whether `ssl-eo eval` wrote to it."""
-    return (folder / RESULTS).is_file()
-
-
 def write_results_page(
     folders: Sequence[Path], files: Files, runs: Sequence[Path] = (), normalizer: Sequence[Path] = ()
 ) -> list[Path]:
@@ -81,28 +77,27 @@ def write_results_page(
         [interquartile_table(comparison, ranges), mean_table(comparison, ranges), rank_table(comparison)]
     )
     scores = with_numbers([score_table(comparison, probe) for probe in comparison.probes])
+    margins = {task: with_numbers([margin_table(comparison, task)]) for task in comparison.tasks}
     lacking = shortfalls_of(comparison.problems)
-    missing = incomplete(comparison, [asked for folder in folders for asked in read_plan(folder)])
+    coverage = coverage_text(comparison, [asked for folder in folders for asked in read_plan(folder)])
     notes = _notes(comparison, ranges, normalizer)
     page = render(
         "results_page.html.j2",
         **_head(comparison),
-        alerts=[*missing, *alerts_of(comparison, lacking)],
+        alerts=[*filter(None, [coverage]), *failure_alerts(comparison, lacking)],
         colors={e.title: color_of(comparison, e) for e in comparison.models},
         means=means,
         notes=notes,
         costs=cost_charts(comparison, ranges),
         scores=scores,
-        tasks=[_task(comparison, task, f"task{i}") for i, task in enumerate(comparison.tasks)],
+        tasks=[_task(comparison, task, margins[task], f"task{i}") for i, task in enumerate(comparison.tasks)],
         training=charts_of_runs(runs),
         problems=lacking,
         setup=_setup(comparison),
     )
-    margins = with_numbers([margin_table(comparison, task) for task in comparison.tasks])
     flags = [f"{task}: {flag}" for task in comparison.tasks for flag in comparison.flags(task)]
-    _write(
-        files, page, comparison, [*means, *scores, *margins], [*missing, *notes, *flags, *lines_of(comparison, lacking)]
-    )
+    said = [*filter(None, [coverage]), *notes, *flags, *failed_tasks(comparison, lacking)]
+    _write(files, page, comparison, [*means, *scores, *(table for of in margins.values() for table in of)], said)
     return files.all
 
 
@@ -148,7 +143,8 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
     ranked = {task for probe in comparison.probes for task in tasks_of_rank(comparison, probe)}
     apart = ", ".join(task for task in comparison.tasks if task in ranked - together)
     said = [f"In no mean and no rank: {task} ({why})." for task, why in comparison.left_out.items()]
-    why = "their scores are no ratios" if ranges is None else "they have no range in what --normalizer names"
+    named = ", ".join(dict.fromkeys(path.name for path in normalizer))
+    why = "their scores are no ratios" if ranges is None else f"they have no range in {named}"
     said += [f"Not in the means, since {why}: {apart}."] if apart else []
     datasets = by_dataset(comparison, [task for task in comparison.tasks if task in ranked])
     said += [f"Tasks of {name} count as one: {', '.join(of)}." for name, of in datasets.items() if len(of) > 1]
@@ -156,8 +152,7 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
     if has_means and ranges is None:
         said.append("Scores are plain, in percent: a task whose scores spread more weighs more in the means.")
     elif has_means:
-        names = ", ".join(dict.fromkeys(path.name for path in normalizer))
-        said.append(f"Scores of each task are scaled from its range in {names}: 0 is its low end, 100 its high.")
+        said.append(f"Scores of each task are scaled from its range in {named}: 0 is its low end, 100 its high.")
     if has_means:
         said.append(
             "The interquartile mean leaves out the lowest and the highest quarter of the scores; datasets weigh the"
@@ -176,8 +171,8 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
     return [*said, f"Where not said otherwise: {settings_text(comparison, comparison.tasks)}."]
 
 
-def _task(comparison: Comparison, task: str, name: str) -> dict[str, Any]:
-    """All that the page shows of one task; `name` is for identifiers."""
+def _task(comparison: Comparison, task: str, margins: Sequence[Table], name: str) -> dict[str, Any]:
+    """All that the page shows of one task, with the table of its `margins`; `name` is for identifiers."""
     scored = {p: _scores(comparison, task, p) for p in comparison.probes}
     scored = {p: of for p, of in scored.items() if of}
     axes = [axis for axis in _TITLES if _is_varied(comparison, task, axis)]
@@ -191,7 +186,7 @@ def _task(comparison: Comparison, task: str, name: str) -> dict[str, Any]:
         "flags": comparison.flags(task),
         "absent": _absent(comparison, task, list(scored)),
         "bars": [bar_chart(comparison, task, p, of, f"{name}-bars{i}") for i, (p, of) in enumerate(scored.items())],
-        "margins": with_numbers([margin_table(comparison, task)]),
+        "margins": margins,
         "curves": curve_charts(comparison, task, list(scored), name) if "partition" in axes else [],
         "axes": [(_TITLES[axis], of, axis == "partition") for axis, of in tables.items() if of],
         "confusions": [
@@ -230,8 +225,7 @@ def _about(comparison: Comparison, task: str) -> str:
     r = comparison.example(task).records[0]
     n_classes = len(r["classes"])
     of_classes = f" of {n_classes} classes" if n_classes else ""
-    places = f" at {r['n_groups']:,} places" if r["n_groups"] < r["n_test"] else ""
-    counts = f"{r['n_train']:,} training, {r['n_val']:,} validation and {r['n_test']:,} test samples{places}"
+    counts = f"{r['n_train']:,} training, {r['n_val']:,} validation and {r['n_test']:,} test samples{places_text(r)}"
     return f"{r.get('kind_of_task') or 'task'}{of_classes}, {metric_text(comparison.metrics[task])}, {counts}"
 
 

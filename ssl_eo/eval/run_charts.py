@@ -10,6 +10,7 @@ from ssl_eo.eval.metrics import in_unit, metric_text
 from ssl_eo.eval.records import Record
 from ssl_eo.eval.run_records import Run, is_number
 from ssl_eo.eval.summary import score_of, title_of
+from ssl_eo.eval.wording import value_text
 
 __all__ = ["draw_all", "health_charts", "probe_charts", "speed_charts", "training_charts"]
 
@@ -87,9 +88,8 @@ def _tap_lines(records: Sequence[Record], value_of: Callable[[Record], float] | 
     lines = []
     for tap in dict.fromkeys(r["tap"] for r in records):
         rows = sorted((r for r in records if r["tap"] == tap), key=lambda r: int(r["step"]))
-        label = {"last": "last block", "all": "all depths"}.get(tap, str(tap).replace("_", " "))
         style = "main" if tap == "last" else "other"
-        lines.append(Line([r["step"] for r in rows], [value_of(r) for r in rows], style, label))
+        lines.append(Line([r["step"] for r in rows], [value_of(r) for r in rows], style, value_text("tap", tap)))
     return lines
 
 

@@ -34,7 +34,7 @@ def scored(
     features: str,
     n_resamples: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For all that is `missing` (`Evaluation.asked`), by key: what was asked, and what came out or went wrong.
+    """For all `missing` questions (`Evaluation.questions`), by key: what was asked, and what came out or went wrong.
 
     `sets` are the features of each split, `features` what they are called.
     """
@@ -42,20 +42,25 @@ def scored(
     parts = _Parts(task, sets["train"])
     known: dict[tuple[Any, ...], dict[str, Any]] = {}  # what was found, by all that it depends on
     # Features are copied for one tap and one part at a time.
-    for key, asked in sorted(missing.items(), key=lambda item: _place_of(item[1])):
+    for key, question in sorted(missing.items(), key=lambda item: _place_of(item[1])):
         try:
-            part, of_part = parts.of(asked["partition"], asked["seed"])
-            seed = {"seed": asked["seed"]} if takes_seed(asked["probe"]) else {}
+            part, of_part = parts.of(question["partition"], question["seed"])
+            seed = {"seed": question["seed"]} if takes_seed(question["probe"]) else {}
             is_drawn = bool(seed) or of_part["partition_of"] == "nested"
-            address = (asked["tap"], asked["probe"], asked["partition"], asked["seed"] if is_drawn else None)
+            address = (
+                question["tap"],
+                question["probe"],
+                question["partition"],
+                question["seed"] if is_drawn else None,
+            )
             if address not in known:  # what draws nothing is the same for all seeds
-                probed = probing.run(asked["probe"], asked["tap"], {**asked["options"], **seed}, part)
+                probed = probing.run(question["probe"], question["tap"], {**question["options"], **seed}, part)
                 known[address] = {"kind": "result", **of_part, **_result(task, probed, sets, n_resamples)}
             found = known[address]
         except Exception as error:
-            what = f"{asked['probe']} of {features}"
+            what = f"{question['probe']} of {features}"
             found = failure(logger, error, "%s: %s could not be measured", task.name, what)
-        yield key, {**asked, **found}
+        yield key, {**question, **found}
 
 
 def _result(task: Task, probed: Probed, sets: Mapping[str, FeatureSet], n_resamples: int) -> dict[str, Any]:
@@ -110,9 +115,9 @@ class _Parts:
         return found
 
 
-def _place_of(asked: Mapping[str, Any]) -> tuple[str, str, int]:
+def _place_of(question: Mapping[str, Any]) -> tuple[str, str, int]:
     """What results have in common that are read off the same rows."""
-    return asked["tap"], asked["partition"], asked["seed"]
+    return question["tap"], question["partition"], question["seed"]
 
 
 def _plain(column: Tensor) -> list[float | None]:

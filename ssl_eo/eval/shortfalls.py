@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.records import Record, question_of, unmeasured
-from ssl_eo.eval.wording import condition_text, value_text
+from ssl_eo.eval.wording import condition_text, features_text, value_text
 
-__all__ = ["Shortfall", "alerts_of", "incomplete", "lines_of", "shortfalls_of"]
+__all__ = ["Shortfall", "coverage_text", "failed_tasks", "failure_alerts", "shortfalls_of"]
 
 _MAX_ALERTS = 3  # tasks that are named one by one at the top of a page
-_PLAIN = {"subset": ("all",), "size": ("task", "native"), "partition": ("1.00x",)}  # what is not worth a word
+_PLAIN = {"subset": ("all",), "size": ("native",), "partition": ("1.00x",)}  # what is not worth a word
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,24 @@ def shortfalls_of(problems: Sequence[Record]) -> list[Shortfall]:
     return [Shortfall(kind, task, _what(of), why) for (kind, task, why), of in alike.items()]
 
 
-def incomplete(comparison: Comparison, plan: Sequence[Record]) -> list[str]:
-    """How much of what was asked for (`plan`) is there; nothing where all is, or nobody wrote down what was asked."""
+def coverage_text(comparison: Comparison, plan: Sequence[Record]) -> str:
+    """How much of what was asked for (`plan`) is there; empty where all is, or nobody wrote down what was asked."""
     asked = {question_of(r): r for r in plan}
     problems = comparison.every_problem
     skipped = {r["job"] for r in problems if r["kind"] == "skipped"}
     n_asked = sum(r["job"] not in skipped for r in asked.values())
     missing = unmeasured(asked.values(), [*comparison.results, *problems])
     if not missing:
-        return []
+        return ""
     errors = [r for r in problems if r["kind"] == "error"]
     failed = {r["job"] for r in errors} | {r["task"] for r in errors if r.get("of_task")}
     left = [str(r["task"]) for r in missing if not {r["job"], r["task"]} & failed]
     counts = ", ".join(f"{task} ({left.count(task):,})" for task in dict.fromkeys(left))
     why = f": not yet measured are results of {counts}. The same command goes on" if left else ", the others failed"
-    return [f"{n_asked - len(missing):,} of {n_asked:,} asked results are there{why}."]
+    return f"{n_asked - len(missing):,} of {n_asked:,} asked results are there{why}."
 
 
-def alerts_of(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
+def failure_alerts(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
     """What the top of a page says of failures: tasks that are in no mean for them, and that others have gaps."""
     failures = [f for f in found if f.kind == "error"]
     whole: dict[str, str] = {}  # the first reason of each task
@@ -72,7 +72,7 @@ def alerts_of(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
     return said
 
 
-def lines_of(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
+def failed_tasks(comparison: Comparison, found: Sequence[Shortfall]) -> list[str]:
     """One line for each task that failed, or of which something did."""
     reasons: dict[str, list[str]] = {}
     for f in found:
@@ -96,7 +96,4 @@ def _what(records: Sequence[Record]) -> str:
 
 
 def _features(record: Record) -> str:
-    if record.get("of_task"):
-        return "all features"
-    features = str(record["features"])
-    return str(record["model"]) if features == "encoder" else features.replace("_", " ")
+    return "all features" if record.get("of_task") else features_text(record)

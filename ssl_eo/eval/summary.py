@@ -18,6 +18,7 @@ from ssl_eo.eval.entrants import EntrantKind
 from ssl_eo.eval.metrics import best_of
 from ssl_eo.eval.record_checks import is_of_training
 from ssl_eo.eval.records import Record
+from ssl_eo.eval.wording import features_text, value_text
 from ssl_eo.jsonl import read_jsonl
 
 __all__ = [
@@ -37,9 +38,9 @@ _IDENTITY = ("step", "kind", "task", "features", "tap", "probe")
 class Row:
     """Results of one kind of features at one tap, by probe; `scores` are of the metric that ranks the task."""
 
-    title: str  # "encoder, step 1,500", "random encoder", "band statistics"
+    title: str  # "encoder, step 1,500", in an evaluation its name; "random encoder", "band statistics"
     kind: EntrantKind  # a model is the encoder at its last step
-    tap: str  # "last", "depth 0.50", "all", "pixels"
+    tap: str  # "last", "depth_0.50", "all", "pixels"
     step: int
     scores: dict[str, float]
     macro_accuracy: dict[str, float]
@@ -108,9 +109,9 @@ def summarise(records: Sequence[Record]) -> list[Summary]:
 
 
 def title_of(record: Record) -> str:
-    """What the features of a record are called."""
-    if record["features"] != "encoder":
-        return str(record["features"]).replace("_", " ")
+    """What the features of a record are called; the encoder by its name, where it has one."""
+    if record["features"] != "encoder" or "model" in record:
+        return features_text(record)
     if _kind_of(record) == "random":
         return "random encoder"
     return f"encoder, step {record['step']:,}" if record["step"] else "encoder"
@@ -118,32 +119,33 @@ def title_of(record: Record) -> str:
 
 def _summary(task: str, records: Sequence[Record]) -> Summary:
     last = max((r["step"] for r in records if _kind_of(r) == "model" and r["kind"] != "error"), default=0)
-    groups: dict[tuple[str, str], list[Record]] = {}
+    groups: dict[tuple[EntrantKind, str, str], list[Record]] = {}  # a model may be called as a control is
     failures: dict[tuple[str, ...], str] = {}  # of all with a title, or of one probe at one tap
     for r in sorted(records, key=lambda r: get_args(EntrantKind).index(_kind_of(r))):
         if _kind_of(r) == "model" and r["step"] < last:
             continue
-        title = title_of(r)
-        one = (title, str(r.get("tap")), str(r.get("probe")))
+        kind, title = _kind_of(r), title_of(r)
+        one = (kind, title, str(r.get("tap")), str(r.get("probe")))
         if r["kind"] == "error" and "probe" in r:
-            failures[one] = f"{title}: {r['probe']} at {r['tap']} could not be measured: {r['error']}"
+            where = value_text("tap", str(r["tap"]))
+            failures[one] = f"{title}: {r['probe']} at {where} could not be measured: {r['error']}"
         elif r["kind"] == "error":
-            failures[title,] = f"{title} could not be measured: {r['error']}"
+            failures[kind, title] = f"{title} could not be measured: {r['error']}"
         else:
-            failures.pop((title,), None)
+            failures.pop((kind, title), None)
             failures.pop(one, None)
-            groups.setdefault((title, str(r["tap"]).replace("_", " ")), []).append(r)
-    rows = [_row(title, tap, group) for (title, tap), group in groups.items()]
+            groups.setdefault((kind, title, str(r["tap"])), []).append(r)
+    rows = [_row(*place, group) for place, group in groups.items()]
     metric = next((str(r["metric"]) for r in records if r.get("metric")), "")
     return Summary(task, metric, rows, list(failures.values()))
 
 
-def _row(title: str, tap: str, records: Sequence[Record]) -> Row:
+def _row(kind: EntrantKind, title: str, tap: str, records: Sequence[Record]) -> Row:
     probes = [r for r in records if r["kind"] == "probe"]
     ranks = [r["effective_rank"] for r in records if r["kind"] == "health" and "effective_rank" in r]
     return Row(
         title=title,
-        kind=_kind_of(records[-1]),
+        kind=kind,
         tap=tap,
         step=records[-1]["step"],
         scores={r["probe"]: score_of(r) for r in probes},

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ssl_eo.eval.experiments import CONDITIONS
+from ssl_eo.eval.experiments import CONDITIONS, over_seeds
 from ssl_eo.eval.metrics import number_text, score_text
 from ssl_eo.eval.records import Record
 from ssl_eo.eval.summary import Row, Summary, summarise, title_of
@@ -28,8 +27,10 @@ def print_summary(records: Sequence[Record], stream: TextIO) -> bool:
     console = Console(file=stream, soft_wrap=True, highlight=False, markup=False, emoji=False)
     summaries = summarise(records)
     for summary in summaries:
-        n_seeds = max(r.get("n_seeds", 1) for r in records if r["task"] == summary.task)
-        of_seeds = f", mean of {n_seeds} seeds ± their standard deviation" if n_seeds > 1 else ""
+        counts = {r.get("n_seeds", 1) for r in records if r["task"] == summary.task and r["kind"] == "probe"}
+        up_to = "up to " if len(counts) > 1 else ""
+        most = max(counts, default=1)
+        of_seeds = f", mean of {up_to}{most} seeds ± their standard deviation" if most > 1 else ""
         about = f"{summary.metric} of frozen features{of_seeds}" if summary.rows else "failed"
         _print_rows(summary, f"{summary.task}: {about}", console)
         for rival in dict.fromkeys(margin.rival for margin in summary.margins):
@@ -95,32 +96,34 @@ def _head(record: Mapping[str, Any], title: str) -> dict[str, Any]:
         "features": "encoder" if record["features"] == "random_encoder" else record["features"],
         "is_trained": record["features"] == "encoder",
         "step": record["step"] or 0,
+        **({"model": record["model"]} if record["features"] == "encoder" else {}),
     }
 
 
 def _mean(title: str, of_seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The row of results that differ by their seed alone."""
-    first, metric = of_seeds[0], of_seeds[0]["metric"]
+    first = of_seeds[0]
     shared = [key for key in first["scores"] if all(key in r["scores"] for r in of_seeds)]
-    values = [r["scores"][metric] for r in of_seeds]
+    scores = {key: over_seeds([r["scores"][key] for r in of_seeds]) for key in shared}
     said: dict[str, Any] = {key: first[key] for key in ("tap", "probe", "metric")}
-    if len(set(values)) > 1:
-        said["spread"] = stdev(values)
+    said |= {key: mean for key, (mean, _) in scores.items()}
+    if (spread := scores[first["metric"]][1]) is not None:
+        said["spread"] = spread
     edges = [r["chosen"]["at_edge"] for r in of_seeds if "at_edge" in r["chosen"]]
-    scores = {key: fmean(r["scores"][key] for r in of_seeds) for key in shared}
     chosen = {**first["chosen"], "at_edge": max(edges)} if edges else first["chosen"]
-    return {**_head(first, title), "kind": "probe", **said, **scores, "chosen": chosen, "n_seeds": len(of_seeds)}
+    return {**_head(first, title), "kind": "probe", **said, "chosen": chosen, "n_seeds": len(of_seeds)}
 
 
 def _at_edges(summary: Summary, records: Iterable[Record]) -> list[str]:
     """Probes that chose the first or the last of what they may choose from: beyond it may be a better score."""
     found = {
-        (title_of(r), str(r["tap"]).replace("_", " "), r["probe"])
+        (title_of(r), r["tap"], r["probe"])
         for r in records
         if r["task"] == summary.task and r["kind"] == "probe" and r.get("chosen", {}).get("at_edge")
     }
     remarks = []
     for probe in summary.probes:
-        places = [f"{row.title} at {row.tap}" for row in summary.rows if (row.title, row.tap, probe) in found]
+        rows = [row for row in summary.rows if (row.title, row.tap, probe) in found]
+        places = [f"{row.title} at {value_text('tap', row.tap)}" for row in rows]
         remarks += [f"{probe} chose the end of its grid for {', '.join(places)}"] if places else []
     return remarks

@@ -53,7 +53,7 @@ def flags_of_scores(scores: Sequence[tuple[Entrant, str, Score]], metric: str, p
         found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
     elif n_groups < FEW_GROUPS:
         found.append(f"intervals are too narrow: test samples are of {n_groups} places, fewer than {FEW_GROUPS}")
-    return [*found, *_experiments(scores)]
+    return [*found, *_unequal_seeds(scores), *_experiments(scores)]
 
 
 def _leaked(records: Sequence[Record], key: str) -> tuple[float, str]:
@@ -97,6 +97,19 @@ def _equal_parts(records: Sequence[Record]) -> list[str]:
         for n, of in found.items()
         if len(of) > 1
     ]
+
+
+def _unequal_seeds(scores: Sequence[tuple[Entrant, str, Score]]) -> list[str]:
+    """By which probes some scores are means over more seeds than others."""
+    of_probes: dict[str, dict[int, list[str]]] = {}
+    for entrant, probe, score in scores:
+        of_probes.setdefault(probe, {}).setdefault(len(score.records), []).append(entrant.title)
+    probes: dict[str, list[str]] = {}
+    for probe, titles in of_probes.items():
+        if len(titles) > 1:
+            counts = ", ".join(f"{n} ({', '.join(titles[n])})" for n in sorted(titles, reverse=True))
+            probes.setdefault(counts, []).append(probe)
+    return [f"scores by {', '.join(of)} are over unequal numbers of seeds: {counts}" for counts, of in probes.items()]
 
 
 def _experiments(scores: Sequence[tuple[Entrant, str, Score]]) -> list[str]:

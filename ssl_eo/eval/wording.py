@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ssl_eo.eval.features import ALL_TAPS
 
-__all__ = ["WORDS_OF_CONDITIONS", "condition_text", "reading_text", "value_text"]
+__all__ = [
+    "NOT_AT_OPTIMUM",
+    "WORDS_OF_CONDITIONS",
+    "condition_text",
+    "features_text",
+    "places_text",
+    "reading_text",
+    "value_text",
+]
 
+NOT_AT_OPTIMUM = "is not at its optimum: its score may be a little lower than it could be"  # of a fit
 WORDS_OF_CONDITIONS = {"partition": "labels", "subset": "bands", "size": "size"}
-_OF_SIZES = {"task": "the task's size", "native": "own size"}
+_OF_SIZES = {"native": "own size"}
 _OF_TAPS = {ALL_TAPS: "all depths together", "last": "the last block"}
+
+
+def features_text(record: Mapping[str, Any]) -> str:
+    """Whose features a record of an evaluation is of: a model by its name, all else by what it is."""
+    return str(record["model"]) if record["features"] == "encoder" else str(record["features"]).replace("_", " ")
 
 
 def value_text(axis: str, value: str) -> str:
@@ -24,6 +41,11 @@ def condition_text(axis: str, value: str) -> str:
     """A condition in a sentence: `labels 0.10x`, `bands rgb`, `own size`."""
     text = value_text(axis, value)
     return text if value in _OF_SIZES and axis == "size" else f"{WORDS_OF_CONDITIONS[axis]} {text}"
+
+
+def places_text(result: Mapping[str, Any]) -> str:
+    """` at 12 places` behind the number of test samples, where some share one; else empty."""
+    return f" at {result['n_groups']:,} places" if result["n_groups"] < result["n_test"] else ""
 
 
 def reading_text(tap: str, pool: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args, runtime_checkable
@@ -30,6 +30,7 @@ from ssl_eo.models.vit import Encoder
 from ssl_eo.objectives.base import Objective, Schemas
 from ssl_eo.resources import resource_dir
 from ssl_eo.train.checkpoint import load_weights
+from ssl_eo.train.initial import licences_of_init
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
 from ssl_eo.train.sealing import locate
@@ -39,7 +40,6 @@ __all__ = [
     "Trained",
     "export_encoder",
     "export_pair",
-    "inputs_of_run",
     "load_encoder",
     "open_encoder",
     "open_pair",
@@ -88,29 +88,42 @@ def load_encoder(path: Path) -> Trained:
     return Trained(objective.published_encoder().eval(), seal["step"], run, config, objective)
 
 
-def open_pair(path: Path) -> tuple[OpticalRadar, int, dict[str, Inputs]]:
-    """Both encoders, with what joins them, of a run, a checkpoint or a bundle folder; their step; their inputs."""
-    if (path / "encoder.json").is_file():
-        bundle = load_bundle(path)
-        if not isinstance(bundle, BundlePair):
-            raise ValueError(f"{path}: it holds one encoder; write it anew with export --whole")
-        inputs = {"optical": bundle.optical.inputs, "radar": bundle.radar.inputs}
-        return bundle.model, _step_of(path, bundle), inputs
-    trained = load_encoder(path)
-    paired = _paired(trained)
-    return paired.whole().eval(), trained.step, {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
+def open_pair(path: Path) -> BundlePair:
+    """Both encoders, with what joins them, of a run, a checkpoint or a bundle folder; its facts say the `step`.
 
-
-def open_encoder(path: Path) -> tuple[Encoder, int, dict[str, Any]]:
-    """The encoder of a run, a checkpoint or a bundle folder, its step, and how its run reads features: pool and taps.
-
-    Raises `ValueError` for a bundle whose facts are not such, besides what `load_bundle` and `load_encoder` raise.
+    Raises `ValueError` where there is one encoder, besides what `load_bundle` and `load_encoder` raise.
     """
     if (path / "encoder.json").is_file():
         bundle = load_bundle(path)
-        return bundle.encoder, _step_of(path, bundle), _features_of(path, bundle.facts.get("features", {}))
+        if not isinstance(bundle, BundlePair):
+            raise ValueError(f"{path}: it holds one encoder; give the run or checkpoint that it is from")
+        _step_of(path, bundle)
+        return bundle
     trained = load_encoder(path)
-    return trained.encoder, trained.step, {"pool": trained.config.eval.pool, "taps": trained.config.eval.taps}
+    paired = trained.objective
+    if not isinstance(paired, PairedObjective):
+        raise ValueError(f"{trained.run}: objective {trained.config.objective.name} has one encoder; export that")
+    inputs = {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
+    return BundlePair(paired.whole(), inputs, {**_facts(trained), "published": paired.published}).eval()
+
+
+def open_encoder(path: Path) -> BundleEncoder:
+    """The published encoder of a run, a checkpoint or a bundle folder, with what it was trained on.
+
+    Its facts say after how many steps (`step`) it is, and how its run reads features (`features`: pool and taps).
+    Raises `ValueError` for a bundle whose facts are not such, besides what `load_bundle` and `load_encoder` raise.
+    """
+    if not (path / "encoder.json").is_file():
+        return _of_run(load_encoder(path))
+    bundle = load_bundle(path)
+    found = bundle.published if isinstance(bundle, BundlePair) else bundle
+    found.facts["step"] = _step_of(path, found)
+    found.facts["features"] = _features_of(path, found.facts.get("features", {}))
+    return found
+
+
+def _of_run(trained: Trained) -> BundleEncoder:
+    return BundleEncoder(trained.encoder, _inputs_of_run(trained), _facts(trained)).eval()
 
 
 def _step_of(path: Path, bundle: BundleEncoder | BundlePair) -> int:
@@ -148,7 +161,8 @@ def export_encoder(
     `ValueError` when `out` holds a bundle already, unless it may `overwrite` it, and for a bundle of two encoders.
     """
     check_free(out, overwrite)
-    encoder, inputs, facts, step = _published(path)
+    found = _alone(path)
+    encoder, inputs, facts, step = found.encoder, found.inputs, found.facts, _step_of(path, found)
     if licence is not None:
         facts["licence"] = licence
     if sensor is not None:
@@ -158,26 +172,15 @@ def export_encoder(
     return step
 
 
-class _Published(NamedTuple):
-    """What a bundle of one encoder is made of, and the step it is from."""
-
-    encoder: Encoder
-    inputs: Inputs
-    facts: dict[str, Any]
-    step: int
-
-
-def _published(path: Path) -> _Published:
-    if not (path / "encoder.json").is_file():
-        trained = load_encoder(path)
-        return _Published(trained.encoder, inputs_of_run(trained), _facts(trained), trained.step)
-    bundle = load_bundle(path)
-    if isinstance(bundle, BundlePair):
-        raise ValueError(f"{path}: it holds two encoders; give the run or checkpoint that it is from, or --as")
-    return _Published(bundle.encoder, bundle.inputs, bundle.facts, _step_of(path, bundle))
+def _alone(path: Path) -> BundleEncoder:
+    """As `open_encoder`, but of a bundle of two encoders neither: the other one would be lost."""
+    found = load_bundle(path) if (path / "encoder.json").is_file() else open_encoder(path)
+    if isinstance(found, BundlePair):
+        raise ValueError(f"{path}: it holds two encoders; add --whole or --as, or give the run that it is from")
+    return found
 
 
-def inputs_of_run(trained: Trained) -> Inputs:
+def _inputs_of_run(trained: Trained) -> Inputs:
     """What a run has shown to the encoder that it publishes."""
     if isinstance(trained.objective, PairedObjective):
         return _inputs_of(trained.objective.shown[trained.objective.published])
@@ -187,24 +190,14 @@ def inputs_of_run(trained: Trained) -> Inputs:
 def export_pair(path: Path, out: Path, overwrite: bool = False, licence: str | None = None) -> int:
     """Write the bundle `out` of both encoders and what joins them; returns the training step they are from.
 
-    `licence` is that of the weights. Raises `ValueError` as `export_encoder`, and for a run whose objective has one
-    encoder.
+    `path` is a run, a checkpoint or a bundle, `licence` that of the weights. Raises `ValueError` when `out` holds a
+    bundle already, unless it may `overwrite` it, and as `open_pair` does.
     """
     check_free(out, overwrite)
-    trained = load_encoder(path)
-    paired = _paired(trained)
-    inputs = {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
-    facts = {**_facts(trained), "published": paired.published}
-    if licence is not None:
-        facts["licence"] = licence
-    write_pair_bundle(out, paired.whole(), inputs, facts)
-    return trained.step
-
-
-def _paired(trained: Trained) -> PairedObjective:
-    if not isinstance(trained.objective, PairedObjective):
-        raise ValueError(f"{trained.run}: objective {trained.config.objective.name} has one encoder; export that")
-    return trained.objective
+    pair = open_pair(path)
+    facts = pair.facts if licence is None else {**pair.facts, "licence": licence}
+    write_pair_bundle(out, pair.model, pair.inputs, facts)
+    return _step_of(path, pair)
 
 
 def _facts(trained: Trained) -> dict[str, Any]:
@@ -216,10 +209,17 @@ def _facts(trained: Trained) -> dict[str, Any]:
         "run": config.run.name,
         "features": {"pool": config.eval.pool, "taps": config.eval.taps},
         "commit": read_environment(trained.run).get("commit"),
-        "licence": _licence_of_data(config) or UNSAID["licence"],
+        "licence": _licence(trained.run, config),
         "scores": _scores(trained.run, trained.step),
         "config": to_dict(config),
     }
+
+
+def _licence(run: Path, config: Config) -> str:
+    """What is known of it: nobody has stated that of the weights, but there are those of what they were made from."""
+    begun = "; ".join(f"{path}: {licence or UNSAID['licence']}" for path, licence in licences_of_init(run).items())
+    known = {"the data": _licence_of_data(config), "the weights that training began from": begun}
+    return "; ".join([UNSAID["licence"], *(f"of {what}: {said}" for what, said in known.items() if said)])
 
 
 def _licence_of_data(config: Config) -> str | None:
@@ -232,7 +232,7 @@ def _licence_of_data(config: Config) -> str | None:
         if not card.is_file():
             return None
         found[source.name] = yaml.safe_load(card.read_text(encoding="utf-8"))["licence"]
-    return "not stated; of the data: " + "; ".join(f"{name}: {licence}" for name, licence in found.items())
+    return "; ".join(f"{name}: {licence}" for name, licence in found.items())
 
 
 def _scores(run: Path, step: int) -> list[dict[str, Any]]:
@@ -253,25 +253,24 @@ def _is_scored(record: Mapping[str, Any]) -> bool:
 
 def _inputs_of(tiles: list[TileSchema]) -> Inputs:
     """What an encoder was trained on, by sensor; a later tile of a sensor that differs is `name@<index>`."""
-    inputs: Inputs = {}
-    for i, tile in enumerate(tiles):
-        known = SensorInput(tile.sensor, tile.bands, tile.mean, tile.std, tile.gsd_m)
-        if inputs.setdefault(tile.sensor.name, known) != known:
-            inputs[f"{tile.sensor.name}@{i}"] = known
-    return inputs
+    return _told_apart((i, tile.sensor.name, tile) for i, tile in enumerate(tiles))
 
 
-def _inputs(schemas: Schemas) -> dict[str, SensorInput]:
+def _inputs(schemas: Schemas) -> Inputs:
     """What the encoder was trained on, by tile name; a later source that differs is `name@<index of the source>`.
 
     Dates of one sensor with the same statistics are one input, by the sensor's name. Class maps are none.
     """
-    inputs: dict[str, SensorInput] = {}
-    for i, source in enumerate(schemas):
-        for name, schema in _distinct(source).items():
-            known = SensorInput(schema.sensor, schema.bands, schema.mean, schema.std, schema.gsd_m)
-            if inputs.setdefault(name, known) != known:
-                inputs[f"{name}@{i}"] = known
+    return _told_apart((i, name, tile) for i, source in enumerate(schemas) for name, tile in _distinct(source).items())
+
+
+def _told_apart(tiles: Iterable[tuple[int, str, TileSchema]]) -> Inputs:
+    """Inputs by name; `name@<index>` for one that differs from the first that is called so."""
+    inputs: Inputs = {}
+    for i, name, tile in tiles:
+        known = SensorInput(tile.sensor, tile.bands, tile.mean, tile.std, tile.gsd_m)
+        if inputs.setdefault(name, known) != known:
+            inputs[f"{name}@{i}"] = known
     return inputs
 
 

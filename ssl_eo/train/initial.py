@@ -22,13 +22,13 @@ from torch import Tensor
 from ssl_eo.components import check_patterns
 from ssl_eo.distributed import is_main, raise_on_all_ranks, world_size
 from ssl_eo.files import atomic_write
-from ssl_eo.hub import BundlePair, load_bundle
+from ssl_eo.hub import UNSAID, BundlePair, load_bundle
 from ssl_eo.objectives.base import Objective
 from ssl_eo.train.checkpoint import read_weights
 from ssl_eo.train.sealing import locate
 from ssl_eo.weights._reading import read_state_dict
 
-__all__ = ["InitialWeights", "begin_from"]
+__all__ = ["InitialWeights", "begin_from", "licences_of_init"]
 
 _N_SHOWN = 8  # names in a line for people
 
@@ -66,6 +66,7 @@ class _Taken:
 
     path: str
     sha256: str
+    licence: str | None  # of the weights, as a bundle says it; other files say none
     tensors: dict[str, Tensor]
     names: dict[str, str]
     unused: list[str]
@@ -103,6 +104,13 @@ def begin_from(entries: Sequence[InitialWeights], objective: Objective, run_dir:
     return lines
 
 
+def licences_of_init(run: Path) -> dict[str, str | None]:
+    """The licences of the files that the run began from, by path; None of those that say none."""
+    page = run / "init.json"
+    files = json.loads(page.read_text(encoding="utf-8"))["files"] if page.exists() else []
+    return {file["path"]: file.get("licence") for file in files}  # runs of before did not note it
+
+
 def _targets(objective: Objective) -> dict[str, Tensor]:
     """What weights may be copied into, by the names that `rename` is to give."""
     student, teacher = objective.student.state_dict(), objective.teacher
@@ -112,7 +120,7 @@ def _targets(objective: Objective) -> dict[str, Tensor]:
 
 
 def _take(where: str, entry: InitialWeights, targets: Mapping[str, Tensor]) -> _Taken:
-    tensors, file = _read(Path(entry.path))
+    tensors, file, licence = _read(Path(entry.path))
     try:
         names = _choose(entry, list(tensors), targets)
         chosen = {new: tensors[name] for new, name in names.items()}
@@ -120,11 +128,11 @@ def _take(where: str, entry: InitialWeights, targets: Mapping[str, Tensor]) -> _
     except ValueError as error:
         raise ValueError(f"{where} ({entry.path}): {error}") from None
     unused = _condensed(set(tensors) - set(names.values()), tensors)
-    return _Taken(entry.path, _sha256(file), chosen, names, unused)
+    return _Taken(entry.path, _sha256(file), licence, chosen, names, unused)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Path]:
-    """The tensors at `path` by name, and the file whose content stands for all of them.
+def _read(path: Path) -> tuple[dict[str, Tensor], Path, str | None]:
+    """The tensors at `path` by name, the file whose content stands for all of them, and their licence if it is said.
 
     Names in nested dictionaries are joined by dots; a `model.` around all of a training state is left out.
     """
@@ -132,13 +140,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Path]:
         bundle = load_bundle(path)
         parts = bundle.parts if isinstance(bundle, BundlePair) else {"encoder": bundle.encoder}
         tensors = {f"{part}.{name}": t for part, module in parts.items() for name, t in module.state_dict().items()}
-        return tensors, path / "encoder.safetensors"
+        return tensors, path / "encoder.safetensors", _said(bundle.facts.get("licence"))
     if path.is_dir():
         checkpoint = locate(path)
-        return read_weights(checkpoint), checkpoint / "complete.json"  # which holds a checksum of every file
+        return read_weights(checkpoint), checkpoint / "complete.json", None  # which holds a checksum of every file
     tensors = read_state_dict(path)
     unwrapped = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    return unwrapped if len(unwrapped) == len(tensors) else tensors, path
+    return unwrapped if len(unwrapped) == len(tensors) else tensors, path, None
+
+
+def _said(licence: Any) -> str | None:
+    return licence if isinstance(licence, str) and licence != UNSAID["licence"] else None
 
 
 def _choose(entry: InitialWeights, names: Sequence[str], targets: Collection[str]) -> dict[str, str]:
@@ -250,7 +262,13 @@ def _summary(found: Sequence[_Taken], objective: Objective) -> dict[str, Any]:
     left = set(trained).difference(*(taken.names for taken in found))
     return {
         "files": [
-            {"path": taken.path, "sha256": taken.sha256, "taken": taken.names, "unused": taken.unused}
+            {
+                "path": taken.path,
+                "sha256": taken.sha256,
+                "licence": taken.licence,
+                "taken": taken.names,
+                "unused": taken.unused,
+            }
             for taken in found
         ],
         "random": _condensed(left, trained),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
@@ -29,6 +30,7 @@ _CHUNK_BYTES = 1 << 20
 _LONGEST_NAME = 100  # characters of a kept file, of which file systems take 255 bytes
 _MEMBERS = ("encoder.json", "encoder.safetensors")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError, ValueError)
 _MOST_UNPACKED = 100  # times the packed size, of any that is worth packing
 
 
@@ -51,8 +53,9 @@ def local_file(where: str | Path, sha256: str | None = None) -> Path:
         )
     else:
         path = _kept_at(str(where))
-        if not _is_file(path) or (sha256 is not None and not _digest(path).startswith(sha256)):
-            _fetch(str(where), path)
+        if _is_file(path) and (sha256 is None or _digest(path).startswith(sha256)):
+            return path
+        _fetch(str(where), path)
     if sha256 is not None and not (found := _digest(path)).startswith(sha256):
         raise ValueError(f"{_shown(str(where))}: its SHA-256 is {found}, expected {sha256}: another file, or damaged")
     return path
@@ -71,15 +74,12 @@ def unpacked_bundle(path: Path) -> Iterator[Path]:
                 for name in _MEMBERS:
                     with archive.open(_member(archive, name, path)) as packed, Path(folder, name).open("wb") as file:
                         shutil.copyfileobj(packed, file, _CHUNK_BYTES)
-        except (
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-            EOFError,
-            OSError,
-            ValueError,
-        ) as error:
+        except _DAMAGED as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = Path(folder).parent
+                raise ValueError(
+                    f"{path}: cannot be unpacked in {where} ({error.strerror}); set TMPDIR to a folder with more"
+                ) from None
             reason = one_line(error) or type(error).__name__
             raise ValueError(
                 f"{path}: neither a bundle folder nor a zip file of one ({reason}){how_to_renew(path)}"
@@ -87,7 +87,7 @@ def unpacked_bundle(path: Path) -> Iterator[Path]:
         try:
             yield Path(folder)
         except ValueError as error:
-            raise ValueError(str(error).replace(folder, str(path))) from None
+            raise ValueError(f"{str(error).replace(folder, str(path))}{how_to_renew(path)}") from None
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> zipfile.ZipInfo:

@@ -11,8 +11,8 @@ from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder
 from ssl_eo.weights._downloads import local_file, unpacked_bundle
-from ssl_eo.weights.base import find_released, read_released, released_facts
-from ssl_eo.weights.croma import PAIR_FACTS, PAIRS, load_pair, pair_inputs
+from ssl_eo.weights.base import find_released, read_released
+from ssl_eo.weights.croma import PAIR_FACTS, PAIRS, pair_inputs, read_pair
 
 __all__ = ["fill_pair", "open_bundle", "released", "released_pair", "weights_of"]
 
@@ -39,7 +39,7 @@ def open_bundle(where: str | Path, sha256: str | None = None) -> BundleEncoder |
 def released(name: str, pretrained: str | Path | bool, sha256: str | None = None) -> BundleEncoder:
     """The published encoder `name` in eval mode, with weights from a file or an address, or random ones for False.
 
-    Raises `ValueError` for True, for no address is known here, and as `load_released` and `local_file` do.
+    Raises `ValueError` for True, for no address is known here, and as `read_released` and `local_file` do.
     """
     found = find_released(name)
     where = weights_of(name, _authors_file(found.source), pretrained, sha256)
@@ -57,13 +57,12 @@ def released_pair(name: str, pretrained: str | Path | bool, sha256: str | None =
     """As `released`, a published model of two encoders."""
     pair = PAIRS[name]
     where = weights_of(name, _authors_file(pair.source), pretrained, sha256)
+    facts: dict[str, Any]
     if where is None:
         model = fill_pair(pair.build().to_empty(device=torch.get_default_device()))
         facts = {**PAIR_FACTS, "step": 0}
     else:
-        path = local_file(where, sha256)
-        model = load_pair(path, pair)
-        facts = {**PAIR_FACTS, **released_facts(path, pair.name, pair.licence, pair.source)}
+        model, facts = read_pair(local_file(where, sha256), pair)
     return BundlePair(model, pair_inputs(), facts).eval()
 
 

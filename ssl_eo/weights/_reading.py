@@ -40,7 +40,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     read.
     """
     path = Path(path)
-    content: Any = read_tensors(path) if _is_safetensors(path) else load_pickled(path)
+    content: Any = _load_safetensors(path) if _is_safetensors(path) else load_pickled(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: expected tensors by name, found a {type(content).__name__}")
     tensors: dict[str, Tensor] = {}
@@ -109,6 +109,13 @@ def _is_safetensors(path: Path) -> bool:
             return file.read(9)[8:] == b"{"
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{how_to_renew(path)}") from None
 
 
 def load_pickled(path: Path) -> Any:

@@ -31,11 +31,11 @@ __all__ = [
     "export_released",
     "find_released",
     "import_released",
-    "load_released",
     "read_released",
     "read_state_dict",
     "released_facts",
     "released_name_of",
+    "released_names",
     "released_state_dict",
 ]
 
@@ -73,9 +73,14 @@ def find_released(name: str) -> Released:
     """The published encoder `name`; `ValueError` with the names there are."""
     models = {released.name: released for released in _all_released()}
     if name not in models:
-        known = sorted([*models, *_pair_names()])
+        known = released_names()
         raise ValueError(f"no published encoder {name!r}{suggest(name, known)} (known: {', '.join(known)})")
     return models[name]
+
+
+def released_names() -> list[str]:
+    """Of all published encoders, and of pairs of such, in the order of the alphabet."""
+    return sorted(name for family in _families() for name, _ in _published_by(family))
 
 
 def released_name_of(path: Path) -> str:
@@ -91,17 +96,6 @@ def released_name_of(path: Path) -> str:
         f"{path}: no published file is known by this name: say which encoder it is with --as (known:"
         f" {', '.join(sorted(patterns))})"
     )
-
-
-def load_released(path: str | Path, name: str, prefix: str | None = None) -> Encoder:
-    """The encoder in a file of published weights, or of a training run in that layout, in eval mode.
-
-    `prefix` is needed where a file holds several encoders, see `find_encoder`. Raises `ValueError` when the file is
-    damaged, holds no encoder, or another one than `name`.
-    """
-    path = Path(path)
-    released = find_released(name)
-    return build_encoder(find_encoder(path, read_state_dict(path), prefix, released.token), released, str(path))
 
 
 def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str) -> Encoder:
@@ -127,7 +121,7 @@ def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str)
 def import_released(path: Path, name: str, out: Path, prefix: str | None = None, overwrite: bool = False) -> Released:
     """Write the bundle `out` from a file of published weights, and say what they are.
 
-    Raises as `load_released`, and when `out` holds a bundle already, unless it may `overwrite` it.
+    Raises as `read_released`, and when `out` holds a bundle already, unless it may `overwrite` it.
     """
     check_free(out, overwrite)
     released = find_released(name)
@@ -137,11 +131,13 @@ def import_released(path: Path, name: str, out: Path, prefix: str | None = None,
 
 
 def read_released(path: Path, released: Released, prefix: str | None = None) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder in a published file, and what a bundle says of it beside its inputs.
+    """The encoder in a published file, in eval mode, and what a bundle says of it beside its inputs.
 
-    Raises as `load_released`, and for a file that is known to be another one, though all of its tensors fit.
+    The file may also be of a training run in that layout. `prefix` is needed where it holds several encoders, see
+    `find_encoder`. Raises `ValueError` when it is damaged, holds no encoder, or another one than `released`: also where
+    all tensors fit, of a file that is known to be another one.
     """
-    encoder = load_released(path, released.name, prefix)
+    encoder = build_encoder(find_encoder(path, read_state_dict(path), prefix, released.token), released, str(path))
     facts = released_facts(path, released.name, released.licence, released.source)
     sha256 = facts["released"]["sha256"]
     for other in _all_released():
@@ -201,11 +197,6 @@ def export_released(encoder: Encoder, name: str, out: Path, overwrite: bool = Fa
 
 def _all_released() -> list[Released]:
     return [released for family in _families() for released in family.MODELS]
-
-
-def _pair_names() -> list[str]:
-    """Of what holds two encoders (`PAIRS` of a family)."""
-    return [name for family in _families() for name in getattr(family, "PAIRS", {})]
 
 
 def _published_by(family: ModuleType) -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ __all__ = [
     "load_pair",
     "pair_inputs",
     "pair_state_dicts",
+    "read_pair",
 ]
 
 MODELS: tuple[Released, ...] = ()  # none is a single encoder
@@ -235,11 +237,15 @@ def import_pair(path: Path, name: str, out: Path, overwrite: bool = False) -> Re
     """
     check_free(out, overwrite)
     pair = PAIRS[name]
-    model = load_pair(path, pair)
-    write_pair_bundle(
-        out, model, pair_inputs(), {**PAIR_FACTS, **released_facts(path, pair.name, pair.licence, pair.source)}
-    )
+    model, facts = read_pair(path, pair)
+    write_pair_bundle(out, model, pair_inputs(), facts)
     return pair
+
+
+def read_pair(path: Path, pair: ReleasedPair) -> tuple[OpticalRadar, dict[str, Any]]:
+    """The model in a published file, and what a bundle says of it beside its inputs; errors as of `load_pair`."""
+    model = load_pair(path, pair)
+    return model, {**PAIR_FACTS, **released_facts(path, pair.name, pair.licence, pair.source)}
 
 
 def pair_state_dicts(

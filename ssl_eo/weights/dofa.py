@@ -1,6 +1,6 @@
-"""DOFA (arXiv 2403.15356), version 1: ViT-B/16 and ViT-L/16 for any sensor, by kernels generated from wavelengths.
+"""DOFA (arXiv 2403.15356): ViT-B and L for any sensor, by kernels generated from wavelengths.
 
-Two things that no tensor tells decide what they compute, and what they are called decides these:
+Of version 1, patches of 16 pixels, two things that no tensor tells decide what they compute, and what they are called decides these:
 
 - `dofa_vitb16`, `dofa_vitl16`: generated numbers are read channel by channel. Torchgeo has these since September 2024.
 - `dofa_vitb16_legacy`, `dofa_vitl16_legacy`: weights of before, whose code read the numbers as if width came first.
@@ -13,6 +13,10 @@ A file may be the authors' (with `norm`, `mask_token` and `projector`), torchgeo
 classifier that began from it (with `fc_norm` and `head`). `norm` is taken if it is there, else `fc_norm`, else one of
 gain 1 and bias 0. Published code pools before `fc_norm`: its features are `encoder.norm(tokens.patches.mean(1))` of
 `intermediates(..., norm=False)`; ours are the mean of normalised tokens.
+
+Version 2 (`dofa_v2_vitb14`, `dofa_v2_vitl14`) has patches of 14 pixels, LayerScale, and 5.405 um for SAR; the rest is
+that of `dofa_vitb16`. In its files the transformer is called `model`, and stands beside `patch_embed` and a `norm` that
+published code never uses. Nobody says how its pixels were standardised.
 """
 
 from __future__ import annotations
@@ -108,6 +112,18 @@ def _encoder_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept
 
 
+def _encoder_of_version_2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kept = {name: tensor for name, tensor in tensors.items() if name not in ("norm.weight", "norm.bias")}
+    return {name.removeprefix("model."): tensor for name, tensor in kept.items()}
+
+
+def _file_of_version_2(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the norm that is never used as it begins."""
+    named = {n if n.startswith("patch_embed.") else f"model.{n}": tensor for n, tensor in tensors.items()}
+    gain = tensors["norm.weight"]
+    return {**named, "norm.weight": torch.ones_like(gain), "norm.bias": torch.zeros_like(gain)}
+
+
 def _released(letter: str, suffix: str) -> Released:
     return Released(
         name=f"dofa_vit{letter}16{suffix}",
@@ -129,4 +145,29 @@ def _released(letter: str, suffix: str) -> Released:
     )
 
 
-MODELS = tuple(_released(letter, suffix) for suffix in ("", "_legacy") for letter in _SIZES)
+def _released_2(letter: str) -> Released:
+    return Released(
+        name=f"dofa_v2_vit{letter}14",
+        config=EncoderConfig(
+            size=_SIZES[letter],
+            patch_size=14,
+            layer_scale_init=1e-5,
+            position="learned",
+            image_size=224,
+            patch_embed="dynamic",
+            dynamic=DynamicConfig(layout="channel_major", padding=1, sar="dofa_v2"),
+        ),
+        licence="CC-BY-4.0",
+        source=_SOURCE,
+        token=r"model\.cls_token",
+        adapt=_encoder_of_version_2,
+        restore=_file_of_version_2,
+        pool="mean",
+        file_name=f"dofav2_vit_{_SIZES[letter]}_e150",
+    )
+
+
+MODELS = (
+    *(_released(letter, suffix) for suffix in ("", "_legacy") for letter in _SIZES),
+    *map(_released_2, _SIZES),
+)

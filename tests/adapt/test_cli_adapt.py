@@ -89,6 +89,8 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path, capsys: pytest.Cap
     with rasterio.open(out) as file, rasterio.open(likely) as other:
         assert (file.tags()["model"], file.tags()["sensor"]) == (model.name, SENSOR)
         assert file.tags()["bands"].split() == names[1:]
+        assert file.tags()["weights"] == other.tags()["weights"] == load_model(model).weights
+        assert len({file.colormap(1)[i] for i in range(len(load_model(model).classes))}) > 1
         classes, probabilities = file.read(1), other.read()
         assert file.crs.to_epsg() == 32632
         assert file.transform == rasterio.transform.from_origin(6e5, 5e6, 10, 10)

@@ -26,7 +26,7 @@ rasterio = pytest.importorskip("rasterio")
 
 from rasterio.transform import Affine, from_origin  # noqa: E402
 
-from ssl_eo.adapt.scene_maps import SceneRun, embed_scene, map_scene, predict_scene  # noqa: E402
+from ssl_eo.adapt.scene_maps import SceneRun, Windowed, embed_scene, map_scene, predict_scene  # noqa: E402
 from ssl_eo.adapt.scene_outputs import class_map, value_map  # noqa: E402
 from ssl_eo.adapt.scenes import Scene  # noqa: E402
 from ssl_eo.adapt.tiling import Tiling, blend, panel_bytes, panel_side, panels  # noqa: E402
@@ -100,6 +100,17 @@ def as_tensor(values: NDArray[Any]) -> Tensor:
 NAMES = ("dry", "wet", "snow")
 
 
+def test_every_class_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    """As far as a table of 256 reaches: maps of more classes have none."""
+    many = class_map(tmp_path / "o.tif", [str(i) for i in range(255)], {})
+    assert sorted(many.colours) == list(range(256))
+    assert len(set(many.colours.values())) == 256
+    assert [c for c, colour in many.colours.items() if colour[3] == 0] == [255]
+    few = class_map(tmp_path / "o.tif", ["a", "b"], {})
+    assert few.colours == {c: many.colours[c] for c in (0, 1, 255)}  # of a class whatever others there are
+    assert class_map(tmp_path / "o.tif", ["c"] * 256, {}).colours == {}
+
+
 @pytest.mark.parametrize("shape", [(2, 37, 91), (2, 129, 43), (2, 5, 7), (2, 16, 16), (2, 1, 70)])
 def test_a_scene_becomes_a_map_on_its_grid(tmp_path: Path, shape: tuple[int, int, int]) -> None:
     values = values_of(shape)
@@ -114,6 +125,10 @@ def test_a_scene_becomes_a_map_on_its_grid(tmp_path: Path, shape: tuple[int, int
     with rasterio.open(tmp_path / "o.tif") as file:
         assert (file.crs.to_epsg(), file.transform, file.shape) == (32632, PLACE, shape[1:])
         assert (file.dtypes, file.nodata, file.descriptions) == (("uint8",), 255, ("class",))
+        colours = file.colormap(1)
+        assert len({colours[i] for i in range(3)}) == 3
+        assert colours[255][3] == 0
+        assert file.colorinterp[0].name == "palette"
         assert file.tags()["MODEL"] == "of the test"
         assert [file.tags()[f"CLASS_{i}"] for i in range(3)] == list(NAMES)
         assert file.profile["tiled"]
@@ -141,7 +156,8 @@ def test_panels_are_seamless(height: int, width: int, cut: tuple[int, int, int],
         with Scene(write_scene(folder / "scene.tif", values)) as scene:
             side = -(-max(16, 2 * size // cell) // 16) * 16
             run = SceneRun({}, memory_bytes=panel_bytes(side, scene.shape, tiling, 2, 3))
-            map_scene(scene, model, 3, [value_map(folder / "o.tif", 3, "float32", (), {})], tiling, run)
+            output = value_map(folder / "o.tif", 3, "float32", (), {})
+            map_scene(scene, Windowed(model, 3, tiling), [output], run)
         np.testing.assert_array_equal(read(folder / "o.tif"), blend(as_tensor(values), model, tiling))
 
 
@@ -253,7 +269,7 @@ def test_what_speaks_against_the_values(tmp_path: Path) -> None:
         with rasterio.open(path, "r+") as file:
             file.scales, file.offsets = (1.0, scale), (0.0, offset)
         with Scene(path) as scene:
-            return scene.doubts(sensor)
+            return scene.doubts(sensor, 10.0)
 
     assert doubts(values) == doubts(values.astype("int16")) == []
     assert doubts(values, sensor.scale, sensor.offset) == []
@@ -262,6 +278,35 @@ def test_what_speaks_against_the_values(tmp_path: Path) -> None:
     (tagged,) = doubts(values, 0.5, -1000.0)
     assert "scaled by 0.5, with an offset of -1000; sentinel2_l2a has 0.0001 and" in tagged
     assert len(doubts(values.astype("float32"), 0.5)) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ({}, []),
+        ({"transform": from_origin(600_000.0, 5_000_000.0, 14.0, 14.0)}, []),
+        ({"transform": from_origin(600_000.0, 5_000_000.0, 30.0, 30.0)}, ["pixels of 30 m, and the model was trained"]),
+        ({"transform": from_origin(600_000.0, 5_000_000.0, 2.0, 2.0)}, ["pixels of 2 m, .* on ones of 10 m"]),
+        ({"crs": "EPSG:4326", "transform": from_origin(9.0, 60.0, 1e-4, 1e-4)}, []),  # 8 m, the root of an area
+        ({"crs": "EPSG:4326", "transform": from_origin(9.0, 60.0, 1e-3, 1e-3)}, ["pixels of 78.* m"]),
+        ({"crs": "EPSG:4326", "transform": from_origin(9.0, 200.0, 1e-4, 1e-4)}, ["is no place on Earth"]),
+    ],
+)
+def test_pixels_of_another_size_are_doubted(tmp_path: Path, place: dict[str, Any], expected: list[str]) -> None:
+    import re
+
+    path = write_scene(tmp_path / "scene.tif", values_of((2, 9, 9)), **place)
+    with Scene(path) as scene:
+        found = scene.doubts(load_sensor("sentinel2_l2a"), 10.0)
+    assert len(found) == len(expected)
+    for text, pattern in zip(found, expected, strict=True):
+        assert re.search(pattern, text), text
+
+
+def test_a_scene_without_a_place_has_no_size(tmp_path: Path) -> None:
+    path = write_scene(tmp_path / "scene.tif", values_of((2, 9, 9)), crs=None, transform=None)
+    with pytest.warns(UserWarning, match="no coordinate reference system"), Scene(path) as scene:
+        assert scene.doubts(load_sensor("sentinel2_l2a"), 10.0) == []
 
 
 def test_a_scene_of_nothing(tmp_path: Path) -> None:
@@ -805,7 +850,7 @@ def test_real_rasters_come_back(
         run = SceneRun({}, memory_bytes=200 << 20)
         out = value_map(tmp_path / "o.tif", shape[0], "float32", (), {})
         if shape[0] < 20:
-            map_scene(scene, lambda x: x.nan_to_num(0.0), shape[0], [out], tiling, run)
+            map_scene(scene, Windowed(lambda x: x.nan_to_num(0.0), shape[0], tiling), [out], run)
             np.testing.assert_allclose(np.nan_to_num(read(tmp_path / "o.tif")), scene_values(scene), rtol=1e-6)
         cells = Tiling(64, 0.5, patch_px=8, cell_px=8)
         embed_scene(

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,21 @@ from toy_study import bundle, opened_task, study, task
 
 from ssl_eo.adapt.examples import Examples
 from ssl_eo.adapt.saved import load_model
-from ssl_eo.adapt.study_page import _point_labels, models_of, print_study, study_tables, write_study_page
+from ssl_eo.adapt.study_page import (
+    _charts,
+    _point_labels,
+    check_pages,
+    models_of,
+    print_study,
+    study_tables,
+    write_study_page,
+)
 from ssl_eo.adapt.study_records import is_of_study
-from ssl_eo.adapt.study_run import RECORDS, read_study, run_study
+from ssl_eo.adapt.study_run import RECORDS, _Results, read_study, run_study
 from ssl_eo.jsonl import read_jsonl
+from ssl_eo.sensors import load_sensor
+
+VV = load_sensor("sentinel1_grd").to_dict()
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +96,19 @@ def test_a_saved_model_predicts_what_was_scored(done: tuple[Any, Path, list[dict
     source = opened.test._source
     stored = torch.stack([torch.from_numpy(source.read(i).tiles["sentinel1_grd"].array.copy()) for i in range(12)])
     of_key = {source.read(i).key: i for i in range(12)}
+    identities = []
     for protocol in ("frozen", "lora", "finetune"):
         record = next(r for r in records if r["cell"]["protocol"] == protocol and r["cell"]["decoder"] == "fcn")
         name = f"scenes-tiny-{protocol}-fcn-default-0"
         saved = load_model(out / "models" / name)
+        identities.append(saved.identity)
         logits = saved.logits(stored[[of_key[key] for key in examples.keys]].float())
         accuracy = float((logits.argmax(1) == examples.labels).double().mean())
         assert accuracy == pytest.approx(record["scores"]["accuracy"], abs=2e-3), protocol
+        with torch.no_grad():
+            next(saved.model.backbone.parameters()).add_(1.0)
+        identities.append(replace(saved).identity)  # of another encoder under the same decoder
+    assert len({json.dumps(identity) for identity in identities}) == len(identities)
 
 
 def test_a_model_that_is_damaged_is_refused(done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path) -> None:
@@ -113,10 +131,16 @@ def test_a_model_that_is_damaged_is_refused(done: tuple[Any, Path, list[dict[str
         ({"n_outputs": 3}, "tensors do not fit the decoder linear"),
         ({"taps": [2.0]}, "taps are ratios of the depth"),
         ({"options": {"width": 3}}, "no option 'width'"),
+        ({"size_px": "16"}, "size_px must be a whole number and at least 1, got '16'"),
+        ({"fixed_bands": {"sensor": VV, "names": ["VV"], "picks": [4]}}, "picks, from 0 to 3 or null, got"),
+        ({"fixed_bands": {"sensor": VV, "names": ["VV"], "picks": [-1]}}, "picks, from 0 to 3 or null, got"),
     ):
         (other / "task.json").write_text(json.dumps({**page, **change}))
         with pytest.raises(ValueError, match=message):
             load_model(other)
+    (other / "task.json").write_text(json.dumps({key: value for key, value in page.items() if key != "task"}))
+    with pytest.raises(ValueError, match="key 'task' is missing"):
+        load_model(other)
 
 
 def test_pages_and_tables_hold_every_model(
@@ -137,8 +161,12 @@ def test_pages_and_tables_hold_every_model(
     for row in training.rows:
         assert [cell.text for cell in row.cells[:4]] == ["12", "12", "12", "0.01"]
         assert row.cells[-1].text == "none"
-    html, markdown, latex = write_study_page(records, tmp_path, "a study")
+        is_random = "random" in row.title or "UNet" in row.title
+        assert row.cells[-2].text == ("random" if is_random else records[0]["asked"]["weights"][:12])
+    html, markdown, latex = write_study_page(records, tmp_path, "a study", "ssl-eo study 'my own'")
     text = html.read_text()
+    assert "ssl-eo study &#39;my own&#39;" in text
+    assert markdown.read_text().endswith("- made by ssl-eo study 'my own'\n")
     assert text.count("<svg") >= 3
     assert "src=" not in text
     assert "tiny, finetune, fcn" in text
@@ -162,7 +190,7 @@ def test_what_fails_is_a_record_and_is_tried_again(tiny: Path, tmp_path: Path, c
     assert len(run_study(cfg, tmp_path)) == 2
     assert [r["kind"] for r in read_jsonl(tmp_path / RECORDS)] == ["error", "result", "error"]
     assert [r["kind"] for r in read_study(tmp_path).values()].count("error") == 1
-    write_study_page(records, tmp_path, "a study")
+    write_study_page(records, tmp_path, "a study", "ssl-eo study x")
     assert "gone" in (tmp_path / "study.html").read_text()
 
 
@@ -207,8 +235,8 @@ def test_wrong_studies_are_refused(changes: dict[str, Any], message: str, tiny: 
 
 def test_an_encoder_that_is_not_there_is_named_before_anything_is_trained(tiny: Path, tmp_path: Path) -> None:
     for model, message in (
-        ("runs/gone", "encoders.lost: runs/gone: there is no such run or bundle"),
-        ("panoptikon_vitb14", "no published encoder"),
+        ("runs/gone", "encoders.lost: runs/gone: no such path"),
+        ("panoptikon_vitb14", "panoptikon_vitb14: no such path; did you mean .panopticon_vitb14."),
     ):
         with pytest.raises(ValueError, match=message):
             run_study(study(tiny, encoders={"lost": {"model": model}}), tmp_path)
@@ -231,6 +259,31 @@ def test_what_cannot_be_written_or_used_is_refused_before_anything_is_trained(
     ):
         with pytest.raises(ValueError, match=message):
             run_study(study(tiny, **changes), tmp_path / out)
+
+
+def test_each_line_of_the_records_is_read_once(
+    done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where others add to them, and where a killed process has left half a line."""
+    first, second, third = done[2][:3]
+    read: list[str] = []
+    monkeypatch.setattr("ssl_eo.adapt.study_run.is_of_study", lambda r: read.append(r["key"]) or is_of_study(r))
+    path, results = tmp_path / RECORDS, _Results(tmp_path / RECORDS)
+    assert not results.has(first["key"])
+    with path.open("w") as file:
+        file.write(json.dumps(first) + "\n[]\n" + json.dumps({**second, "kind": "error", "error": "x"}) + "\n")
+        file.flush()
+        assert results.has(first["key"])
+        assert not results.has(second["key"])
+        line = json.dumps(second)
+        file.write(line[:50])
+        file.flush()
+        assert not results.has(second["key"])
+        file.write(line[50:] + "\n" + json.dumps({**third, "scores": {}}) + "\n")
+        file.flush()
+    assert results.has(second["key"])
+    assert not results.has(third["key"])
+    assert read == [first["key"], second["key"], third["key"]]
 
 
 def test_an_interrupted_study_says_what_is_done(
@@ -288,13 +341,52 @@ def test_records_are_shown_by_the_names_that_are_asked_for(tiny: Path, tmp_path:
     assert run_study(cfg, tmp_path) == [trained]
 
 
+def test_what_a_reader_must_know_is_on_the_page(done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    first = done[2][0]
+    asked = {**first["asked"], "task": {**first["asked"]["task"], "flags": ["leak: 3 % were drawn twice"]}}
+    asked["samples"] = {**asked["samples"], "stratified": [0.6, 0.2, 0.2]}
+    html, markdown, _ = write_study_page([{**first, "asked": asked, "n_groups": 2}], tmp_path, "a study", "x")
+    for text in ("leak: 3 % were drawn twice", "one place may be in train and test", "test samples are of 2 places"):
+        assert html.read_text().count(text) == 1
+        assert markdown.read_text().count(text) == 1
+
+
+def test_a_page_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
+    check_pages(tmp_path / "new")
+    (tmp_path / "study.html").touch()
+    check_pages(tmp_path)
+    (tmp_path / "study.md").mkdir()
+    with pytest.raises(ValueError, match=r"study\.md is a folder, and a page is to be written there"):
+        check_pages(tmp_path)
+
+
+def test_the_best_is_first_whichever_way_is_better(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
+    """A metric of errors is as good as it is small."""
+    of_regression = {**done[2][0], "metric": "rmse", "confusion": None, "resampled": None}
+    records = [
+        {**of_regression, "scores": {"rmse": rmse}, "cell": {**of_regression["cell"], "encoder": name}}
+        for name, rmse in (("good", 1.0), ("bad", 3.0), ("fair", 2.0))
+    ]
+    bars, _ = _charts(models_of(records), "x")
+    for i, name in enumerate(("good", "fair", "bad"), start=1):
+        assert f"{name}, frozen, linear  {i}" in bars
+
+
+def test_a_cost_that_some_models_have_is_shown_of_these(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
+    first, other = done[2][0], {**done[2][0], "energy_kwh": 0.002}
+    other["cell"] = {**other["cell"], "encoder": "measured"}
+    costs = study_tables(models_of([first, other]), "scenes")[-1]
+    assert costs.columns[-1] == "Wh"
+    assert [row.cells[-1].text for row in costs.rows] == ["", "2"]
+
+
 def test_bands_that_an_encoder_lacks_are_on_the_page(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
     first, second = done[2][0], done[2][1]
     records = [{**first, "missing_bands": ["B05", "B06"], "step": 1200}, {**second, "missing_bands": []}]
     tables = {table.title: table for table in study_tables(models_of(records), "scenes")}
     training = tables["scenes: training"]
     assert [row.cells[-1].text for row in training.rows] == ["B05, B06", "none"]
-    assert training.rows[0].cells[-2].text == "1,200"
+    assert training.rows[0].cells[-3].text == "1,200"
 
 
 def test_points_that_lie_close_share_one_label() -> None:

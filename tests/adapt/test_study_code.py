@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from toy_study import bundle, study
 
 from ssl_eo.adapt import study_code
 from ssl_eo.adapt.study_run import _Runner
+from ssl_eo.eval.provenance import scoring_files
 
 PACKAGE = study_code._PACKAGE
-SCORES = ("adapt/training.py", "adapt/losses.py", "adapt/selection.py", "eval/decoders/linear.py", "train/optim.py")
-OTHERS = ("adapt/study_page.py", "adapt/tiling.py", "cli_adapt.py", "train/trainer.py")
+SCORES = (
+    *("adapt/training.py", "adapt/losses.py", "adapt/selection.py", "eval/decoders/linear.py", "models/convnext.py"),
+    "train/optim.py",
+)
+OTHERS = ("adapt/study_page.py", "adapt/study_records.py", "adapt/tiling.py", "cli_adapt.py", "train/trainer.py")
 
 
 @pytest.fixture
@@ -64,8 +69,25 @@ def test_a_key_of_a_cell_follows_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     assert runner.key_of(cell) != before
 
 
+def test_a_key_of_a_cell_follows_the_samples_and_what_the_encoder_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = study(bundle(tmp_path / "tiny"))
+    (cell,) = cfg.cells()
+    keys = [_Runner(cfg, tmp_path).key_of(cell)]
+    page = json.loads((tmp_path / "tiny/encoder.json").read_text())
+    page["inputs"]["sentinel1_grd"]["clip_std"] = 2.0
+    (tmp_path / "tiny/encoder.json").write_text(json.dumps(page))
+    keys.append(_Runner(cfg, tmp_path).key_of(cell))
+    monkeypatch.setattr("ssl_eo.data.sources.synthetic.Source.fingerprint", lambda self: "other samples")
+    keys.append(_Runner(cfg, tmp_path).key_of(cell))
+    assert keys[-1] == _Runner(cfg, tmp_path).key_of(cell)
+    assert len(set(keys)) == 3
+
+
 def test_all_that_training_imports_is_part_of_it() -> None:
     """Whatever is left out is imported by nothing that makes, trains, chooses or scores a model."""
+    measured = {path.relative_to(PACKAGE).as_posix() for path in scoring_files()}
     found, left = set(), ["adapt/workbench.py", "adapt/training.py", "adapt/cost.py"]
     while left:
         name = left.pop()
@@ -74,9 +96,9 @@ def test_all_that_training_imports_is_part_of_it() -> None:
         found.add(name)
         for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                ("ssl_eo.adapt.", "ssl_eo.eval.dec")
+                ("ssl_eo.adapt.", "ssl_eo.eval.dec", "ssl_eo.models.")
             ):
                 path = str(node.module).removeprefix("ssl_eo.").replace(".", "/")
                 left.append(f"{path}.py" if (PACKAGE / f"{path}.py").is_file() else f"{path}/__init__.py")
     assert len(found) > 15
-    assert found <= set(study_code.study_files())
+    assert found <= set(study_code.study_files()) | measured

@@ -247,10 +247,28 @@ def test_options_of_an_ensemble_are_of_ensembles(folder: Path, tmp_path: Path) -
             run_study(of_scenes(folder, encoders={"it": encoder}), tmp_path / "out")
 
 
-def test_random_weights_are_of_single_encoders(folder: Path, tmp_path: Path) -> None:
-    cfg = of_scenes(folder, encoders=ensembles(folder, all={}), protocols=["random_frozen"])
-    (record,) = run_study(cfg, tmp_path)
-    assert "protocol random_frozen is for vision transformers" in record["error"]
+@pytest.mark.parametrize("protocol", ["lora", "retrain_input", "random_frozen", "random_trained"])
+def test_protocols_of_single_encoders_are_refused_before_anything_is_computed(
+    folder: Path, tmp_path: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: Any) -> None:
+        raise AssertionError("an ensemble was built")
+
+    monkeypatch.setattr("ssl_eo.adapt.ensemble_bench.EnsembleBench.chosen", computed)
+    (record,) = run_study(of_scenes(folder, encoders=ensembles(folder, k={"k": 2}), protocols=[protocol]), tmp_path)
+    assert f"protocol {protocol} is for a single encoder; for an ensemble there are frozen, finetune" in record["error"]
+
+
+def test_models_that_cannot_be_saved_are_named_before_anything_is_trained(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ssl_eo.adapt.study_run._Runner.work", lambda *_: None)
+    several = ensembles(folder, all={}, two={"k": 2})
+    with pytest.raises(ValueError, match="save_models: models of ensembles cannot be saved, and there are no others"):
+        run_study(of_scenes(folder, encoders=several, save_models=True), tmp_path / "none")
+    one = {"single": {"model": str(bundle(tmp_path / "tiny")), "taps": [1.0]}}
+    run_study(of_scenes(folder, encoders={**several, **one}, save_models=True), tmp_path / "some")
+    assert "models of all, two are not saved; those of single encoders are" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("inside", ["", "specialists/new", "../{name}"])

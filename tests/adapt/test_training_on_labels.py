@@ -13,10 +13,12 @@ import torch
 from toy_study import encoder, opened_task
 
 from ssl_eo.adapt.backbone import EncoderBackbone, PixelBackbone, padded_to
+from ssl_eo.adapt.cost import step_cost
 from ssl_eo.adapt.examples import Examples, Features
+from ssl_eo.adapt.losses import LossConfig
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.protocols import PROTOCOLS, apply_protocol
-from ssl_eo.adapt.training import Fitted, Labels, Samples, TrainingConfig, autocast, fit, predict
+from ssl_eo.adapt.training import Fitted, Labels, Samples, TrainingConfig, _optimizer, autocast, fit, predict
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.tasks import Task
 from ssl_eo.models.vit import EncoderInput
@@ -76,6 +78,34 @@ def test_a_protocol_trains_what_it_says(protocol: str, task: Task) -> None:
     else:
         assert any(".blocks.0." in name for name in found)
         assert any(".patch_embed." in name for name in found)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_pretrained_weights_alone_learn_slowly(protocol: str, task: Task) -> None:
+    """Adapters, a patch embedding that is learned anew and random encoders do not know anything yet."""
+    model = maker(task, protocol)()
+    optimizer, parameters = _optimizer(model, TrainingConfig(encoder_lr_ratio=0.1, layer_decay=0.5))
+    ratios = {p: group["lr_multiplier"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(ratios) == set(parameters) == {p for p in model.parameters() if p.requires_grad}
+    assert {ratios[p] for p in model.decoder.parameters()} == {1.0}
+    if protocol != "finetune":
+        assert set(ratios.values()) == {1.0}
+        return
+    blocks = [{ratios[p] for p in block.parameters()} for block in model.backbone.encoder.blocks]
+    assert blocks == [{pytest.approx(0.1 * 0.5**n)} for n in (3, 2, 1)]
+    assert {ratios[p] for p in model.backbone.encoder.patch_embed.parameters()} == {pytest.approx(0.1 * 0.5**4)}
+
+
+def test_measuring_the_cost_of_a_model_leaves_it_as_it_is(task: Task) -> None:
+    model = maker(task, "finetune", "fcn")().eval()
+    before = copy.deepcopy(model.state_dict())
+    assert any(name.endswith("running_mean") for name in before)
+    inputs, _ = of(task)[1]["train"].examples.batch(torch.arange(4))
+    assert step_cost(model, inputs, (16, 16)).step_gflop > 0
+    assert not model.training
+    assert all(p.grad is None for p in model.parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_random_encoders_are_drawn_from_the_seed_and_nothing_of_the_given_one_is_left(task: Task) -> None:
@@ -217,6 +247,7 @@ def test_pixels_alone_are_a_backbone_without_weights() -> None:
         ({"weight_decay": -1.0}, "weight_decay must be finite and at least 0, got -1.0"),
         ({"weight_decay": math.nan}, "weight_decay must be finite and at least 0, got nan"),
         ({"features_gb": -1.0}, "features_gb must be finite and at least 0, got -1.0"),
+        ({"sampling": "balanced", "loss": LossConfig("logit_adjusted")}, "both correct for the same thing"),
     ],
 )
 def test_wrong_keys_of_training_are_refused(keys: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from ssl_eo.eval.bootstrap import interval_of, interval_over_seeds, resampled_sc
 from ssl_eo.eval.comparison import Comparison, probe_shown
 from ssl_eo.eval.experiments import Score
 from ssl_eo.eval.metrics import Regressed
-from ssl_eo.eval.records import packed, unpacked
+from ssl_eo.eval.records import packed, read_results, unpacked
 from ssl_eo.resources import resource_dir
 
 
@@ -199,7 +199,7 @@ def test_conditions_are_those_of_most_entrants_and_who_lacks_them_is_named() -> 
     assert [comparison.condition("scenes", axis) for axis in ("partition", "subset", "size")] == [
         "0.10x",
         "all",
-        "task",
+        "native",
     ]
     assert _n_right(comparison) == {"a": 20, "b": 21, "band statistics": None}
     control = comparison.entrants[-1]
@@ -244,6 +244,17 @@ def test_what_differs_in_more_than_the_seed_is_another_experiment(changes: dict[
     assert score is not None
     assert score.values == [40 / N_TEST]
     assert f"differ in {next(iter(changes))}" in comparison.flags("scenes")[0]
+
+
+def test_scores_over_unequal_numbers_of_seeds_are_told_by_probe() -> None:
+    records = [record("encoder", outcome(30 + seed), seed=seed, probe=p) for seed in range(3) for p in ("ridge", "knn")]
+    records += [record("random_encoder", outcome(20), seed=seed, probe="ridge") for seed in range(3)]
+    assert Comparison(records).flags("scenes") == []
+    records += [record("encoder", outcome(30), "b", probe=p) for p in ("ridge", "knn")]
+    assert Comparison(records).flags("scenes") == [
+        "scores by ridge are over unequal numbers of seeds: 3 (a, random encoder), 1 (b)",
+        "scores by knn are over unequal numbers of seeds: 3 (a), 1 (b)",
+    ]
 
 
 def test_random_bands_may_differ_between_seeds() -> None:
@@ -559,9 +570,20 @@ def test_an_error_that_a_later_result_answers_is_none() -> None:
     def said(*records: dict[str, Any]) -> list[str]:
         return [r["error"] for r in Comparison(records).problems]
 
-    assert said(error, whole_job, skipped, result) == ["no such bands"]
-    assert said(result, error, whole_job) == ["OSError: gone", "OSError: all gone"]  # it fails since
-    assert said({**error, "seed": 1}, result) == ["OSError: gone"]
+    later = {**result, "date": "2026-01-02T00:00:00+00:00"}
+    earlier = {**result, "date": "2025-12-31T00:00:00+00:00"}
+    assert said(later, error, whole_job, skipped) == ["no such bands"]
+    assert said(earlier, error, whole_job) == ["OSError: gone", "OSError: all gone"]  # it fails since
+    assert said(result, error) == ["OSError: gone"]  # of one second
+    assert said({**error, "seed": 1}, later) == ["OSError: gone"]
+
+
+def test_of_problems_of_one_question_the_newest_counts(tmp_path: Path) -> None:
+    asked = {"tap": "last", "probe": "ridge", "partition": "1.00x", "seed": 0}
+    old = problem("error", "OSError: gone", key="of an older version", **asked)
+    new = problem("error", "OSError: other", key="of this version", date="2026-01-02T00:00:00+00:00", **asked)
+    assert [r["error"] for r in Comparison([new, old]).problems] == ["OSError: other"]
+    assert [r["error"] for r in read_results(written(tmp_path, [old, new]))] == ["OSError: other"]
 
 
 def _state(comparison: Comparison) -> Any:
@@ -591,7 +613,7 @@ def test_folders_may_come_in_any_order_and_twice(tmp_path: Path) -> None:
     ]
     b = [record("encoder", outcome(31), "b", size="224"), {**record("encoder", outcome(50), task="t"), **again}]
     b += [record("texture_statistics", outcome(20), size="224", **old)]
-    answered = {key: a[0][key] for key in ("job", "tap", "probe", "partition", "seed")}
+    answered = {key: a[0][key] for key in ("job", "tap", "probe", "partition", "seed")} | {"date": "2025-12-31"}
     c = [problem("error", "OSError: gone then", **answered), problem("error", "OSError: still gone", job="z", key="z")]
     folders = [written(tmp_path / name, records) for name, records in (("a", a), ("b", b), ("c", c))]
     expected = _state(Comparison.read(folders))

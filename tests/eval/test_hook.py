@@ -372,10 +372,9 @@ def test_a_fit_that_did_not_come_to_its_optimum_is_told_with_its_place(
     hook = _hook(tmp_path, controls=False, tasks=[replace(_task(), probes=["ridge", "logistic"])])
     hook.run(encode, 10, encoder)
     told = [record.getMessage() for record in caplog.records if "optimum" in record.getMessage()]
-    remark = "is not at its optimum, its score may be a little lower than it could be"
-    assert told == [
-        f"step 10: encoder of task toy: logistic at {tap} {remark}" for tap in ("depth_0.50", "last", "all")
-    ]
+    remark = "is not at its optimum: its score may be a little lower than it could be"
+    places = ("depth 0.50", "the last block", "all depths together")
+    assert told == [f"step 10: encoder of task toy: logistic at {place} {remark}" for place in places]
 
 
 def test_controls_that_failed_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

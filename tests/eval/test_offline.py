@@ -357,7 +357,7 @@ def test_what_is_neither_there_nor_explained_is_an_error(tmp_path: Path, monkeyp
     assert [(r["kind"], r["probe"], r["tap"]) for r in found] == [("error", "knn", "last"), ("error", "ridge", "last")]
     text, complete = _summary(rows_of_results(found))
     assert not complete
-    assert "ridge at last could not be measured: no process has left a result of it" in text
+    assert "ridge at the last block could not be measured: no process has left a result of it" in text
     assert read_results(tmp_path) == []
 
 
@@ -588,6 +588,14 @@ def test_few_places_are_not_resampled(tmp_path: Path, n_places: int | None, is_r
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
+def test_an_encoder_of_fixed_bands_is_not_shown_others(tmp_path: Path) -> None:
+    of_two = Encoder(tasks.encoder().cfg, n_channels=2)
+    of_two.init_weights()
+    (error,) = _evaluate(tmp_path, of_two, controls=False)
+    said = "toy-run takes 2 bands and was shown 3; show as many, or evaluate an encoder for any sensor"
+    assert error["error"] == f"ValueError: {said}"
+
+
 def test_a_task_that_fails_leaves_the_others(tmp_path: Path) -> None:
     broken = tasks.task(name="broken", train=tasks.source(n=60, broken=list(range(60))))
     found = _evaluate(tmp_path, tasks=[broken, tasks.task("classification", name="whole")])
@@ -596,7 +604,7 @@ def test_a_task_that_fails_leaves_the_others(tmp_path: Path) -> None:
     failed, whole = text.split("whole: accuracy")
     assert "margin over random encoder" in whole
     assert "could not be measured" not in whole
-    assert "encoder, step 1,500 could not be measured: ValueError: task broken: " in failed
+    assert "toy-run could not be measured: ValueError: task broken: " in failed
     assert "margin" not in failed
 
 
@@ -669,7 +677,7 @@ def test_a_probe_that_fails_leaves_the_others(tmp_path: Path) -> None:
     assert {r["probe"]: r["kind"] for r in found} == {"linear": "error", "ridge": "result"}
     text, complete = _summary(rows_of_results(found))
     assert not complete
-    assert "encoder, step 1,500: linear at last could not be measured: ValueError: train has one sample" in text
+    assert "toy-run: linear at the last block could not be measured: ValueError: train has one sample" in text
     again = _evaluate(tmp_path, probes=["linear", "ridge"], **asked)
     assert [r["key"] for r in again] == [r["key"] for r in found]
     assert [r["kind"] for r in _lines(tmp_path)] == ["error", "result", "error"]  # it alone is tried again
@@ -732,16 +740,18 @@ def _key(record: dict[str, Any]) -> str:
     ("changes", "message"),
     [
         ({"sizes": ["big"]}, "--size: 'big' must be native, or a number of pixels"),
-        ({"sizes": ["0"]}, "--size: '0' must be"),
-        ({"subsets": ["nir"]}, "--bands: there is no 'nir'"),
-        ({"partitions": ["10%"]}, "--partitions: '10%' is none"),
-        ({"probes": ["knnn"]}, "did you mean 'knn'"),
+        ({"sizes": ["0"]}, "^sizes: '0' must be"),
+        ({"subsets": ["nir"]}, "^subsets: got 'nir', must be one of all, rgb"),
+        ({"partitions": ["10%"]}, "^partitions: '10%' is no part"),
+        ({"probes": ["knnn"]}, "^probes: .*did you mean 'knn'"),
         (
             {"probes": ["knn"], "tasks": [tasks.task("regression")]},
-            "--protocol: none of knn takes regression",
+            "^probes: none of knn takes regression",
         ),
-        ({"taps": [2.0]}, "taps are ratios of the depth"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"taps": [2.0]}, "^taps: taps are ratios of the depth"),
+        ({"pool": "max"}, "^pool: got 'max', must be one of cls, mean"),
+        ({"precision": "float16"}, "^precision: got 'float16', must be one of float32, bfloat16; did you mean"),
+        ({"batch_size": 0}, "^batch_size: must be at least 1, got 0"),
         ({"tasks": [tasks.task(), tasks.task()]}, "tasks must name at least one, and each once"),
         ({"seeds": [1, 1]}, "seeds must name at least one, and each once"),
     ],
@@ -758,7 +768,7 @@ def test_worse_than_its_rivals_has_negative_margins(constant: list[dict[str, Any
     text, complete = _summary(rows_of_results(constant))
     assert complete
     assert "toy: accuracy of frozen features" in text
-    for row in ("encoder, step 1,500", "random encoder", "band statistics", "random convolution"):
+    for row in ("toy-run", "random encoder", "band statistics", "random convolution"):
         assert row in text
     ridge = {r["features"]: r["scores"]["accuracy"] for r in constant if r["probe"] == "ridge"}
     margin = 100 * (ridge["encoder"] - ridge["band_statistics"])
@@ -771,6 +781,6 @@ def test_a_released_encoder_has_no_step(tmp_path: Path) -> None:
     plan = Evaluation([tasks.task()], probes=["ridge"], n_resamples=0)
     text, complete = _summary(rows_of_results(evaluate(Model("released", tasks.encoder(), 0), plan, tmp_path)))
     assert complete
-    assert "encoder " in text
+    assert "released " in text
     assert "step" not in text
     assert "margin over random encoder" in text

@@ -19,6 +19,7 @@ from ssl_eo.eval.records import (
     append,
     key_of,
     key_of_job,
+    merged,
     packed,
     read_plan,
     read_results,
@@ -35,7 +36,7 @@ def _result(key: str = "a", job: str = "j", **more: Any) -> dict[str, Any]:
 
 
 def _error(key: str, job: str = "j") -> dict[str, Any]:
-    head = {"task": "scenes", "features": "encoder", "model": "a"}
+    head = {"task": "scenes", "features": "encoder", "model": "a", "date": results.DATE}
     return {"key": key, "kind": "error", "job": job, **head, "error": "OSError: gone"}
 
 
@@ -85,6 +86,27 @@ def test_a_later_result_answers_an_error_of_other_data_or_code(tmp_path: Path) -
     assert [r["key"] for r in read_results(tmp_path)] == ["of old data too", "of new data", "of another job", "newer"]
 
 
+def test_folders_are_put_together_by_the_rule_by_which_one_is_read(tmp_path: Path) -> None:
+    """What happened in one folder, line by line, comes to the same from folders with a line each, by their dates."""
+    asked = {"tap": "last", "probe": "ridge", "partition": "1.00x", "seed": 0}
+    happened = [
+        {**_error("old"), **asked},
+        _error(key_of_job("j")),
+        _result("a", **asked),
+        {**_error("b"), **asked, "seed": 1},
+        {**_error("b of other code"), **asked, "seed": 1},
+        _error(key_of_job("k"), "k"),
+        _result("c", "k", **{**asked, "probe": "knn"}),
+        _error(key_of_job("k"), "k"),
+    ]
+    lines = [{**r, "date": f"2026-01-{day:02}"} for day, r in enumerate(happened, 1)]
+    append(tmp_path, lines)
+    expected = read_results(tmp_path)
+    assert [r["key"] for r in expected] == ["a", "b of other code", "c", key_of_job("k")]
+    for order in (lines, lines[::-1], lines[3:] + lines[:3] + lines):
+        assert {r["key"]: r for r in merged(order)} == {r["key"]: r for r in expected}
+
+
 def test_an_error_after_results_of_its_job_is_not_hidden(tmp_path: Path) -> None:
     append(tmp_path, [_result("a"), _error(key_of_job("j"))])
     assert [r["kind"] for r in read_results(tmp_path)] == ["result", "error"]
@@ -131,6 +153,7 @@ def test_an_error_that_was_cleared_is_gone_until_it_comes_back(tmp_path: Path) -
         {"encoder": "tiny"},
         {"flags": "leak"},
         {"data": None},
+        {"date": None},
     ],
     ids=str,
 )
@@ -147,7 +170,21 @@ def test_what_is_no_result_is_left_out_with_a_warning(
 def test_a_result_needs_all_its_keys_and_an_error_its_text() -> None:
     assert is_of_evaluation(_result())
     assert is_of_evaluation(_error("a"))
-    for key in ("job", "features", "probe", "tap", "subset", "size", "n_train", "weights", "chosen", "pool", "step"):
+    needed = (
+        "job",
+        "date",
+        "features",
+        "probe",
+        "tap",
+        "subset",
+        "size",
+        "n_train",
+        "weights",
+        "chosen",
+        "pool",
+        "step",
+    )
+    for key in needed:
         assert not is_of_evaluation({k: v for k, v in _result().items() if k != key}), key
     assert not is_of_evaluation({**_error("a"), "error": None})
     assert not is_of_evaluation({k: v for k, v in _error("a").items() if k != "model"})

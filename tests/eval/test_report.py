@@ -139,8 +139,8 @@ def test_the_page_shows_the_health_of_features(run_dir: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     text = " ".join(re.sub(r"<style>.*?</style>|<svg.*?</svg>|<[^>]*>", " ", html, flags=re.DOTALL).split())
     assert "Step 50: could not be measured: OSError: &lt;gone&gt;" in text
-    assert "2 times from step 100 to 150: features at last are nearly one point" in text
-    assert "Step 200: features at last are not finite" in text
+    assert "2 times from step 100 to 150: features at the last block are nearly one point" in text
+    assert "Step 200: features at the last block are not finite" in text
     assert "Step 150: probes put off: no time" in text
     titles = re.findall(r'aria-label="([^"]*)"', html)
     # Two sources; the chart of probes has its own name.

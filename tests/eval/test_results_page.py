@@ -21,7 +21,7 @@ from toy import tasks
 from toy.results import N_TEST, outcome, problem, record, written
 
 from ssl_eo.cli import _parser, main
-from ssl_eo.eval.citing import encoder_text, facts_of_tasks
+from ssl_eo.eval.citing import encoder_text, facts_of_models, facts_of_tasks
 from ssl_eo.eval.comparison import Comparison
 from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.metrics import Regressed
@@ -397,10 +397,10 @@ def test_ranges_bring_every_task_onto_one_scale(results: list[Path], tmp_path: P
 
 
 def test_sizes_are_compared(tmp_path: Path) -> None:
-    records = [record("encoder", outcome(n), size=size) for size, n in (("task", 30), ("224", 45))]
+    records = [record("encoder", outcome(n), size=size) for size, n in (("native", 30), ("224", 45))]
     page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text())
     assert "Sizes" in _text(page)
-    (start,) = [i for i, row in enumerate(page.rows) if row == ["features", "the task's size", "224 px"]]
+    (start,) = [i for i, row in enumerate(page.rows) if row == ["features", "own size", "224 px"]]
     assert [cell.split()[0] for cell in page.rows[start + 1][1:]] == ["50.0", "75.0"]
 
 
@@ -481,7 +481,7 @@ def _top(path: Path) -> str:
 def _planned(task: str, probes: list[str], taps: list[str]) -> dict[str, Any]:
     """What an evaluation writes down before it begins, of one model."""
     job = record("encoder", outcome(9), task=task)["job"]
-    head = {"job": job, "task": task, "features": "encoder", "model": "a", "subset": "all", "size": "task"}
+    head = {"job": job, "task": task, "features": "encoder", "model": "a", "subset": "all", "size": "native"}
     return {**head, "places": [{"tap": t} for t in taps], "probes": probes, "partitions": ["1.00x"], "seeds": [0]}
 
 
@@ -611,7 +611,7 @@ def test_the_page_says_what_it_takes_to_cite_it(tmp_path: Path) -> None:
         "classification of 3 classes, accuracy %, 90 training, 11 validation and 60 test samples",
         "ViT, 64 wide x 4 blocks, patches of 8 px, weights 11aa, step 30",
         "ssl-eo eval --model a=PATH --tasks eurosat_ms mine.yaml --protocol ridge --partitions 1.00x --bands all"
-        " --seeds 0 --taps 1 --pool cls --resamples 100 --out scores",
+        " --size native --seeds 0 --taps 1 --pool cls --resamples 100 --out scores",
         'dataset EuroSAT. Helber et al. 2019, "EuroSAT", IEEE JSTARS 12(7)',
         "licence: MIT; Copernicus Sentinel data terms samples",
         "dataset no reference known; read by the source hdf5",
@@ -633,6 +633,20 @@ def test_the_command_that_is_cited_can_be_read(tmp_path: Path) -> None:
     arguments = _parser().parse_args(shlex.split(command[1])[1:])
     assert (arguments.model, arguments.tasks, arguments.bands) == ("a b=PATH", ["scenes.yaml"], ["all", "rgb"])
     assert (arguments.taps, arguments.size, arguments.pool) == (["0.25", "1"], ["native"], "mean")
+
+
+def test_what_one_command_cannot_measure_is_cited_by_several() -> None:
+    records = [record("encoder", outcome(40), pool=pool, precision="float32") for pool in ("cls", "mean")]
+    records += [record("encoder", outcome(40), task="t", pool="mean", precision="bfloat16")]
+    records += [record("encoder", outcome(40), task="maps", pool=None, precision="float32")]
+    (facts,) = facts_of_models(Comparison(records))
+    commands = [how for what, how in facts.pairs if what == "measured again by"]
+    read = [_parser().parse_args(shlex.split(command)[1:]) for command in commands]
+    assert [(a.tasks, a.pool, a.precision) for a in read] == [
+        (["scenes.yaml", "maps.yaml"], "cls", "float32"),
+        (["scenes.yaml"], "mean", "float32"),
+        (["t.yaml"], "mean", "bfloat16"),
+    ]
 
 
 def test_members_of_a_collection_have_its_reference_and_their_own_licence() -> None:
@@ -689,7 +703,6 @@ def test_notes_speak_of_means_where_a_probe_has_one(tmp_path: Path) -> None:
 def test_words_of_the_page_are_plain(results: list[Path], tmp_path: Path) -> None:
     text = _text(_Page(_write(results, tmp_path / "report.html").read_text()))
     assert "read at all," not in text
-    assert "size task" not in text
     every = [record("encoder", outcome(n), tap=tap) for tap, n in (("all", 30), ("last", 20), ("depth_0.25", 10))]
     page = _Page(_write([written(tmp_path, every)], tmp_path / "r.html").read_text())
     assert ["features", "depth 0.25", "the last block", "all depths together"] in page.rows

@@ -44,10 +44,10 @@ def _summary(folder: Path, *records: dict[str, Any]) -> Summary:
 def test_rows_and_margins(tmp_path: Path) -> None:
     summary = _summary(tmp_path, *RESULTS)
     assert [(row.title, row.tap) for row in summary.rows] == [
-        ("encoder, step 20", "depth 0.50"),
+        ("encoder, step 20", "depth_0.50"),
         ("encoder, step 20", "last"),
         ("random encoder", "last"),
-        ("random encoder", "depth 0.50"),
+        ("random encoder", "depth_0.50"),
         ("band statistics", "pixels"),
     ]
     # Our tap is the last layer though another one is better; a rival's is its best. No rival has a kNN result.
@@ -60,7 +60,7 @@ def test_rows_and_margins(tmp_path: Path) -> None:
     assert together.final.tap == "all"
     inside = _summary(tmp_path, *(_probe("encoder", 20, 0.5, tap=f"depth_{t}") for t in ("0.25", "0.75", "0.50")))
     assert inside.final is not None
-    assert inside.final.tap == "depth 0.75"
+    assert inside.final.tap == "depth_0.75"
 
 
 def test_table_and_page_say_the_same(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_of_errors_the_smaller_one_is_better(tmp_path: Path) -> None:
 def test_a_probe_that_fails_is_named_though_others_of_its_row_do_not(tmp_path: Path) -> None:
     failed = {**_error("encoder", 20), "tap": "last", "probe": "logistic"}
     summary = _summary(tmp_path, failed, _probe("encoder", 20, 0.6))
-    assert summary.failures == ["encoder, step 20: logistic at last could not be measured: OSError: gone"]
+    assert summary.failures == ["encoder, step 20: logistic at the last block could not be measured: OSError: gone"]
     made_good = _summary(tmp_path, failed, _probe("encoder", 20, 0.6, probe="logistic"))
     assert made_good.failures == []
 

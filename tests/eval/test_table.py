@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,26 @@ def test_conditions_are_named_and_seeds_averaged() -> None:
     assert "75.0 % ±" not in text  # no seed differs
 
 
+def test_means_over_unequal_numbers_of_seeds_are_of_up_to_so_many() -> None:
+    records = [record("encoder", outcome(30), seed=seed) for seed in range(3)] + [record("band_statistics", outcome(9))]
+    text, _ = _summary(rows_of_results(records))
+    assert text.startswith("scenes: accuracy of frozen features, mean of up to 3 seeds ± their standard deviation\n")
+
+
+def test_a_model_is_called_by_its_name_and_is_no_control_of_that_name() -> None:
+    records = [record("encoder", outcome(45), "band statistics")]
+    records += [record(f, outcome(30)) for f in ("random_encoder", "band_statistics")]
+    text, _ = _summary(rows_of_results(records))
+    rows = [line for line in text.splitlines() if " %" in line]
+    assert [re.findall(r"[a-z][a-z ]+[a-z]|[\d.]+ %", line) for line in rows] == [
+        ["band statistics", "the last block", "75.0 %"],
+        ["random encoder", "the last block", "50.0 %"],
+        ["band statistics", "pixels", "50.0 %"],
+    ]
+    assert "step" not in text
+    assert "margin over band statistics: ridge +25.0 points" in text
+
+
 def test_a_seed_that_fails_is_named_behind_those_that_did_not() -> None:
     records = [record("random_encoder", outcome(30), seed=0)]
     failed = {"features": "random_encoder", "subset": "all", "seed": 1}
@@ -118,7 +139,7 @@ def test_a_task_that_failed_is_called_so_and_has_no_table() -> None:
     for changes in ({}, maps):
         text, complete = _summary(rows_of_results([problem("error", "OSError: gone", task="maps", **changes)]))
         assert not complete
-        assert text == "maps: failed\n  encoder, step 30 could not be measured: OSError: gone\n"
+        assert text == "maps: failed\n  a could not be measured: OSError: gone\n"
 
 
 def test_depths_are_called_by_their_names(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def _share_found(a: Tensor, b: Tensor) -> float:
 
 
 def test_places_are_found_through_another_sensor_and_a_new_one(run: Path, places: dict[str, EncoderInput]) -> None:
-    encoder, _, _ = open_encoder(run)
+    encoder = open_encoder(run).encoder
     torch.manual_seed(0)
     random = Encoder(encoder.cfg)
     random.init_weights()
@@ -92,7 +92,7 @@ def test_the_teacher_does_not_collapse(run: Path, places: dict[str, EncoderInput
     """Neither onto one prototype, nor onto all of them equally, nor onto few directions."""
     last = records(run / "metrics.jsonl")[-1]
     uniform = float(torch.tensor(N_PROTOTYPES).log())
-    encoder, _, _ = open_encoder(run)
+    encoder = open_encoder(run).encoder
     with torch.inference_mode():
         ranks = {s: effective_rank(encoder.eval()([inputs])[0].cls) for s, inputs in places.items()}
     print(last["teacher_entropy"], last["teacher_entropy_of_mean"], uniform, ranks)

@@ -19,7 +19,7 @@ from ssl_eo.hub import UNSAID, load_bundle, write_bundle, write_pair_bundle
 from ssl_eo.jsonl import JsonLines
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
-from ssl_eo.train.export import _inputs, _licence_of_data, export_encoder, open_encoder, open_pair
+from ssl_eo.train.export import _inputs, _licence, export_encoder, open_encoder, open_pair
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
 SHORT = (
@@ -56,7 +56,10 @@ def test_sources_with_other_bands_of_one_sensor_are_all_known(bundle: Path) -> N
 
 def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
     run = bundle.parent / "debug_mae"
-    assert open_encoder(bundle)[1:] == open_encoder(run)[1:] == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
+    of_bundle, of_run = open_encoder(bundle), open_encoder(run)
+    assert of_bundle.facts == of_run.facts
+    assert (of_run.facts["step"], of_run.facts["features"]) == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
+    assert of_bundle.inputs == of_run.inputs
 
 
 def test_a_bundle_says_where_it_is_from(bundle: Path) -> None:
@@ -91,15 +94,23 @@ def test_scores_of_probes_come_with_the_encoder(bundle: Path, tmp_path: Path) ->
     ]
 
 
-def test_licences_of_the_data_come_from_their_cards() -> None:
+def test_licences_are_those_of_the_data_and_of_what_training_began_from(tmp_path: Path) -> None:
+    """Those of the data come from their cards; a file of weights alone says none."""
     sources = [{"name": name, "root": "."} for name in ("eurosat", "mmearth")]
     raw = {"objective": {"name": "mae"}, "data": {"sources": sources}}
-    assert _licence_of_data(build(Config, raw, "")) == (
+    of_both = _licence(tmp_path, build(Config, raw, ""))
+    assert of_both == (
         "not stated; of the data: eurosat: MIT; Copernicus Sentinel data terms; mmearth: CC BY 4.0; Copernicus Sentinel"
         " data terms; terms of the maps"
     )
     raw["data"]["sources"].append({"name": "synthetic"})
-    assert _licence_of_data(build(Config, raw, "")) is None
+    assert _licence(tmp_path, build(Config, raw, "")) == "not stated"
+    files = [{"path": "mae", "licence": "CC-BY-NC-4.0"}, {"path": "a.pth", "licence": None}, {"path": "of before"}]
+    (tmp_path / "init.json").write_text(json.dumps({"files": files}))
+    begun = "; of the weights that training began from: mae: CC-BY-NC-4.0; a.pth: not stated; of before: not stated"
+    assert _licence(tmp_path, build(Config, raw, "")) == f"not stated{begun}"
+    raw["data"]["sources"].pop()
+    assert _licence(tmp_path, build(Config, raw, "")) == f"{of_both}{begun}"
 
 
 @pytest.mark.parametrize(
@@ -130,14 +141,14 @@ def test_a_pair_of_no_step_is_refused(step: Any, tmp_path: Path) -> None:
     write_pair_bundle(tmp_path, model, {"optical": {}, "radar": {}}, {} if step is None else {"step": step})
     with pytest.raises(ValueError, match=r"encoder\.json: step must be a whole number from 0, got"):
         open_pair(tmp_path)
-    with pytest.raises(ValueError, match="it holds two encoders; give the run or checkpoint"):
+    with pytest.raises(ValueError, match="it holds two encoders; add --whole or --as, or give the run"):
         export_encoder(tmp_path, tmp_path / "out")
 
 
 def test_a_bundle_says_how_features_are_read_and_not_what_is_asked(tmp_path: Path) -> None:
     asked = {"controls": False, "seeds": [1, 2], "partitions": ["0.10x"], "n_resamples": 0}
     write_bundle(tmp_path, _tiny(), {}, {"step": 0, "features": {"pool": "mean", "taps": [0.5, 1], **asked}})
-    assert open_encoder(tmp_path)[1:] == (0, {"pool": "mean", "taps": [0.5, 1]})
+    assert open_encoder(tmp_path).facts == {"step": 0, "features": {"pool": "mean", "taps": [0.5, 1]}}
 
 
 def _tiny() -> Encoder:

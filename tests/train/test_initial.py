@@ -148,11 +148,12 @@ def test_the_student_may_take_the_teacher_of_a_checkpoint(tmp_path: Path) -> Non
 
 def test_a_bundle_and_a_later_entry_over_an_earlier_one(tmp_path: Path) -> None:
     first, second = _objective(1), _encoder_of(2)
-    write_bundle(tmp_path / "bundle", first.published_encoder(), {}, {})
+    write_bundle(tmp_path / "bundle", first.published_encoder(), {}, {"licence": "CC-BY-NC-4.0"})
     torch.save({k: v.half() for k, v in second.items()}, tmp_path / "half.pth")
     objective = _objective(3)
     later = InitialWeights(str(tmp_path / "half.pth"), rename=PREFIX, include=[r"blocks\.1\."], exclude=["norm"])
     _, page = _begin(objective, tmp_path, InitialWeights(str(tmp_path / "bundle")), later)
+    assert [file["licence"] for file in page["files"]] == ["CC-BY-NC-4.0", None]
     from_second = {k.removeprefix("encoder.") for k in page["files"][1]["taken"]}
     assert from_second == {k for k in second if k.startswith("blocks.1.") and "norm" not in k}
     expected = {

@@ -37,7 +37,7 @@ def page_of(outputs: dict[str, Tensor]) -> dict[str, Any]:
 
 def main(names: list[str]) -> None:
     pages = json.loads(PATH.read_text()) if PATH.is_file() else {}
-    known = sorted([*(released.name for released in base._all_released()), *base._pair_names()])
+    known = base.released_names()
     for name in names or known:
         start = time.perf_counter()
         pages[name] = page_of(_reference.outputs_of(name))

@@ -150,6 +150,23 @@ def test_in_as_a_bundle_and_out_again_every_bit_stays(file: Path, tmp_path: Path
     assert back.stat().st_size < 1.1 * file.stat().st_size  # no tensor is stored twice
 
 
+def test_a_bundle_of_both_is_written_anew(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As any bundle: in the newest format, under another licence; all else stays."""
+    bundle, again = tmp_path / "bundle", tmp_path / "again"
+    croma.import_pair(file, "croma_tiny", bundle)
+    words = ["export", "--checkpoint", str(bundle), "--licence", "mine", "--out", str(again)]
+    assert main(words) == 2
+    assert "it holds two encoders; add --whole or --as" in capsys.readouterr().err
+    assert main([*words, "--whole"]) == 0
+    old, new = load_bundle(bundle), load_bundle(again)
+    assert isinstance(old, BundlePair)
+    assert isinstance(new, BundlePair)
+    assert new.inputs == old.inputs == pair_inputs()
+    assert new.facts == {**old.facts, "licence": "mine"}
+    expected = old.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in new.state_dict().items())
+
+
 def test_the_bundle_takes_stored_values(file: Path, tiny: ReleasedPair, tmp_path: Path) -> None:
     """Cut at two standard deviations and mapped to [0, 1], with the statistics of SSL4EO-S12."""
     croma.import_pair(file, "croma_tiny", tmp_path / "bundle")
@@ -186,9 +203,10 @@ def test_the_published_encoder_can_be_probed_and_begun_from(file: Path, tmp_path
     from ssl_eo.train.export import open_encoder, open_pair
 
     croma.import_pair(file, "croma_tiny", tmp_path / "bundle")
-    encoder, step, features = open_encoder(tmp_path / "bundle")
-    assert (encoder.n_channels, step, features["pool"]) == (12, 1, "mean")
-    assert open_pair(tmp_path / "bundle")[0].optical.n_channels == 12
+    found = open_encoder(tmp_path / "bundle")
+    encoder = found.encoder
+    assert (encoder.n_channels, found.facts["step"], found.facts["features"]["pool"]) == (12, 1, "mean")
+    assert open_pair(tmp_path / "bundle").model.optical.n_channels == 12
     single = tmp_path / "single"
     from ssl_eo.hub import write_bundle
 

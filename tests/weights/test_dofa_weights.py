@@ -176,7 +176,7 @@ def test_a_training_state_with_its_teacher(tiny: Released, tmp_path: Path) -> No
         f"teacher.{name}": torch.ones(shape) for name, shape in {"cls_token": (1, 1, 24), "norm.bias": (24,)}.items()
     }
     torch.save({**tensors, **teacher, "projector.weight": torch.ones(24, 16)}, tmp_path / "full.pth")
-    found = base.load_released(tmp_path / "full.pth", "dofa_tiny", prefix="").state_dict()
+    found = base.read_released(tmp_path / "full.pth", base.find_released("dofa_tiny"), prefix="")[0].state_dict()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in found)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import io
 import re
 import zipfile
@@ -12,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssl_eo.tensor_files import write_tensors
 from ssl_eo.weights import _downloads
 from ssl_eo.weights._downloads import local_file, unpacked_bundle
+from ssl_eo.weights._entries import open_bundle
 from ssl_eo.weights._reading import read_state_dict
 
 
@@ -87,6 +91,52 @@ def test_a_wrong_file_that_is_kept_says_how_to_renew_it(tmp_path: Path, monkeypa
     assert "delete" not in _refused(tmp_path / "own.zip")
     with pytest.raises(ValueError, match=r"one of torch\.save, or damaged .*delete it to have it fetched again$"):
         read_state_dict(local_file("https://a.org/b.zip"))
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_wrong_tensors_that_are_kept_say_so_too(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a safetensors file that ends early, in its body or in its header."""
+    write_tensors(tmp_path / "own.safetensors", {"a": torch.zeros(2)})
+    content = (tmp_path / "own.safetensors").read_bytes()[:-cut]
+    (tmp_path / "own.safetensors").write_bytes(content)
+    _serve(monkeypatch, content)
+    with pytest.raises(ValueError, match=r"^\S*/hub/ssl_eo/\S*: .*truncated.*: delete it to have it fetched again$"):
+        read_state_dict(local_file("https://a.org/b.safetensors"))
+    with pytest.raises(ValueError, match=r"truncated") as caught:
+        read_state_dict(tmp_path / "own.safetensors")
+    assert "delete" not in str(caught.value)
+
+
+def test_a_packed_bundle_that_is_kept_and_wrong_says_so_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zip file is whole, what is in it is not."""
+    _zip(tmp_path / "own.zip")
+    _serve(monkeypatch, (tmp_path / "own.zip").read_bytes())
+    for path, advice in ((local_file("https://a.org/b.zip"), True), (tmp_path / "own.zip", False)):
+        with pytest.raises(ValueError, match=rf"^{path}: bundle format None") as caught:
+            open_bundle(path)
+        assert str(caught.value).endswith("delete it to have it fetched again") is advice
+
+
+def test_a_full_disk_is_not_the_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _zip(tmp_path / "own.zip")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_downloads.shutil, "copyfileobj", full)
+    message = r"own\.zip: cannot be unpacked in \S+ \(No space left on device\); set TMPDIR to a folder with more$"
+    with pytest.raises(ValueError, match=message):
+        open_bundle(tmp_path / "own.zip")
+
+
+def test_a_kept_file_is_read_once_to_compare_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    _serve(monkeypatch, b"x")
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    local_file("https://a.org/b.zip", sha256)
+    digests: list[Path] = []
+    digest = _downloads._digest
+    monkeypatch.setattr(_downloads, "_digest", lambda path: (digests.append(path), digest(path))[1])
+    assert digests == [local_file("https://a.org/b.zip", sha256)]
 
 
 def test_where_nothing_can_be_kept_the_setting_is_named(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from ssl_eo.models.position import sincos_grid
 from ssl_eo.models.vit import Encoder, EncoderInput
 from ssl_eo.sensors import load_sensor
 from ssl_eo.weights import mae
-from ssl_eo.weights.base import export_released, find_released, import_released, load_released
+from ssl_eo.weights.base import export_released, find_released, import_released, read_released
 
 TINY = "mae_tiny"
 COUNTS = {"mae_vitb16": 85_798_656, "mae_vitl16": 303_301_632, "mae_vith14": 630_764_800}
@@ -52,7 +52,7 @@ def test_the_decoder_is_left_out_and_the_encoder_comes_back(tensors: dict[str, T
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 16)}
     decoder |= {"decoder_blocks.0.norm1.weight": torch.zeros(8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
     torch.save({"model": {**tensors, **decoder}, "epoch": 799}, tmp_path / "mae.pth")
-    encoder = load_released(tmp_path / "mae.pth", TINY)
+    encoder = read_released(tmp_path / "mae.pth", find_released(TINY))[0]
     assert all(torch.equal(value, tensors[name]) for name, value in encoder.state_dict().items())
     assert encoder.state_dict().keys() == tensors.keys()
     import_released(tmp_path / "mae.pth", TINY, tmp_path / "bundle")
@@ -64,7 +64,7 @@ def test_the_decoder_is_left_out_and_the_encoder_comes_back(tensors: dict[str, T
 def test_its_positions_are_those_of_sincos(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     """At the native size an encoder that computes positions gives the numbers of the stored table."""
     torch.save(tensors, tmp_path / "mae.pth")
-    stored = load_released(tmp_path / "mae.pth", TINY)
+    stored = read_released(tmp_path / "mae.pth", find_released(TINY))[0]
     computed = Encoder(replace(stored.cfg, position="sincos"), 3)
     computed.load_state_dict({name: value for name, value in tensors.items() if name != "pos_embed"})
     item = EncoderInput(uniform("pixels", (2, 3, 64, 64)), load_sensor("rgb").channel_meta())

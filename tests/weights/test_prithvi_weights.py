@@ -33,7 +33,7 @@ from ssl_eo.weights.base import (
     export_released,
     find_released,
     import_released,
-    load_released,
+    read_released,
     released_state_dict,
 )
 
@@ -238,14 +238,14 @@ def test_foreign_positions_are_refused(tmp_path: Path) -> None:
     file["pos_embed"] = file["pos_embed"] + 0.1
     torch.save(file, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt: not the weights of prithvi_eo_tiny: pos_embed"):
-        load_released(tmp_path / "other.pt", TINY)
+        read_released(tmp_path / "other.pt", find_released(TINY))
 
 
 def test_an_encoder_that_is_told_is_no_other(tmp_path: Path) -> None:
     torch.save(tiny_file(f"{TINY}_tl", 4), tmp_path / "told.pt")
     with pytest.raises(ValueError, match="time_encoding"):
-        load_released(tmp_path / "told.pt", TINY)
-    encoder = load_released(tmp_path / "told.pt", f"{TINY}_tl")
+        read_released(tmp_path / "told.pt", find_released(TINY))
+    encoder = read_released(tmp_path / "told.pt", find_released(f"{TINY}_tl"))[0]
     with pytest.raises(ValueError, match="time_encoding"):
         released_state_dict(encoder, find_released(TINY))
 

@@ -22,7 +22,7 @@ from ssl_eo.weights.base import (
     export_released,
     find_released,
     import_released,
-    load_released,
+    read_released,
     released_name_of,
     released_state_dict,
 )
@@ -144,7 +144,7 @@ def test_a_teacher_of_a_training_run_in_chunks(tensors: dict[str, Tensor], tmp_p
 
     teacher = {f"backbone.{chunked(name)}": tensor for name, tensor in tensors.items()}
     torch.save({"teacher": {**teacher, "dino_head.mlp.0.weight": torch.ones(1)}}, tmp_path / "teacher.pth")
-    assert_same(load_released(tmp_path / "teacher.pth", TINY).state_dict(), tensors)
+    assert_same(read_released(tmp_path / "teacher.pth", find_released(TINY))[0].state_dict(), tensors)
 
 
 def test_native_size_mask_token_and_mlp_are_read_off_the_tensors() -> None:
@@ -307,7 +307,7 @@ def test_a_file_is_replaced_only_when_asked(bundle: Path, tmp_path: Path, capsys
     assert "exists already; give another --out, or add --overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine"
     assert main([*words, "--overwrite"]) == 0
-    assert load_released(out, TINY).cfg == find_released(TINY).config
+    assert read_released(out, find_released(TINY))[0].cfg == find_released(TINY).config
 
 
 def test_a_name_says_how_it_is_written(bundle: Path, tmp_path: Path) -> None:
@@ -359,7 +359,7 @@ def test_a_table_of_positions_of_any_shape_is_refused_in_one_line(
     """Also by the families that look at it to say whose file it is instead."""
     torch.save({**tensors, "pos_embed": torch.zeros(shape)}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match=rf"odd\.pth: not the weights of {TINY}: ") as caught:
-        load_released(tmp_path / "odd.pth", TINY)
+        read_released(tmp_path / "odd.pth", find_released(TINY))
     assert "\n" not in str(caught.value)
 
 
@@ -368,7 +368,7 @@ def test_tensors_that_are_not_all_there_are_refused(tensors: dict[str, Tensor], 
     for name, value in {"huge": torch.zeros(()).expand(1 << 40), "few": torch.zeros(4, 4).to_sparse()}.items():
         torch.save({**tensors, name: value}, tmp_path / f"{name}.pth")
         with pytest.raises(ValueError, match=f"{name} .* is sparse, or has fewer values than its shape says"):
-            load_released(tmp_path / f"{name}.pth", TINY)
+            read_released(tmp_path / f"{name}.pth", find_released(TINY))
 
 
 def test_an_encoder_without_a_mask_token_gets_zeros(tmp_path: Path) -> None:

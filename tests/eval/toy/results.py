@@ -16,6 +16,7 @@ from ssl_eo.eval.records import RESULTS, packed
 
 N_TEST, N_CLASSES, N_RESAMPLES = 60, 3, 100
 LABELS = torch.from_numpy(np.random.default_rng(0).integers(N_CLASSES, size=N_TEST))
+DATE = "2026-01-01T00:00:00+00:00"
 WEIGHTS = {"a": "11aa", "b": "22bb"}
 
 
@@ -45,7 +46,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
         "partition": "1.00x",
         "partition_of": _origin(changes.get("partition", "1.00x")),
         "subset": "all",
-        "size": "task",
+        "size": "native",
         "tap": "last" if of_encoder else "pixels",
         "pool": "mean" if of_encoder else None,
         "size_px": 8,
@@ -68,7 +69,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
         "resampled": packed(resampled_scores(found_by, None, N_RESAMPLES)[metric]) if is_resampled else None,
         "chosen": {},
         "n_features": 8,
-        "date": "2026-01-01T00:00:00+00:00",
+        "date": DATE,
         "per_class": {k: [None if v != v else v for v in c.tolist()] for k, c in found_by.per_class().items()},
         **changes,
     }
@@ -86,8 +87,8 @@ def _origin(partition: str) -> str:
 
 def problem(kind: str, error: str, **changes: Any) -> dict[str, Any]:
     """What it writes of a job that failed (`error`) or had nothing to do (`skipped`)."""
-    head = {"task": "scenes", "features": "encoder", "model": "a", "step": 30, "subset": "rgb", "size": "task"}
-    return {"key": f"job {kind}", "job": kind, "kind": kind, **head, "error": error, **changes}
+    head = {"task": "scenes", "features": "encoder", "model": "a", "step": 30, "subset": "rgb", "size": "native"}
+    return {"key": f"job {kind}", "job": kind, "kind": kind, **head, "error": error, "date": DATE, **changes}
 
 
 def written(folder: Path, records: Iterable[dict[str, Any]]) -> Path:

@@ -1,4 +1,4 @@
-"""Encoders by what a user writes, the bands that stand for theirs, and what training them takes."""
+"""The bands that stand for those of an encoder, and what training it takes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_study import bundle, encoder, opened_task, study, task
+from toy_study import encoder, opened_task, study, task
 
 from ssl_eo.adapt.backbone import EncoderBackbone, fixed_bands
 from ssl_eo.adapt.cost import energy_of, step_cost
 from ssl_eo.adapt.model import TaskModel
-from ssl_eo.adapt.opening import open_model
 from ssl_eo.adapt.saved import load_model, save_model
 from ssl_eo.adapt.study_run import run_study
 from ssl_eo.bundles import SensorInput
@@ -104,20 +103,6 @@ def test_an_encoder_of_any_sensor_is_shown_all_bands_of_a_task() -> None:
 
     cfg = EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=4, patch_embed="channel_attention")
     assert Encoder(cfg, 12).n_channels is None
-
-
-def test_what_a_user_may_write(tmp_path: Path) -> None:
-    assert open_model(str(bundle(tmp_path / "mine"))).name == "mine"
-    bare = open_model("dinov2_vits14")
-    assert not bare.is_trained
-    for text, message in (
-        ("weights.pth", "a file of released weights is given as NAME=weights.pth"),
-        ("runs/gone", "there is no such run or bundle"),
-        ("dinov2_vits15", "did you mean"),
-        ("dinov2_vits14=gone.pth", r"gone\.pth"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            open_model(text)
 
 
 def test_the_cost_of_a_step_is_that_of_its_products() -> None:
