@@ -8,9 +8,9 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 FOLDERS = ("configs", "datasets_meta")
-RESOURCES = [str(path) for folder in FOLDERS for path in sorted(Path(folder).rglob("*.yaml"))]
 if missing := [folder for folder in FOLDERS if not Path(folder).is_dir()]:
-    raise SystemExit(f"setup.py: {', '.join(missing)} must lie beside it: a package without cannot find its configs")
+    raise SystemExit(f"setup.py: there is no {' and no '.join(missing)} beside it, which the package needs")
+RESOURCES = [str(path) for folder in FOLDERS for path in sorted(Path(folder).rglob("*.yaml"))]
 
 
 class BuildWithResources(build_py):

@@ -74,7 +74,7 @@ def measure_logistic(size: Size, n_turns: int) -> list[Row]:
     """The same penalties, of which the same validation set chooses; ours ends the path early, and not.
 
     At its own tolerance scikit-learn leaves weak penalties far from their optimum, after a dozen steps and with another
-    accuracy. What ours is held to is the optimum.
+    accuracy. What ours is held to is the optimum: at 1e-8 its probabilities are as near to it as those of ours.
     """
     problem = Problem.of(size)
     whole = logistic.Config(patience=0)
@@ -83,7 +83,7 @@ def measure_logistic(size: Size, n_turns: int) -> list[Row]:
         size,
         problem,
         {
-            "scikit-learn": lambda: _scikit_logistic(problem, tolerance=1e-6),
+            "scikit-learn": lambda: _scikit_logistic(problem, tolerance=1e-8),
             "scikit-learn, tolerance 1e-4": lambda: _scikit_logistic(problem, tolerance=1e-4),
             "ours, the whole path": lambda: _classes(logistic.predict(problem.train, problem.val, problem.test, whole)),
             "ours": lambda: _classes(logistic.predict(problem.train, problem.val, problem.test)),
@@ -167,7 +167,7 @@ def _scikit_logistic(problem: Problem, tolerance: float) -> np.ndarray:
     best, predicted = -1.0, np.empty(0)
     for value in logistic.Config().lambdas:
         with warnings.catch_warnings(action="ignore"):  # that it is not converged after so many steps
-            fit = LogisticRegression(C=1 / (value * len(train)), tol=tolerance, max_iter=1000).fit(train, labels)
+            fit = LogisticRegression(C=1 / (value * len(train)), tol=tolerance, max_iter=5000).fit(train, labels)
         found = float((fit.predict(val) == val_labels).mean())
         if found > best:
             best, predicted = found, fit.predict(test)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +82,8 @@ def _embed(arguments: argparse.Namespace) -> int:
         run = SceneRun(facts, arguments.overwrite, tell)
         n_features = model.encoder.embed_dim
         tags = {"model": opened.name, "weights": facts["weights"], "sensor": sensor, "bands": " ".join(known.bands)}
-        embed_scene(
-            scene,
-            lambda images: _features(model, images, sensor, known.bands),
-            n_features,
-            out,
-            tiling,
-            run,
-            arguments.dtype,
-            tags,
-        )
+        look = partial(_features, model, sensor, known.bands)
+        embed_scene(scene, look, n_features, out, tiling, run, arguments.dtype, tags)
         height, width = grid_of(scene.shape, patch_px)
     print(
         f"wrote {out}: {n_features} features of {height} x {width} patches of {patch_px} pixels"
@@ -127,7 +120,7 @@ def _default_window(cfg: EncoderConfig, shape: tuple[int, int]) -> int:
     return n_patches * cfg.patch_size
 
 
-def _features(model: BundleEncoder, images: Tensor, sensor: str, bands: Sequence[str]) -> Tensor:
+def _features(model: BundleEncoder, sensor: str, bands: Sequence[str], images: Tensor) -> Tensor:
     """Features `[B, D, s / p, s / p]` of stored values `[B, C, s, s]`, NaN where nothing was measured.
 
     `sensor` is what the model calls its input, of which it may have two for one sensor.

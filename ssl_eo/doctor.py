@@ -144,8 +144,7 @@ def _packages(has_gpu: bool) -> Iterator[Finding]:
             status: Status = "wrong" if extra == ALWAYS else "note"
             yield Finding(topic, status, _listed(lacking), f"python -m pip install {named}")
         else:
-            shown = _listed([f"{need.name} {v}" for need, v in versions.items()][:_SHOWN])
-            yield Finding(topic, "ok", shown + (f" and {len(wanted) - _SHOWN} others" if len(wanted) > _SHOWN else ""))
+            yield Finding(topic, "ok", _first(_SHOWN, [f"{need.name} {v}" for need, v in versions.items()]))
 
 
 def _torch() -> Iterator[Finding]:
@@ -275,11 +274,10 @@ def _variables(environ: Mapping[str, str]) -> Iterator[Finding]:
             for name in dict.fromkeys(re.findall(r"\$\{oc\.env:(\w+)\}", text)):
                 users.setdefault(name, []).append(path.relative_to(root).with_suffix("").as_posix())
     for name, configs in sorted(users.items()):
-        shown = _listed(configs[:2]) + (f" and {len(configs) - 2} others" if len(configs) > 2 else "")
         if value := environ.get(name):
             yield _readable(name, value, f"export {name}=... with a folder that is there, or unset it")
         else:
-            yield Finding(name, "note", "not set", f"needed by {shown} alone: export {name}=...")
+            yield Finding(name, "note", "not set", f"needed by {_first(2, configs)} alone: export {name}=...")
 
 
 def _path(text: str) -> Iterator[Finding]:
@@ -342,6 +340,13 @@ def _collectives(limit_s: float) -> Iterator[Finding]:
             names = "NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO" if on_gpus else "GLOO_SOCKET_IFNAME"
             advice = f"see that localhost resolves and no firewall is between; {names}"
             yield Finding(topic, "wrong", wrong, advice)
+
+
+def _first(n: int, texts: Sequence[str]) -> str:
+    """The first `n` of them, and how many others there are."""
+    n_others = len(texts) - n
+    others = f" and {n_others} other{'s' if n_others > 1 else ''}" if n_others > 0 else ""
+    return _listed(texts[:n]) + others
 
 
 def _listed(texts: Iterator[str] | Sequence[str]) -> str:

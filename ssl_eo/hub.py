@@ -44,10 +44,8 @@ __all__ = [
     "input_from",
     "load_bundle",
     "page_of",
-    "read_tensors",
     "write_bundle",
     "write_pair_bundle",
-    "write_tensors",
 ]
 
 FORMAT = 2
@@ -76,8 +74,9 @@ def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInpu
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raise `ValueError` where `folder` holds a bundle already, unless it may be overwritten, or is no folder."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder, and a bundle is one; give another --out")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder}: {there.name} is no folder, and a bundle is one; give another --out")
     if (folder / "encoder.json").exists() and not overwrite:
         raise ValueError(f"{folder} holds a bundle already; give another --out, or add --overwrite")
 
@@ -193,7 +192,8 @@ def _read_page(folder: Path) -> dict[str, Any]:
         check_regular(folder / "encoder.json", _MOST_PAGE_BYTES)
         page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {error})") from None
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {reason})") from None
     if not isinstance(page, dict):
         raise ValueError(f"{folder}: not an encoder bundle (encoder.json holds no object)")
     # Format 1 called itself "pair 1" where it was one of two encoders.

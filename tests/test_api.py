@@ -20,7 +20,8 @@ import torch
 
 import ssl_eo
 from ssl_eo.cli import main
-from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle, write_bundle, write_tensors
+from ssl_eo.hub import BundleEncoder, BundlePair, load_bundle, write_bundle
+from ssl_eo.tensor_files import write_tensors
 from ssl_eo.weights import _entries
 from ssl_eo.weights.base import find_released, released_state_dict
 
@@ -163,7 +164,7 @@ def test_what_is_no_encoder(run: ssl_eo.TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a checkpoint has checksums of its own"):
         ssl_eo.load(run.folder, sha256="0" * 8)
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="neither a bundle folder nor a zip file of one"):
+    with pytest.raises(ValueError, match=r"weights\.pth: weights alone, expected a bundle"):
         ssl_eo.load(tmp_path / "weights.pth")
 
 

@@ -182,6 +182,11 @@ def test_a_bound_of_a_kind_that_is_not_read_is_ours_to_mend() -> None:
         Requirement("x", "~=1.4").allows("1.4")
 
 
+@pytest.mark.parametrize(("n", "said"), [(2, "a, b"), (3, "a, b and 1 other"), (5, "a, b and 3 others")])
+def test_long_lists_end_in_a_number(n: int, said: str) -> None:
+    assert doctor._first(2, "abcde"[:n]) == said
+
+
 def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = Requirement("no_such_package", ">=1")
     needed = {ALWAYS: [Requirement("numpy", ">=99")], "geo": [nowhere], "lora": [Requirement("numpy", "<1")]}

@@ -31,13 +31,12 @@ from ssl_eo.hub import (
     SensorInput,
     check_free,
     load_bundle,
-    read_tensors,
     write_bundle,
-    write_tensors,
 )
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import load_sensor
+from ssl_eo.tensor_files import read_tensors, write_tensors
 
 ROOT = Path(__file__).parent.parent
 BANDS = ("B02", "B03", "B04")
@@ -106,9 +105,11 @@ def test_a_page_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_is_no_folder_holds_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="file is no folder, and a bundle is one; give another --out"):
-            check_free(tmp_path / "file", overwrite)
+    for path in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=rf"^{path}: file is no folder, and a bundle is one; give another"):
+                check_free(path, overwrite)
+    check_free(tmp_path / "new" / "bundle", overwrite=False)
 
 
 def test_a_file_of_tensors_is_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

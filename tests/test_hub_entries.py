@@ -588,6 +588,7 @@ def test_what_is_no_bundle_is_one_clear_line(bundle: Path, packed: Path, tmp_pat
         ("{tmp}/none", {}, "none: no such file"),
         ("{bundle}", {"sha256": "0" * 64}, "sha256 is that of a file, and this is a folder"),
         ("{tmp}", {}, "not an encoder bundle"),
+        ("{bundle}/encoder.safetensors", {}, r"encoder\.safetensors: weights alone, expected a bundle"),
         ("http://a.org/b.zip", {}, "an address begins with https:// or file://"),
     ],
 )

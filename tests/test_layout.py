@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bundle_inputs": ("models", "sensors"),
     "bundles": ("bundle_inputs", "models", "sensors"),
     "hub": ("hub", "bundles", "tensor_files", "models", "sensors", "components", "files"),
-    "weights": ("weights", "hub", "bundles", "models", "sensors", "components", "files", "resources"),
+    "weights": ("weights", "hub", "bundles", "tensor_files", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "adapt": (
         "adapt",

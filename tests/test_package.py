@@ -93,6 +93,15 @@ def test_the_source_holds_what_the_wheel_is_built_from(sdist: Path) -> None:
     assert {name.removeprefix("ssl_eo/") if name.startswith(moved) else name for name in shipped()} <= names
 
 
+def test_a_package_without_its_configs_is_not_built(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "configs").mkdir()
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "setup.py: there is no datasets_meta beside it, which the package needs\n"
+
+
 @pytest.fixture(scope="module")
 def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The commands of an environment that has the wheel, and finds what it needs where these tests do."""

@@ -89,6 +89,12 @@ class Examples:
         keys = self._split.keys
         return [keys[i] for i in self._rows.tolist()]
 
+    @property
+    def digests(self) -> list[str]:
+        """That of the pixels of each."""
+        digests = self._split.digests
+        return [digests[i] for i in self._rows.tolist()]
+
     @cached_property
     def shown(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""

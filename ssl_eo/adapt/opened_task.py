@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from ssl_eo.adapt.examples import Examples, Features, gigabytes_of_features
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.training import Labels, Samples, TrainingConfig, autocast
+from ssl_eo.eval.leaks import count_alike, count_leaked, count_shared_groups
 from ssl_eo.eval.tasks import Task
 
 __all__ = ["OpenedTask"]
@@ -23,7 +25,20 @@ class OpenedTask:
 
     task: Task
     labels: Labels
-    splits: dict[str, Examples]
+    splits: dict[str, Examples]  # in this order
+
+    @cached_property
+    def leaks(self) -> dict[str, int]:
+        """How many test samples have the pixels of one of train, and of val, and how many of their places are in these.
+
+        Warns of them, unless the task's flags admit it. Raises `ValueError` where splits share a key.
+        """
+        name, flags = self.task.name, self.task.cfg.flags
+        return {
+            "n_leaked": count_leaked(name, self.splits, flags),
+            "n_leaked_val": count_alike(self.splits["test"], self.splits["val"]),
+            "n_shared_groups": count_shared_groups(name, self.splits, flags),
+        }
 
     def samples(self) -> dict[str, Samples]:
         """All splits, of which nothing is kept."""

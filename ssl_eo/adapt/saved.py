@@ -98,7 +98,9 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
     chosen = range(len(schema.bands)) if plan.bands is None else plan.bands
     mean, std = (tuple(values[i] for i in chosen) for values in (schema.mean, schema.std))
     gsd_m = schema.gsd_m * (1.0 if schema.shape is None else schema.shape[0] / plan.size[0])
-    known = SensorInput(schema.sensor, tuple(task.bands), mean, std, gsd_m)
+    # Where bands are found first, it is the backbone that brings them to [0, 1]: those that are missing too.
+    clip_std = backbone.clip_std if backbone.bands is None else None
+    known = SensorInput(schema.sensor, tuple(task.bands), mean, std, gsd_m, clip_std)
     write_bundle(folder, encoder, {schema.sensor.name: known}, {"step": 0, **facts})
     decoder = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
     sha256 = write_tensors(folder / "decoder.safetensors", decoder)
@@ -126,7 +128,9 @@ def load_model(folder: Path) -> SavedModel:
         raise ValueError(f"{folder}/encoder.json: a trained model has one encoder, and statistics for its images")
     try:
         bands = _bands_from(page["fixed_bands"], len(page["bands"]))
-        backbone = EncoderBackbone(bundle.encoder, page["taps"], bands, page["clip_std"])
+        is_clipped = any(known.clip_std is not None for known in bundle.inputs.values())
+        clip_std = None if is_clipped else page["clip_std"]
+        backbone = EncoderBackbone(bundle.encoder, page["taps"], bands, clip_std)
         decoder: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
         model = TaskModel(backbone, decoder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -6,7 +6,6 @@ built, which file of weights it belongs to (by SHA-256), and which sensors it kn
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,11 +30,10 @@ from ssl_eo.hub import (
     input_from,
     load_bundle,
     page_of,
-    read_tensors,
-    write_tensors,
 )
 from ssl_eo.models.convnext import ConvNeXt, ConvNeXtConfig
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
+from ssl_eo.tensor_files import read_tensors, write_tensors
 
 __all__ = [
     "FORMAT",
@@ -213,7 +211,7 @@ def _load_specialist(folder: Path, entry: Mapping[str, Any]) -> Specialist:
         cfg = dataclass_from(_CONFIGS[kind], entry["encoder"])
         n_channels = count_or_none("n_channels", entry["n_channels"])
         inputs = {name: input_from(name, raw) for name, raw in entry["inputs"].items()}
-    tensors = _read_weights(path, sha256)
+    tensors = read_tensors(path, sha256)
     # On the meta device no size that a damaged file may state takes memory; a number of blocks takes time.
     with faults_of(where), torch.device("meta"):
         encoder = _on_meta(cfg, n_channels, tensors)
@@ -228,18 +226,6 @@ def _on_meta(cfg: EncoderConfig | ConvNeXtConfig, n_channels: int | None, tensor
         return Encoder(cfg, n_channels)
     check_blocks(sum(cfg.depths), tensors)
     return ConvNeXt(cfg, n_channels or 0)
-
-
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    try:
-        check_regular(path)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    if found != sha256:
-        raise ValueError(f"{path}: its SHA-256 is not that of {_PAGE}, one of the two was changed; export again")
-    return read_tensors(path)
 
 
 def _weights(folder: Path, name: str) -> Path:

@@ -14,7 +14,8 @@ __all__ = ["study_code", "study_files"]
 _PACKAGE = Path(ssl_eo.__file__).parent
 # Evaluations run the transformers and never the pyramids of ensembles, so these are named here.
 _PARTS = ("adapt/*.py", "eval/decoders/*.py", "models/convnext.py", "train/optim.py", "schedules.py")
-_OF_OTHERS = ("eos_fm", "study_page", "study_records")  # ensembles of others, tables, which lines are records
+# Ensembles of others, which code counts, tables, which lines are records.
+_OF_OTHERS = ("eos_fm", "study_code", "study_page", "study_records")
 _OF_TRAINED = ("saved", "scene_maps", "scene_outputs", "scenes", "tiling")  # what becomes of a model once it is trained
 _TELLS_NOTHING = frozenset(f"adapt/{name}.py" for name in (*_OF_OTHERS, *_OF_TRAINED))  # no score comes of it
 

@@ -172,8 +172,12 @@ def _flags(models: Sequence[Model]) -> list[str]:
     """What a reader must know of a task before its scores are believed."""
     records = [r for m in models for r in m.records]
     found = [flag for r in records for flag in r["asked"]["task"].get("flags", [])]
-    if any(r["asked"].get("samples", {}).get("stratified") for r in records):
-        found.append("samples.stratified split it anew: samples of one place may be in train and test")
+    for key, split in {"n_leaked": "training", "n_leaked_val": "validation"}.items():
+        n, n_test = max((r.get(key, 0), r["n_samples"]["test"]) for r in records)
+        if n:
+            found.append(f"{n} of {n_test:,} test samples have the content of a {split} sample")
+    if n := max(r.get("n_shared_groups", 0) for r in records):
+        found.append(f"{n} places of test samples are places of training or validation samples too")
     if (n_groups := min(r["n_groups"] for r in records)) < FEWEST_GROUPS and any(r["resampled"] for r in records):
         found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
     return list(dict.fromkeys(found))

@@ -20,6 +20,7 @@ from ssl_eo.eval.value_checks import Check, dict_of, is_count, is_metric, is_num
 __all__ = ["is_of_study"]
 
 _SPLITS = ("train", "val", "test")
+_LEAKS = ("n_leaked", "n_leaked_val", "n_shared_groups")
 
 
 def is_of_study(record: Mapping[str, Any]) -> bool:
@@ -38,6 +39,8 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
     packed = result["resampled"]
     if packed is not None and _n_packed(packed) != asked.get("n_resamples"):
         return False
+    if not all(is_count(result.get(key, 0)) for key in _LEAKS):
+        return False
     measure = "iou" if asked["task"]["kind"] == "segmentation" else "recall"
     if columns and not (measure in columns and list_of(is_count)(columns.get("support"))):
         return False
@@ -50,9 +53,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_asked(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("samples", {}), dict):
-        return False
-    return _is_task(value.get("task")) and is_text(value.get("weights", ""))
+    return isinstance(value, dict) and _is_task(value.get("task")) and is_text(value.get("weights", ""))
 
 
 def _is_task(value: Any) -> bool:

@@ -214,6 +214,7 @@ class _Runner:
     def _measure(self, cell: Cell) -> dict[str, Any]:
         bench, training = self._bench, self._cfg.trainings[cell.training]
         opened = bench.task(cell.task)
+        leaks = opened.leaks  # splits that share samples are refused before anything is trained
         make_model = bench.maker_of(cell)
         samples = bench.samples_of(cell, make_model(), training)
         with energy_of(self._cfg.country) as energy:
@@ -234,6 +235,7 @@ class _Runner:
             "has_kept_features": samples["train"].features is not None,
             "samples_per_s": round(samples_per_second(fitted.model, inputs, train.size, training), 2),
             "specialists": None if chosen is None else chosen.facts,
+            **leaks,
             "n_samples": {name: len(split) for name, split in opened.splits.items()},
             "device": bench.device.type,
         }

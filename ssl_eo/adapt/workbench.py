@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,9 @@ class Workbench:
         """What the sources of a task hold, by split, wherever they lie; None where one of them cannot be opened."""
         if task not in self._contents:
             splits = {name: getattr(self._tasks[task], name) for name in ("train", "val", "test")}
-            try:
+            found: dict[str, str] | None = None
+            with suppress(Exception):  # cells of this task will say why, and those of others go on
                 found = {name: open_source(cfg).fingerprint() for name, cfg in splits.items() if cfg is not None}
-            except Exception:  # cells of this task will say why, and those of others go on
-                found = None
             self._contents[task] = found
         return self._contents[task]
 

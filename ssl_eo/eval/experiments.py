@@ -109,10 +109,7 @@ class Score:
 
     def is_on_the_samples_of(self, other: Score) -> bool:
         """Whether both were scored on the same test samples."""
-        a, b = self.records[0], other.records[0]
-        if a.get("content") and b.get("content"):
-            return split_digest(a, "test") == split_digest(b, "test")
-        return bool(a["data"]["test"] == b["data"]["test"] and a["n_test"] == b["n_test"])
+        return split_digest(self.records[0], "test") == split_digest(other.records[0], "test")
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
@@ -121,8 +118,8 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def split_digest(record: Record, split: str) -> str:
-    """What tells the samples of a split from others: what was read of them, in older records what was asked for."""
-    return str((record.get("content") or record["data"]).get(split))
+    """What tells the samples of a split from others: the digest of what was read of them."""
+    return str(record["content"].get(split))
 
 
 def newest_whole(setting: Setting, records: Sequence[Record]) -> Score:

@@ -149,7 +149,7 @@ class Evaluation:
                 raise ValueError(f"none of {', '.join(self.probes)} takes {task.kind}, which {task.name} is")
 
     def jobs_of(self, task: TaskConfig, opened: Task | None = None) -> list[Job]:
-        """The forward passes of one of the tasks. What depends on a draw has a job for each seed, all else one for all seeds.
+        """Of one task: what depends on a draw has a job for each seed, all else one for all seeds.
 
         Bands and sizes are called by what they show, so that what is the same has one name and is measured once; what
         only the files tell of that takes the task `opened`, in any size and with all its bands.

@@ -11,7 +11,7 @@ from ssl_eo.eval.records import PLAN, RESULTS, TABLE
 __all__ = ["check_written", "render"]
 
 _PAGES = (".html", ".htm")
-_MEASURED = (RESULTS, PLAN, "eval.jsonl", "metrics.jsonl", "study.jsonl")  # runs, evaluations and studies go on from it
+_MEASURED = (RESULTS, PLAN, "eval.jsonl", "metrics.jsonl", "study.jsonl")  # runs, evaluations, studies go on from it
 
 
 def check_written(paths: Sequence[Path], inputs: Sequence[Path] = ()) -> None:

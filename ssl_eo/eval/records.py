@@ -121,31 +121,32 @@ def _age(record: Record) -> tuple[str, str]:
 
 
 def _counting(records: Iterable[R]) -> list[R]:
-    """Of `records`, made one after another, those that count: the newest of each `key`, in the order of first keys.
+    """Of `records`, made one after another, the newest of each `key`, in the order in which keys were first found.
 
-    A problem (an error, what was skipped) counts until something newer is there in its place, see `_in_place_of`; a
-    record `cleared` takes away whatever has its key.
+    A problem (an error, what was skipped) counts until something newer takes its place, see `_answered`; a record
+    `cleared` takes away whatever has its key.
     """
     found: dict[str, R] = {}
-    problems: dict[tuple[str, ...], str] = {}  # keys of those that count, by what they are of
+    problems: dict[tuple[str, ...], str] = {}  # keys, by what they are of
     for record in records:
         key = record["key"]
         if record["kind"] == "cleared":
             found.pop(key, None)
             continue
-        for of in _in_place_of(record):
-            before = problems.pop(of, key)
-            if before != key:
-                found.pop(before, None)
+        answered = _answered(record)
+        for before in {problems.pop(of, key) for of in answered} - {key}:
+            found.pop(before, None)
         found[key] = record
         if record["kind"] != "result":
-            problems[_in_place_of(record)[0]] = key
+            problems[answered[0]] = key
     return list(found.values())
 
 
-def _in_place_of(record: Record) -> list[tuple[str, ...]]:
-    """Of what problems `record` takes the place: a result of those of its question, under whatever key (data were
-    mended, the version has changed), and of its whole job; a problem of older ones of what it is of itself.
+def _answered(record: Record) -> list[tuple[str, ...]]:
+    """What older problems are of that count no more once there is `record`.
+
+    Of a result that is its question, under whatever key (data were mended, the version has changed), and its whole job;
+    of a problem what it is of itself, one or the other.
     """
     question, job = question_of(record), (str(record["job"]),)
     if record["kind"] == "result":

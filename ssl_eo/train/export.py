@@ -217,7 +217,8 @@ def _facts(trained: Trained) -> dict[str, Any]:
 
 def _licence(run: Path, config: Config) -> str:
     """What is known of it: nobody has stated that of the weights, but there are those of what they were made from."""
-    begun = "; ".join(f"{path}: {licence or UNSAID['licence']}" for path, licence in licences_of_init(run).items())
+    files = licences_of_init(run)
+    begun = "; ".join(f"{Path(path).name}: {licence or UNSAID['licence']}" for path, licence in files.items())
     known = {"the data": _licence_of_data(config), "the weights that training began from": begun}
     return "; ".join([UNSAID["licence"], *(f"of {what}: {said}" for what, said in known.items() if said)])
 

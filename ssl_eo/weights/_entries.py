@@ -32,7 +32,13 @@ def open_bundle(where: str | Path, sha256: str | None = None) -> BundleEncoder |
                 f"{where}: sha256 is that of a file, and this is a folder, which has its own; leave it out"
             )
         return load_bundle(where)
-    with unpacked_bundle(local_file(where, sha256)) as folder:
+    path = local_file(where, sha256)
+    if path.suffix in (".pth", ".pt", ".safetensors"):
+        raise ValueError(
+            f"{path}: weights alone, expected a bundle (a folder, or a zip file of one): give them with the name of the"
+            " published encoder that they are of, or make a bundle of them by ssl-eo import"
+        )
+    with unpacked_bundle(path) as folder:
         return load_bundle(folder)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssl_eo.components import one_line
 from ssl_eo.files import check_regular
-from ssl_eo.hub import read_tensors
+from ssl_eo.tensor_files import read_tensors
 from ssl_eo.weights._downloads import how_to_renew
 
 __all__ = ["find_encoder", "is_plain", "load_pickled", "read_state_dict"]
@@ -28,6 +27,7 @@ _MAX_ENTRIES = 200_000  # of all dictionaries; those of the largest training sta
 _MAX_NESTING = 16  # of dictionaries in dictionaries
 _MAX_NAME = 1000  # characters, with the names of the dictionaries around it
 _MAX_REASON = 200  # characters of what torch says
+_ADVICE = ("In PyTorch 2.6", "Please file an issue", "Check the documentation")
 _TOKEN = "cls_token"  # a tensor that every vision transformer of these families has, and nothing else
 
 
@@ -64,7 +64,7 @@ def find_encoder(
     taken, as the published one; `prefix` chooses another. Blocks that were saved in chunks are numbered through. Raises
     `ValueError` when there is none, or no telling which.
     """
-    found = [name.removesuffix(token) for name in tensors if re.search(rf"(^|\.){token}$", name)]
+    found = [name.removesuffix(token) for name in tensors if re.search(rf"(^|\.){re.escape(token)}$", name)]
     if prefix is None:
         prefix = _choose(path, tensors, found, token)
     elif (prefix := f"{prefix.rstrip('.')}." if prefix else "") not in found:
@@ -131,10 +131,16 @@ def load_pickled(path: Path) -> Any:
                 f"{path}: holds Python objects ({unsafe[1]}) beside tensors, which could run code when they are read;"
                 " if you trust the file, load it with torch.load and save its state dict alone"
             ) from None
-        reason = f"{type(error).__name__}: {one_line(error)}"[:_MAX_REASON]
+        reason = ": ".join(filter(None, (type(error).__name__, _said(error))))[:_MAX_REASON]
         raise ValueError(
             f"{path}: neither a safetensors file nor one of torch.save, or damaged ({reason}){how_to_renew(path)}"
         ) from None
+
+
+def _said(error: Exception) -> str:
+    """What torch says, without its advice to read the file in a way that runs code."""
+    lines = (line.removeprefix("Weights only load failed.").strip() for line in str(error).splitlines())
+    return " ".join(line for line in lines if line and not line.startswith(_ADVICE))
 
 
 def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:

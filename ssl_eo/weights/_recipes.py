@@ -25,7 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = json.loads(_TABLE.read_text(encoding="utf-8
 
 
 def described(model: Encoder | OpticalRadar) -> dict[str, Any]:
-    """All that decides what a model computes but its weights, in plain values."""
+    """All that a model of these weights is built from, in plain values."""
     if isinstance(model, Encoder):
         n_channels = model.n_channels if model.cfg.patch_embed == "conv" else None  # others take any number
         cfg = model.cfg
@@ -104,13 +104,22 @@ def _check_same(name: str, found: BundleEncoder | BundlePair, where: str) -> Non
         held = "two encoders" if isinstance(found, BundlePair) else "one encoder"
         raise ValueError(f"{where}: it holds {held}, and the recipe {name} makes {wanted}")
     said = described(found.model if isinstance(found, BundlePair) else found.encoder)
-    expected = _flat({part: RECIPES[name][part] for part in said})
-    for key, value in _flat(said).items():
-        if value != expected[key]:
+    expected = _flat(_computed({part: RECIPES[name][part] for part in said}))
+    for key, value in _flat(_computed(said)).items():
+        if value != expected.get(key):
             raise ValueError(
-                f"{where}: not of the recipe {name}: its {key} is {value}, expected {expected[key]}; the entry"
+                f"{where}: not of the recipe {name}: its {key} is {value}, expected {expected.get(key)}; the entry"
                 " `encoder` takes any bundle"
             )
+
+
+def _computed(page: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `described` what decides the features: not drop-path, nor the options of other patch embeddings."""
+    if "encoders" in page:
+        return {**page, "encoders": {group: _computed(part) for group, part in page["encoders"].items()}}
+    encoder = page["encoder"]
+    unused = {"drop_path_prob", "conv", "channel_attention", "dynamic"} - {encoder["patch_embed"]}
+    return {**page, "encoder": {key: value for key, value in encoder.items() if key not in unused}}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ssl_eo.components import available, one_line, suggest
 from ssl_eo.files import atomic_file
-from ssl_eo.hub import UNSAID, SensorInput, check_free, write_bundle, write_tensors
+from ssl_eo.hub import UNSAID, SensorInput, check_free, write_bundle
 from ssl_eo.models.vit import Encoder, EncoderConfig
+from ssl_eo.tensor_files import write_tensors
 from ssl_eo.weights._reading import find_encoder, read_state_dict
 
 __all__ = [

@@ -1,6 +1,7 @@
 """DOFA (arXiv 2403.15356): ViT-B and L for any sensor, by kernels generated from wavelengths.
 
-Of version 1, patches of 16 pixels, two things that no tensor tells decide what they compute, and what they are called decides these:
+Of version 1, patches of 16 pixels, two things that no tensor tells decide what they compute, and what they are called
+decides these:
 
 - `dofa_vitb16`, `dofa_vitl16`: generated numbers are read channel by channel. Torchgeo has these since September 2024.
 - `dofa_vitb16_legacy`, `dofa_vitl16_legacy`: weights of before, whose code read the numbers as if width came first.
@@ -159,7 +160,7 @@ def _released_2(letter: str) -> Released:
         ),
         licence="CC-BY-4.0",
         source=_SOURCE,
-        token=r"model\.cls_token",
+        token="model.cls_token",
         adapt=_encoder_of_version_2,
         restore=_file_of_version_2,
         pool="mean",

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from toy_study import bundle, opened_task, study, task
+from toy_study import bundle, encoder, opened_task, study, task
 
+from ssl_eo.adapt.backbone import EncoderBackbone, FixedBands
 from ssl_eo.adapt.examples import Examples
-from ssl_eo.adapt.saved import load_model
+from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.saved import load_model, save_model
 from ssl_eo.adapt.study_page import (
     _charts,
     _point_labels,
@@ -27,6 +29,9 @@ from ssl_eo.adapt.study_page import (
 )
 from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.study_run import RECORDS, _Results, read_study, run_study
+from ssl_eo.bundles import BundleEncoder
+from ssl_eo.eval.decoders import build_decoder
+from ssl_eo.hub import load_bundle
 from ssl_eo.jsonl import read_jsonl
 from ssl_eo.sensors import load_sensor
 
@@ -267,7 +272,12 @@ def test_each_line_of_the_records_is_read_once(
     """Also where others add to them, and where a killed process has left half a line."""
     first, second, third = done[2][:3]
     read: list[str] = []
-    monkeypatch.setattr("ssl_eo.adapt.study_run.is_of_study", lambda r: read.append(r["key"]) or is_of_study(r))
+
+    def noted(record: dict[str, Any]) -> bool:
+        read.append(record["key"])
+        return is_of_study(record)
+
+    monkeypatch.setattr("ssl_eo.adapt.study_run.is_of_study", noted)
     path, results = tmp_path / RECORDS, _Results(tmp_path / RECORDS)
     assert not results.has(first["key"])
     with path.open("w") as file:
@@ -320,6 +330,7 @@ def test_lines_that_are_no_records_are_left_out(
         *({**good, "asked": asked} for asked in (None, {}, {**good["asked"], "task": {"kind": "segmentation"}})),
         *({**good, "curves": curves} for curves in ([], [{}], [{"lr": 1, "scores": [None]}], 3)),
         *({**good, "specialists": of} for of in ("x", {}, {"run": "x", "of": [], "by": None, "seconds": 1})),
+        *({**good, "n_leaked": n} for n in (None, -1, "x")),
         *({**good, "n_samples": n} for n in (None, {}, {"train": -1, "val": 1, "test": 1})),
         *({**good, name: "x"} for name in ("n_trained", "forward_gflop", "energy_kwh", "missing_bands", "n_groups")),
         {**good, "forward_gflop": 0.0},
@@ -344,11 +355,32 @@ def test_records_are_shown_by_the_names_that_are_asked_for(tiny: Path, tmp_path:
 def test_what_a_reader_must_know_is_on_the_page(done: tuple[Any, Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     first = done[2][0]
     asked = {**first["asked"], "task": {**first["asked"]["task"], "flags": ["leak: 3 % were drawn twice"]}}
-    asked["samples"] = {**asked["samples"], "stratified": [0.6, 0.2, 0.2]}
-    html, markdown, _ = write_study_page([{**first, "asked": asked, "n_groups": 2}], tmp_path, "a study", "x")
-    for text in ("leak: 3 % were drawn twice", "one place may be in train and test", "test samples are of 2 places"):
+    changes = {"asked": asked, "n_groups": 2, "n_leaked": 5, "n_leaked_val": 0, "n_shared_groups": 3}
+    html, markdown, _ = write_study_page([{**first, **changes}], tmp_path, "a study", "x")
+    for text in (
+        "leak: 3 % were drawn twice",
+        "5 of 12 test samples have the content of a training sample",
+        "3 places of test samples are places of training or validation samples too",
+        "test samples are of 2 places",
+    ):
         assert html.read_text().count(text) == 1
         assert markdown.read_text().count(text) == 1
+
+
+def test_samples_of_several_splits_are_counted_or_refused(
+    tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in evaluations: those of one key are refused, unless the task says that it means nothing."""
+    same = task(n=4)
+    same["test"] = same["train"]
+    (record,) = run_study(study(tiny, tasks=[same]), tmp_path)
+    assert "4 of 4 samples of test are in train too" in record["error"]
+    same["flags"] = ["shared keys: they are counted from 1 in each"]
+    (record,) = run_study(study(tiny, tasks=[same]), tmp_path)
+    assert [record[key] for key in ("n_leaked", "n_leaked_val", "n_shared_groups")] == [4, 0, 0]
+    assert "have the pixels of a sample of train" in caplog.text
+    write_study_page([record], tmp_path, "a study", "x")
+    assert "4 of 4 test samples have the content of a training sample" in (tmp_path / "study.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
@@ -393,3 +425,20 @@ def test_points_that_lie_close_share_one_label() -> None:
     places = [(1.0, 30.0), (100.0, 29.0), (1.02, 29.8), (1.0, 20.0), (102.0, 29.1), (1.0, 20.0)]
     assert _point_labels(places) == ["1, 3", "2, 5", "", "4, 6", "", ""]
     assert _point_labels([(2.0, 5.0)]) == ["1"]
+
+
+@pytest.mark.parametrize("has_bands", [False, True])
+def test_pixels_of_a_saved_model_are_brought_to_0_and_1_once(has_bands: bool, tmp_path: Path) -> None:
+    """Its folder is a bundle that says so too, unless its bands are to be found first."""
+    task, sensor = opened_task(n=4), load_sensor("sentinel1_grd")
+    bands = FixedBands(sensor, task.bands, (0, None, 2, 3)) if has_bands else None
+    taps = [0.34, 1.0]
+    backbone = EncoderBackbone(encoder(), taps, bands, clip_std=2.0)
+    model = TaskModel(backbone, build_decoder("linear", {}, backbone.shape, task.n_classes)).eval()
+    save_model(tmp_path, model, task, {"decoder": "linear", "options": {}, "taps": taps})
+    saved, (known,) = load_model(tmp_path), load_bundle(tmp_path).inputs.values()
+    assert known.clip_std == (None if has_bands else 2.0)
+    stored = torch.randn(2, 4, 16, 16) * 20
+    with torch.no_grad():
+        expected = model(BundleEncoder(backbone.encoder, {"s": replace(known, clip_std=None)}, {}).prepare(stored))
+    torch.testing.assert_close(saved.logits(stored), expected)

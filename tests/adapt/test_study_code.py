@@ -19,7 +19,10 @@ SCORES = (
     *("adapt/training.py", "adapt/losses.py", "adapt/selection.py", "eval/decoders/linear.py", "models/convnext.py"),
     "train/optim.py",
 )
-OTHERS = ("adapt/study_page.py", "adapt/study_records.py", "adapt/tiling.py", "cli_adapt.py", "train/trainer.py")
+OTHERS = (
+    *("adapt/study_code.py", "adapt/study_page.py", "adapt/study_records.py", "adapt/tiling.py"),
+    *("cli_adapt.py", "train/trainer.py"),
+)
 
 
 @pytest.fixture

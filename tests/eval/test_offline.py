@@ -739,7 +739,7 @@ def _key(record: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sizes": ["big"]}, "--size: 'big' must be native, or a number of pixels"),
+        ({"sizes": ["big"]}, "^sizes: 'big' must be task, native, or a number of pixels"),
         ({"sizes": ["0"]}, "^sizes: '0' must be"),
         ({"subsets": ["nir"]}, "^subsets: got 'nir', must be one of all, rgb"),
         ({"partitions": ["10%"]}, "^partitions: '10%' is no part"),

@@ -419,7 +419,7 @@ def test_logistic_equals_scikit_learn(n: int, d: int, kind: Kind, value: float) 
     from sklearn.linear_model import LogisticRegression
 
     train, test = _labelled(n, d, kind, n_classes=4), _labelled(30, d, kind, n_classes=4, seed=1).features
-    cfg = logistic.Config(lambdas=[value], tolerance=1e-14, max_steps=5000, precision="float64")
+    cfg = logistic.Config(lambdas=[value], tolerance=1e-14, max_steps=5000)
     found = logistic.predict(train, train, test, cfg)
     x, x_test = _standardised(train.features, test)
     reference = LogisticRegression(C=1 / (value * n), solver="newton-cg", tol=1e-12, max_iter=1000)
@@ -441,10 +441,27 @@ def test_the_defaults_are_near_the_optimum(kind: Kind) -> None:
     test = _labelled(1000, 30, kind, seed=2)
     for value in logistic.Config().lambdas:
         quick = logistic.predict(train, val, test.features, logistic.Config(lambdas=[value]))
-        exact_cfg = logistic.Config(lambdas=[value], tolerance=1e-12, max_steps=5000, precision="float64")
+        exact_cfg = logistic.Config(lambdas=[value], tolerance=1e-13, max_steps=5000)
         exact = logistic.predict(train, val, test.features, exact_cfg)
+        assert quick.probabilities is not None
+        assert exact.probabilities is not None
+        torch.testing.assert_close(quick.probabilities, exact.probabilities, rtol=0, atol=1e-3)
         quality, exact_quality = (selection_score(p.scores, test) for p in (quick, exact))
         assert quality == pytest.approx(exact_quality, abs=0.003)
+
+
+@pytest.mark.parametrize("value", [1e-2, 1e-5])
+def test_probabilities_are_those_of_the_optimum_where_samples_are_fewer_than_features(value: float) -> None:
+    """As with few labels, where the loss is flat and a fit that ends early is sure of less than it could be."""
+    from sklearn.linear_model import LogisticRegression
+
+    train, test = _labelled(200, 256, "classification", 10), _labelled(100, 256, "classification", 10, seed=1)
+    x, x_test = _standardised(train.features, test.features)
+    fit = LogisticRegression(C=1 / (value * 200), tol=1e-10, max_iter=20_000).fit(x, train.targets.numpy())
+    found = logistic.predict(train, train, test.features, logistic.Config(lambdas=[value]))
+    assert found.probabilities is not None
+    np.testing.assert_allclose(found.probabilities.numpy(), fit.predict_proba(x_test), rtol=0, atol=3e-3)
+    assert found.chosen["converged"] == 1.0
 
 
 def test_the_accuracy_over_a_grid_is_that_of_scikit_learn() -> None:
@@ -464,25 +481,19 @@ def test_the_accuracy_over_a_grid_is_that_of_scikit_learn() -> None:
 @pytest.mark.parametrize("kind", logistic.KINDS)
 def test_the_path_ends_at_the_best_penalty_of_val(kind: Kind) -> None:
     train, val, test = (_labelled(n, 20, kind, 3, seed) for seed, n in enumerate((60, 200, 10)))
-    cfg = logistic.Config(patience=0, tolerance=1e-10, precision="float64")
-    alone = [
-        logistic.predict(train, val, val.features, logistic.Config([value], tolerance=1e-10, precision="float64"))
-        for value in cfg.lambdas
-    ]
+    cfg = logistic.Config(patience=0)
+    alone = [logistic.predict(train, val, val.features, logistic.Config([value])) for value in cfg.lambdas]
     found = [selection_score(p.scores, val) for p in alone]
     best = found.index(max(found))
     assert 0 < best < len(found) - 1
-    whole, stopped = (
-        logistic.predict(train, val, test.features, c)
-        for c in (cfg, logistic.Config(patience=2, tolerance=1e-10, precision="float64"))
-    )
+    whole, stopped = (logistic.predict(train, val, test.features, c) for c in (cfg, logistic.Config(patience=2)))
     assert whole.chosen["lambda"] == cfg.lambdas[best] == stopped.chosen["lambda"]
     torch.testing.assert_close(stopped.scores, whole.scores)
 
 
 def test_what_the_chosen_penalty_is_fitted_on() -> None:
     train, val, test = (_labelled(n, 10, "classification", 3, seed) for seed, n in enumerate((60, 40, 20)))
-    exact = {"tolerance": 1e-12, "precision": "float64", "max_steps": 5000}
+    exact = {"tolerance": 1e-12, "max_steps": 5000}
     one = logistic.predict(train, val, test.features, logistic.Config(**exact))
     alone = logistic.predict(train, None, test.features, logistic.Config(**exact))
     for found in (one, alone):
@@ -591,7 +602,8 @@ def test_heads_that_diverge_lose_and_are_an_error_where_no_other_is_left() -> No
         (ridge, {"lambdas": [-1.0]}, "lambdas"),
         (logistic, {"lambdas": [1e-3, 1.0]}, "lambdas"),
         (logistic, {"patience": -1}, "patience"),
-        (logistic, {"tolerance": 1e-12}, "tolerance"),
+        (logistic, {"tolerance": 1e-15}, "tolerance must be at least 1e-14"),
+        (logistic, {"path_tolerance": 1e-6}, "path_tolerance must be at least 1e-05"),
         (linear, {"lrs": [0.0]}, "lrs"),
         (linear, {"n_epochs": 0}, "n_epochs"),
         (linear, {"momentum": 1.0}, "momentum"),

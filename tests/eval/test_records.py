@@ -153,6 +153,7 @@ def test_an_error_that_was_cleared_is_gone_until_it_comes_back(tmp_path: Path) -
         {"encoder": "tiny"},
         {"flags": "leak"},
         {"data": None},
+        {"content": None},
         {"date": None},
     ],
     ids=str,

@@ -246,7 +246,6 @@ def test_who_is_not_compared_is_named_with_the_reason(tmp_path: Path) -> None:
     records.append(record("encoder", outcome(50), "late", size="224"))
     records.append(record("encoder", outcome(60), task="leaky", flags=["leak: chips overlap"]))
     records.append(record("encoder", outcome(55), "moved", content={"train": "x", "test": "z"}))
-    records = [{"content": {"train": "x", "test": "y"}, **r} for r in records]
     out, markdown = tmp_path / "r.html", tmp_path / "t.md"
     page = _Page(_write([written(tmp_path, records)], out, markdown=markdown).read_text())
     text = _text(page)

@@ -105,7 +105,11 @@ def test_licences_are_those_of_the_data_and_of_what_training_began_from(tmp_path
     )
     raw["data"]["sources"].append({"name": "synthetic"})
     assert _licence(tmp_path, build(Config, raw, "")) == "not stated"
-    files = [{"path": "mae", "licence": "CC-BY-NC-4.0"}, {"path": "a.pth", "licence": None}, {"path": "of before"}]
+    files = [
+        {"path": "weights/mae", "licence": "CC-BY-NC-4.0"},
+        {"path": "a.pth", "licence": None},
+        {"path": "of before"},
+    ]
     (tmp_path / "init.json").write_text(json.dumps({"files": files}))
     begun = "; of the weights that training began from: mae: CC-BY-NC-4.0; a.pth: not stated; of before: not stated"
     assert _licence(tmp_path, build(Config, raw, "")) == f"not stated{begun}"

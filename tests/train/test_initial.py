@@ -18,9 +18,10 @@ from torch import Tensor
 from ssl_eo.cli import main
 from ssl_eo.config import load
 from ssl_eo.data.opening import open_source
-from ssl_eo.hub import write_bundle, write_tensors
+from ssl_eo.hub import write_bundle
 from ssl_eo.objectives import mae
 from ssl_eo.objectives.base import Objective
+from ssl_eo.tensor_files import write_tensors
 from ssl_eo.train.checkpoint import CheckpointConfig, Checkpointer
 from ssl_eo.train.initial import InitialWeights, _condensed, begin_from
 from ssl_eo.train.optim import OptimConfig, build_optimizer

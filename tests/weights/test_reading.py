@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssl_eo.hub import write_tensors
+from ssl_eo.tensor_files import write_tensors
 from ssl_eo.weights._reading import find_encoder, read_state_dict
 
 ENCODER = {
@@ -164,6 +164,16 @@ def test_a_dictionary_may_have_two_names_and_not_without_end(tmp_path: Path) -> 
     assert len(str(refusal.value)) < 300
 
 
+@pytest.mark.parametrize("content", [b"x", b"<html></html>", b"GIF89a" + bytes(9)])
+def test_torch_gives_no_advice_to_run_code(content: bytes, tmp_path: Path) -> None:
+    """Of what is no file of it, it says how to have the file unpickled all the same."""
+    (tmp_path / "page.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"or damaged \(UnpicklingError: \S[^)]*\)$") as caught:
+        read_state_dict(tmp_path / "page.pth")
+    assert "weights_only" not in str(caught.value)
+    assert "PyTorch" not in str(caught.value)
+
+
 _FAULTS = (IndexError("pop"), AssertionError("key"), zipfile.BadZipFile("disks"), struct.error("unpack"), TypeError())
 
 
@@ -176,7 +186,7 @@ def test_whatever_torch_says_of_a_damaged_file(
 
     path = saved(tmp_path / "weights.pth", ENCODER)
     monkeypatch.setattr(torch, "load", damaged)
-    with pytest.raises(ValueError, match=rf"weights\.pth: neither .* or damaged \({type(fault).__name__}: "):
+    with pytest.raises(ValueError, match=rf"weights\.pth: neither .* or damaged \({type(fault).__name__}(: \S|\))"):
         read_state_dict(path)
 
 

@@ -115,6 +115,18 @@ def test_a_bundle_of_another_recipe_is_one_clear_line(bundle: Path, name: str, m
         load(name, str(bundle))
 
 
+def test_what_features_do_not_depend_on_may_differ(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drop-path is for training, and an encoder with a convolution has no attention over channels."""
+    found = _recipes.RECIPES[MICRO]
+    unused = {**found["encoder"]["channel_attention"], "elevation": True}
+    changed = {**found["encoder"], "drop_path_prob": 0.3, "channel_attention": unused}
+    monkeypatch.setitem(_recipes.RECIPES, MICRO, {**found, "encoder": changed})
+    assert isinstance(load(MICRO, str(bundle)), BundleEncoder)
+    monkeypatch.setitem(_recipes.RECIPES, MICRO, {**found, "encoder": {**changed, "conv": {"padding": 1}}})
+    with pytest.raises(ValueError, match=r"its encoder\.conv\.padding is 0, expected 1"):
+        load(MICRO, str(bundle))
+
+
 def test_another_number_of_bands_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_recipes.RECIPES, MICRO, {**_recipes.RECIPES[MICRO], "n_channels": 4})
     with pytest.raises(ValueError, match="its n_channels is 3, expected 4"):

@@ -27,7 +27,7 @@ MOST_WIDTH = 768  # of those that are computed whole here; `ssl-eo doctor --mode
 def test_every_published_architecture_has_one() -> None:
     """Whatever `--as` and torch.hub know."""
     assert set(ALL) == {*(one.name for one in base._all_released()), *PAIRS}
-    assert len(ALL) == 29
+    assert len(ALL) == 31
 
 
 def test_the_formula_gives_these_bits() -> None:

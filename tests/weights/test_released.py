@@ -14,8 +14,9 @@ from released_formula import weights
 from torch import Tensor
 
 from ssl_eo.cli import main
-from ssl_eo.hub import UNSAID, SensorInput, load_bundle, read_tensors, write_bundle, write_tensors
+from ssl_eo.hub import UNSAID, SensorInput, load_bundle, write_bundle
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
+from ssl_eo.tensor_files import read_tensors, write_tensors
 from ssl_eo.weights import dinov2, panopticon
 from ssl_eo.weights.base import (
     build_encoder,
@@ -250,6 +251,8 @@ FILES = {  # as their authors, or torchgeo, call them
     "mae_vitl16": ["mae_pretrain_vit_large.pth", "mae_visualize_vit_large.pth", "mae_pretrain_vit_large_full.pth"],
     "dofa_vitb16": ["dofa_base_patch16_224-a0275954.pth"],
     "dofa_vitl16_legacy": ["dofa_large_patch16_224-fbd47fa9.pth"],
+    "dofa_v2_vitb14": ["dofav2_vit_base_e150.pth"],
+    "dofa_v2_vitl14": ["dofav2_vit_large_e150.pth", "dofa_v2_vitl14.pth"],
     "prithvi_eo_v1_100": ["Prithvi_EO_V1_100M.pt"],
     "prithvi_eo_v2_tiny_tl": ["Prithvi_EO_V2_tiny_TL.pt"],
     "prithvi_eo_v2_300": ["Prithvi_EO_V2_300M.pt"],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssl_eo.eval.decoders._options import check_counts, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.models.layers import CrossAttention, init_layers
@@ -31,8 +31,7 @@ class Config:
     dropout_prob: float = 0.0  # of what queries found
 
     def __post_init__(self) -> None:
-        check_counts(self, "n_queries", "n_heads")
-        check_probs(self, "dropout_prob")
+        check_options(self)
 
 
 class Decoder(nn.Module):

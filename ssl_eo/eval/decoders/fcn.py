@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, conv_norm, resized
-from ssl_eo.eval.decoders._options import check_choice, check_counts, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
 
@@ -37,10 +37,7 @@ class Config:
     norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
-        check_counts(self, "channels", "n_convs")
-        check_choice("upsampling", self.upsampling, get_args(_Upsampling))
-        check_probs(self, "dropout_prob")
-        check_choice("norm", self.norm, get_args(Norm))
+        check_options(self)
 
 
 class Decoder(nn.Module):

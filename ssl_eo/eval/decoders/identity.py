@@ -6,11 +6,10 @@ B images, D pooled width, K outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 from torch import Tensor, nn
 
-from ssl_eo.eval.decoders._options import check_choice, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders._pooling import Pool, Pooling, Taps
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
@@ -29,9 +28,7 @@ class Config:
     dropout_prob: float = 0.0  # of pooled features
 
     def __post_init__(self) -> None:
-        check_choice("pool", self.pool, get_args(Pool))
-        check_choice("taps", self.taps, get_args(Taps))
-        check_probs(self, "dropout_prob")
+        check_options(self)
 
 
 class Decoder(nn.Module):

@@ -9,12 +9,11 @@ B images, D width, h w patches, H W pixels, K outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, make_norm, resized
-from ssl_eo.eval.decoders._options import check_choice, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
 
@@ -31,8 +30,7 @@ class Config:
     norm: Norm = "batch"  # batch, group or layer, of tokens
 
     def __post_init__(self) -> None:
-        check_probs(self, "dropout_prob")
-        check_choice("norm", self.norm, get_args(Norm))
+        check_options(self)
 
 
 class Decoder(nn.Module):

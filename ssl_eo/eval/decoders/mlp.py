@@ -9,11 +9,10 @@ B images, D pooled width, K outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 from torch import Tensor, nn
 
-from ssl_eo.eval.decoders._options import check_choice, check_counts, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders._pooling import Pool, Pooling, Taps
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
@@ -33,11 +32,7 @@ class Config:
     dropout_prob: float = 0.0  # of the hidden layer
 
     def __post_init__(self) -> None:
-        if self.hidden_dim is not None:
-            check_counts(self, "hidden_dim")
-        check_choice("pool", self.pool, get_args(Pool))
-        check_choice("taps", self.taps, get_args(Taps))
-        check_probs(self, "dropout_prob")
+        check_options(self)
 
 
 class Decoder(nn.Module):

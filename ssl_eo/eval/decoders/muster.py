@@ -9,7 +9,6 @@ B images, h w cells of a level, C its width, H W pixels, K outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, PixelHead, conv_norm, resized
 from ssl_eo.eval.decoders._neck import Neck
-from ssl_eo.eval.decoders._options import check_choice, check_counts, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders._windows import WindowAttention
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
@@ -42,11 +41,7 @@ class Config:
     norm: Norm = "batch"  # of convolutions; transformer blocks have LayerNorm
 
     def __post_init__(self) -> None:
-        check_counts(self, "depth", "n_heads", "window", "channels")
-        check_probs(self, "dropout_prob", "drop_path_prob")
-        if not isinstance(self.mlp_ratio, (int, float)) or not self.mlp_ratio > 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio!r}")
-        check_choice("norm", self.norm, get_args(Norm))
+        check_options(self)
 
 
 class Decoder(nn.Module):

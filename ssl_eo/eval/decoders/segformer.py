@@ -6,14 +6,14 @@ B images, D width of a level, C channels, h w cells, H W pixels, K outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, PixelHead, conv_norm, resized
 from ssl_eo.eval.decoders._neck import Neck, NeckWidths
-from ssl_eo.eval.decoders._options import check_choice, check_counts, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
 
@@ -35,11 +35,7 @@ class Config:
     norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
-        check_counts(self, "channels")
-        check_choice("taps", self.taps, get_args(_Taps))
-        check_choice("neck", self.neck, get_args(NeckWidths))
-        check_probs(self, "dropout_prob")
-        check_choice("norm", self.norm, get_args(Norm))
+        check_options(self)
 
 
 class Decoder(nn.Module):

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, conv_norm, halved, resized
-from ssl_eo.eval.decoders._options import check_choice
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
 
@@ -31,9 +30,7 @@ class Config:
     norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
-        if not isinstance(self.widths, list) or not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths must name one at least, all positive, got {self.widths}")
-        check_choice("norm", self.norm, get_args(Norm))
+        check_options(self)
 
 
 class Decoder(nn.Module):

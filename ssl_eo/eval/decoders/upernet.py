@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ssl_eo.eval.decoders._layers import Norm, PixelHead, conv_norm, resized
 from ssl_eo.eval.decoders._neck import Neck, NeckWidths
-from ssl_eo.eval.decoders._options import check_choice, check_counts, check_probs
+from ssl_eo.eval.decoders._options import check_options
 from ssl_eo.eval.decoders.base import TapMaps, TapShape
 from ssl_eo.eval.kinds import Kind
 
@@ -35,13 +34,7 @@ class Config:
     norm: Norm = "batch"  # batch, group or layer, of its convolutions
 
     def __post_init__(self) -> None:
-        check_counts(self, "channels")
-        is_list = isinstance(self.pools, (list, tuple)) and len(self.pools) > 0
-        if not is_list or not all(isinstance(side, int) and side >= 1 for side in self.pools):
-            raise ValueError(f"pools must be a list of whole numbers, each at least 1, got {self.pools!r}")
-        check_choice("neck", self.neck, get_args(NeckWidths))
-        check_probs(self, "dropout_prob")
-        check_choice("norm", self.norm, get_args(Norm))
+        check_options(self)
 
 
 class PyramidPooling(nn.Module):

@@ -78,6 +78,10 @@ class Problem:
         frequency = self._targets.mean(1)  # [K]
         weights = self._x.new_zeros(len(frequency), self._x.shape[1])
         weights[:, -1] = frequency.logit() if self._kind == "multilabel" else frequency.log()
+        return self.at(weights)
+
+    def at(self, weights: Tensor) -> Point:
+        """What the model says with `weights [K, P]`."""
         return self._point(weights, weights @ self._x.T)
 
     def minimise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -220,6 +221,13 @@ def test_overfits_images(name: str) -> None:
         ("fcn", {"n_convs": 0}, "n_convs must be"),
         ("muster", {"mlp_ratio": 0}, "mlp_ratio must be positive"),
         ("muster", {"mlp_ratio": "4"}, "mlp_ratio must be positive"),
+        ("muster", {"mlp_ratio": math.inf}, "mlp_ratio must be positive and finite, got inf"),
+        ("muster", {"window": True}, "window must be a whole number and at least 1, got True"),
+        ("upernet", {"pools": [True]}, "pools must be a list of whole numbers"),
+        ("linear", {"dropout_prob": True}, r"dropout_prob must be in \[0, 1\), got True"),
+        ("unet", {"widths": ["a"]}, r"widths must be a list of whole numbers, each at least 1, got \['a'\]"),
+        ("unet", {"widths": []}, "widths must be a list of whole numbers"),
+        ("unet", {"norm": 3}, "norm must be one of batch, group, layer, got 3"),
         ("muster", {"n_heads": 3}, "n_heads 3 must divide the width of the finest level, 4"),
         ("muster", {"drop_path_prob": -0.1}, "drop_path_prob must be in"),
         ("identity", {"pool": "clss"}, r"pool must be one of .*; did you mean 'cls'\?"),

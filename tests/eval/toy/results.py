@@ -43,6 +43,7 @@ def record(features: str, found_by: Classified | Regressed, model: str = "a", **
         "metric": metric,
         "classes": ["sea", "wood", "town"] if metric == "accuracy" else [],
         "data": {"train": "x", "test": "y"},
+        "content": {"train": "x", "test": "y"},
         "partition": "1.00x",
         "partition_of": _origin(changes.get("partition", "1.00x")),
         "subset": "all",
