@@ -7,14 +7,15 @@ imported inside its command.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ssl_eo import __version__, cli_adapt, cli_data, cli_doctor, cli_embed, cli_eval, cli_report
 from ssl_eo.cluster import (
@@ -37,6 +38,11 @@ _OTHER_TELLS_WITHIN_S = 2.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; user errors become one line on stderr and status 2."""
+    with _ended_when_unread():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parsed(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, MissingExtraError) as error:
         return _fail(str(error), EXIT_USAGE, _is_told_elsewhere(error))
     except (RuntimeError, OSError) as error:
-        if os.environ.get("SSL_EO_TRACEBACK"):
+        if os.environ.get("SSL_EO_TRACEBACK") or _is_unread():
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         message = f"{error}{notes} (set SSL_EO_TRACEBACK=1 for the traceback)"
@@ -80,6 +86,28 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
+@contextlib.contextmanager
+def _ended_when_unread() -> Iterator[None]:
+    """End where nobody reads what is printed any more (`| head`): without a word, with the status of SIGPIPE."""
+    try:
+        yield
+    except (BrokenPipeError, SystemExit):  # the latter of --help, --list-tasks and wrong usage
+        if not _is_unread():
+            raise
+    if _is_unread():
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # Python prints what is left when it ends
+        raise SystemExit(128 + signal.SIGPIPE)
+
+
+def _is_unread() -> bool:
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def _fail(message: str, status: int, is_told_elsewhere: bool = False) -> int:
     if is_told_elsewhere:
         time.sleep(_OTHER_TELLS_WITHIN_S)  # torchrun ends the first rank as soon as another has ended
@@ -94,8 +122,27 @@ def _is_told_elsewhere(error: Exception) -> bool:
     return distributed is not None and distributed.told_by(error) not in (None, distributed.rank())
 
 
+class _Once(argparse.Action):
+    """Stores what is given, once: of an option that is there twice, the first value would be lost in silence."""
+
+    _is_given = False
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if self._is_given and option is not None:
+            how = "once" if self.nargs is None else "once, with all values behind it"
+            raise argparse.ArgumentError(self, f"given twice; give it {how}")
+        self._is_given = True
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
-    """Wrong usage is one line, as every other error; `--help` has the rest."""
+    """Wrong usage is one line, as every other error; `--help` has the rest. Good for one command line."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how)
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"ssl-eo: {message} (see {self.prog} --help)\n")

@@ -13,9 +13,18 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO
 
-__all__ = ["atomic_file", "atomic_write", "check_regular", "is_seen", "locked_folder", "own_file", "sync"]
+__all__ = ["atomic_file", "atomic_write", "check_regular", "is_seen", "locked_folder", "own_file", "sync", "writing"]
 
 _held: set[int] = set()  # handles of `own_file`
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An `OSError` inside is raised as one that says that the file `path` could not be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -27,14 +36,13 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """
     partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # random: several processes may write at once
     try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written: {error.strerror or error}") from error
+        with writing(path):
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -65,22 +65,44 @@ def test_odd_lines_are_left_out_with_one_warning(tmp_path: Path, caplog: pytest.
         '{"a": ' + "9" * 5000 + "}",
         "[1]",
         '{"text": "\u2028"}',
+        "",
         '{"step": 1}',
-        '{"st',
+        '{"step": 2}{"step": 3}',
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert read_jsonl(path) == [{"step": 0}, {"text": "\u2028"}, {"step": 1}]
-    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2 and 2 more: no record of this file; left out"]
+    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2 and 3 more: no record of this file; left out"]
     read_jsonl(path)
     assert len(caplog.records) == 1  # files are read again and again
     caplog.clear()
-    path.write_text('{"step": 0}\n{"step": "x"}\n{"st\n')
+    path.write_text('{"step": 0}\n{"step": "x"}\n\n')
     assert read_jsonl(path, lambda record: isinstance(record["step"], int)) == [{"step": 0}]
     assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2: no record of this file; left out"]
-    caplog.clear()
+
+
+def test_a_last_line_without_an_end_is_silent_and_any_other_cut_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "results.jsonl"
     path.write_text('{"step": 0}\n{"st')
     assert read_jsonl(path) == [{"step": 0}]
     assert caplog.text == ""  # a killed run is nothing to be warned of
+    with JsonLines(path) as file:
+        file.write({"step": 1})
+    assert read_jsonl(path) == [{"step": 0}, {"step": 1}]
+    assert [r.getMessage() for r in caplog.records] == [f"{path}, line 2: no record of this file; left out"]
+    caplog.clear()
+    path.write_text('{"step": 0}\n[1]')  # no kill leaves this
+    assert read_jsonl(path) == [{"step": 0}]
+    assert "line 2: no record" in caplog.text
+
+
+def test_a_disk_that_is_full_is_told_with_the_file() -> None:
+    with (
+        JsonLines(Path("/dev/full")) as file,
+        pytest.raises(OSError, match=r"^\[Errno 28\] /dev/full could not be wri"),
+    ):
+        file.write({"step": 0})
 
 
 def test_a_file_that_is_not_there_has_no_records(tmp_path: Path) -> None:

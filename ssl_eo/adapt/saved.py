@@ -1,9 +1,9 @@
 """A model that was trained on labels, as a folder: its encoder as a bundle, its decoder, and what both were told.
 
     encoder.json encoder.safetensors   a bundle (`ssl_eo.hub`), with the statistics of the training images
-    decoder.safetensors task.json      decoder, taps, classes
+    decoder.safetensors task.json      decoder, taps, classes, and the SHA-256 of the other files
 
-Nothing is unpickled on the way in.
+Nothing is unpickled on the way in, and no module is imported that the folder names: decoders are those of this package.
 
 B images, C channels, H W pixels, K outputs.
 """
@@ -11,6 +11,7 @@ B images, C channels, H W pixels, K outputs.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,18 +30,20 @@ from ssl_eo.components import one_line
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
-from ssl_eo.files import atomic_write
+from ssl_eo.files import atomic_write, check_regular
 from ssl_eo.hub import load_bundle, write_bundle
 from ssl_eo.sensors import Sensor
 from ssl_eo.tensor_files import read_tensors, write_tensors
 
-__all__ = ["SavedModel", "load_model", "save_model"]
+__all__ = ["SavedModel", "load_model", "read_page", "save_model"]
 
-_FORMAT = 1
+_FORMAT = 2
+_PAGE, _ENCODER, _DECODER = "task.json", "encoder.json", "decoder.safetensors"
 _KEYS = (
     *("task", "kind", "classes", "bands", "size_px", "n_outputs", "decoder", "options", "taps", "fixed_bands"),
     *("clip_std", "sha256"),
 )
+_MAX_SHOWN = 20  # folders in a message
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,9 @@ class SavedModel:
 def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, Any]) -> None:
     """Write `model`, which was trained on `task`; adapters are merged into the weights of its encoder.
 
-    `facts` are `decoder`, `options` and `taps` of it, and further plain values. Raises `ValueError` for a backbone that
-    is no vision transformer.
+    `facts` are `decoder`, `options` and `taps` of it, and further plain values. `task.json` is taken away first and
+    comes last: after a kill the folder holds the old model, or one that `load_model` refuses. Raises `ValueError` for a
+    backbone that is no vision transformer, and `OSError` for what cannot be written.
     """
     backbone = model.backbone
     if not isinstance(backbone, EncoderBackbone):
@@ -101,9 +105,10 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
     # Where bands are found first, it is the backbone that brings them to [0, 1]: those that are missing too.
     clip_std = backbone.clip_std if backbone.bands is None else None
     known = SensorInput(schema.sensor, tuple(task.bands), mean, std, gsd_m, clip_std)
+    (folder / _PAGE).unlink(missing_ok=True)
     write_bundle(folder, encoder, {schema.sensor.name: known}, {"step": 0, **facts})
     decoder = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
-    sha256 = write_tensors(folder / "decoder.safetensors", decoder)
+    of_decoder = write_tensors(folder / _DECODER, decoder)
     page = {
         "format": _FORMAT,
         "task": task.name,
@@ -114,15 +119,22 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
         "n_outputs": 1 if task.cfg.kind == "regression" else task.n_classes,
         "fixed_bands": _page_of(backbone.bands),
         "clip_std": backbone.clip_std,
-        "sha256": sha256,
+        # That of the encoder's weights is in its page.
+        "sha256": {_ENCODER: hashlib.sha256((folder / _ENCODER).read_bytes()).hexdigest(), _DECODER: of_decoder},
         **facts,
     }
-    atomic_write(folder / "task.json", json.dumps(page, indent=1))
+    atomic_write(folder / _PAGE, json.dumps(page, indent=1))
 
 
-def load_model(folder: Path) -> SavedModel:
-    """What `save_model` wrote. Raises `ValueError` for anything that is not a whole model."""
-    page = _read_page(folder / "task.json")
+def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
+    """What `save_model` wrote.
+
+    A decoder of your own, a module of a dotted name, is imported only if it is given as `decoder`: the folder may be of
+    somebody else. Raises `ValueError` for anything that is not a whole model.
+    """
+    page = read_page(folder)
+    _check_decoder(folder, page["decoder"], decoder)
+    _check_encoder(folder, page["sha256"])
     bundle = load_bundle(folder)
     if not isinstance(bundle, BundleEncoder) or not bundle.inputs:
         raise ValueError(f"{folder}/encoder.json: a trained model has one encoder, and statistics for its images")
@@ -131,19 +143,24 @@ def load_model(folder: Path) -> SavedModel:
         is_clipped = any(known.clip_std is not None for known in bundle.inputs.values())
         clip_std = None if is_clipped else page["clip_std"]
         backbone = EncoderBackbone(bundle.encoder, page["taps"], bands, clip_std)
-        decoder: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
-        model = TaskModel(backbone, decoder)
+        layers: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
+        model = TaskModel(backbone, layers)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}/task.json: {one_line(error)}") from None
-    tensors = read_tensors(folder / "decoder.safetensors", page["sha256"])
+    tensors = read_tensors(folder / _DECODER, page["sha256"][_DECODER])
     expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("backbone.")}
     found = {name: value.shape for name, value in tensors.items()}
     if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
         raise ValueError(
-            f"{folder}/decoder.safetensors: {len(wrong)} tensors do not fit the decoder {page['decoder']}, the first is"
+            f"{folder}/{_DECODER}: {len(wrong)} tensors do not fit the decoder {page['decoder']}, the first is"
             f" {wrong[0]}"
         )
     model.load_state_dict(tensors, strict=False)
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{folder}: {name} holds values that are not finite, so it predicts nothing; train it again"
+            )
     return SavedModel(model.requires_grad_(False).eval(), bundle, page)
 
 
@@ -168,16 +185,65 @@ def _bands_from(page: Mapping[str, Any] | None, n_shown: int) -> FixedBands | No
     return FixedBands(sensor, names, picks)
 
 
-def _read_page(path: Path) -> dict[str, Any]:
+def read_page(folder: Path) -> dict[str, Any]:
+    """What `task.json` of a saved model says. Raises `ValueError` for a folder that is none."""
+    path = folder / _PAGE
     try:
+        check_regular(path)
         page = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{folder}: not a trained model: {_what_is_there(folder)}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.parent}: not a trained model ({path.name}: {one_line(error)})") from None
+        raise ValueError(f"{folder}: not a trained model ({_PAGE}: {one_line(error)})") from None
     if not isinstance(page, dict) or page.get("format") != _FORMAT:
         found = page.get("format") if isinstance(page, dict) else "none"
-        raise ValueError(f"{path}: format {found}, this version reads {_FORMAT}; update ssl_eo")
+        raise ValueError(
+            f"{path}: format {found!r:.40}, this version reads {_FORMAT}: train it again (ssl-eo study), or take the"
+            " version of ssl_eo that wrote it"
+        )
     if missing := [key for key in _KEYS if key not in page]:
         raise ValueError(f"{path}: key {missing[0]!r} is missing")
     if type(page["size_px"]) is not int or page["size_px"] < 1:
         raise ValueError(f"{path}: size_px must be a whole number and at least 1, got {page['size_px']!r}")
+    if not isinstance(page["sha256"], dict) or page["sha256"].keys() != {_ENCODER, _DECODER}:
+        raise ValueError(f"{path}: sha256 must hold those of {_ENCODER} and {_DECODER}, got {page['sha256']!r:.80}")
     return page
+
+
+def _what_is_there(folder: Path) -> str:
+    """What to give instead of a folder without `task.json`."""
+    how = "one is what ssl-eo study leaves with save_models=true, in STUDY/models"
+    inside = sorted(path.parent for at in ("", "models") for path in (folder / at).glob(f"*/{_PAGE}"))
+    if inside:
+        more = f" and {len(inside) - _MAX_SHOWN} more" if len(inside) > _MAX_SHOWN else ""
+        return f"in it are {', '.join(map(str, inside[:_MAX_SHOWN]))}{more}; give one of them"
+    if not folder.exists():
+        return f"there is no such folder; {how}"
+    if (folder / "config.yaml").exists() or (folder / _ENCODER).exists():
+        return f"it is an encoder alone, with no decoder that was trained on labels; {how}"
+    return f"it holds no {_PAGE}; {how}"
+
+
+def _check_decoder(folder: Path, named: Any, given: str | None) -> None:
+    """Raise `ValueError` unless the decoder that the folder names may be built: shipped, or the one that was given."""
+    if given is not None and named != given:
+        raise ValueError(f"{folder}/{_PAGE}: its decoder is {named!r:.100}, and {given!r} was given")
+    if not isinstance(named, str) or ("." in named and given is None):
+        raise ValueError(
+            f"{folder}/{_PAGE}: its decoder is {named!r:.100}, which is none of this package, and to import it runs its"
+            " code; if you trust it, give it by its name (--decoder, decoder= of load_model)"
+        )
+
+
+def _check_encoder(folder: Path, expected: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for the encoder of another model: a decoder fits any of its width."""
+    path = folder / _ENCODER
+    try:
+        check_regular(path)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    if found != expected[_ENCODER]:
+        raise ValueError(
+            f"{path}: its SHA-256 is not that in {_PAGE}: it is of another model, or was changed; train it again"
+        )

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 import ssl_eo
-from ssl_eo.adapt.backbone import DEFAULT_TAPS, EncoderBackbone
+from ssl_eo.adapt.backbone import DEFAULT_TAPS
 from ssl_eo.adapt.cost import energy_of, samples_per_second, step_cost
 from ssl_eo.adapt.opened_task import OpenedTask
-from ssl_eo.adapt.saved import save_model
 from ssl_eo.adapt.study import UNET, Cell, StudyConfig
 from ssl_eo.adapt.study_code import study_code
+from ssl_eo.adapt.study_models import StudyModels
 from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.training import Fitted, fit, predict
 from ssl_eo.adapt.workbench import Workbench
@@ -39,7 +39,7 @@ from ssl_eo.eval.metrics import Classified, Outcome, Segmented
 from ssl_eo.eval.provenance import task_facts
 from ssl_eo.eval.records import key_of, packed
 from ssl_eo.jsonl import JsonLines, read_jsonl
-from ssl_eo.progress import say
+from ssl_eo.progress import progress, say
 from ssl_eo.seeding import derive_seed
 
 __all__ = ["RECORDS", "read_study", "run_study"]
@@ -54,14 +54,15 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
     """Train all cells of `cfg` that have no result in `out`, together with other processes that do the same.
 
     Returns the records of all its cells, in their order. What fails is a record, and the rest goes on; the next call
-    tries it again. Raises `ValueError` where an encoder cannot be opened, `out` not be written, the device is none, or
-    models are to be saved and none can be, before anything is trained.
+    tries it again. Of results whose model was to be saved and is not there, `unsaved` holds the folder. Raises
+    `ValueError` where an encoder cannot be opened, `out` not be written, the device is none, or models are to be saved
+    and none can be, before anything is trained.
     """
     _check_device(cfg.device)
     runner = _Runner(cfg, out)
     cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in cfg.cells()}  # opens encoders
     _check_writable(out)
-    runner.check_saved()
+    runner.begin()
     try:
         work_through(out / ".claims", list(cells), lambda name, claim: runner.work(cells[name], claim))
     except KeyboardInterrupt:
@@ -84,7 +85,11 @@ def _records_of(out: Path, runner: _Runner, cells: Iterable[Cell]) -> list[dict[
     """Those of `cells` in `out`. A key has no names of encoders and trainings, so they are shown by those asked for."""
     found = read_study(out)
     keys = {cell: runner.key_of(cell) for cell in cells}
-    return [{**found[key], "cell": asdict(cell)} for cell, key in keys.items() if key in found]
+    return [
+        {**found[key], "cell": asdict(cell), **runner.unsaved(cell, found[key])}
+        for cell, key in keys.items()
+        if key in found
+    ]
 
 
 def _check_device(name: str | None) -> None:
@@ -153,43 +158,76 @@ class _Runner:
         self._bench = Workbench(cfg)
         self._tasks = {task.name: task for task in cfg.tasks}
         self._results = _Results(out / RECORDS)
+        self._models = StudyModels(out / "models", cells)
 
     def key_of(self, cell: Cell) -> str:
         """The hash of all that is asked of a cell."""
         return key_of(self._facts(cell))
 
-    def check_saved(self) -> None:
-        """Raise `ValueError` where models are to be saved and none can be; say of which there will be no file."""
+    def begin(self) -> None:
+        """Say what there is to do. Raises `ValueError` where models are to be saved and none can be."""
+        n = len(self._places)
+        n_done = sum(self._results.has(self.key_of(cell)) for cell in self._places)
+        done = f", of which {n_done} {_are(n_done)} trained already" if n_done else ""
+        n_unets = sum(cell.encoder == UNET for cell in self._places)
+        unets = f"; {n_unets} of them {_are(n_unets)} a UNet from scratch (unet=false leaves it out)" if n_unets else ""
+        say(f"{n} {'models' if n > 1 else 'model'} to train{done}{unets}")
         if not self._cfg.save_models:
             return
         kinds = {name: self._bench.is_ensemble(name) for name in self._cfg.encoders}
         if all(kinds.values()):
             raise ValueError("save_models: models of ensembles cannot be saved, and there are no others; unset it")
         unsaved = [name for name, is_ensemble in kinds.items() if is_ensemble]
-        if any(cell.encoder == UNET for cell in self._places):
+        if n_unets:
             unsaved.append("the UNet")
         if unsaved:
             say(f"save_models: models of {', '.join(unsaved)} are not saved; those of single encoders are")
+        if again := sum(self._is_trained_again(cell) for cell in self._places):
+            say(f"save_models: {again} of those that are trained already were not saved, and are trained again")
+
+    def unsaved(self, cell: Cell, record: Mapping[str, Any]) -> dict[str, str]:
+        """`unsaved`, the folder of the model of a result, if it was to be saved and is not there; else nothing."""
+        if record["kind"] == "result" and self._lacks_model(cell):
+            return {"unsaved": str(self._models.path(cell))}
+        return {}
 
     def work(self, cell: Cell, claim: Claim) -> None:
-        """Train a cell, unless there is a result of it."""
+        """Train a cell, unless there is a result of it, and its model if that is to be saved."""
         key = self.key_of(cell)
-        if self._results.has(key):
+        if self._results.has(key) and not self._lacks_model(cell):
             return
         start = time.perf_counter()
+        fitted = None
         if claim.n_before >= _MAX_DEATHS:
             problem = f"{claim.n_before} processes have ended while they were at it (out of memory?)"
             found: dict[str, Any] = {"kind": "error", "error": problem}
         else:
+            title = f"{self._places[cell]} {cell.name}"
+            say(f"{title} ...")
             try:
-                found = {"kind": "result", **self._measure(cell)}
+                with progress(title) as tell:
+                    fitted, measured = self._measure(cell, tell)
+                found = {"kind": "result", **measured}
             except Exception as error:
                 found = failure(logger, error, "%s could not be trained", cell.name)
         seconds = time.perf_counter() - start
-        say(f"{self._places[cell]} {cell.name}, {seconds:.0f} s")
+        outcome = "trained" if found["kind"] == "result" else "failed"
+        say(f"{self._places[cell]} {cell.name}: {outcome}, {seconds:.0f} s")
         date = datetime.now(UTC).isoformat(timespec="seconds")
         with _appending(self._out) as file:
             file.write({"key": key, "cell": asdict(cell), **found, "asked": self._facts(cell), "date": date})
+        if fitted is not None and self._lacks_model(cell):
+            self._save(cell, key, fitted)  # after the record: a disk that is full costs the model, not the result
+
+    def _is_saved(self, cell: Cell) -> bool:
+        """Whether the model of a cell is to be saved."""
+        return self._cfg.save_models and cell.encoder != UNET and not self._bench.is_ensemble(cell.encoder)
+
+    def _lacks_model(self, cell: Cell) -> bool:
+        return self._is_saved(cell) and not self._models.has(cell, self.key_of(cell))
+
+    def _is_trained_again(self, cell: Cell) -> bool:
+        return self._results.has(self.key_of(cell)) and self._lacks_model(cell)
 
     def _facts(self, cell: Cell) -> dict[str, Any]:
         cfg = self._cfg
@@ -211,21 +249,21 @@ class _Runner:
             "torch": torch.__version__,
         }
 
-    def _measure(self, cell: Cell) -> dict[str, Any]:
+    def _measure(self, cell: Cell, tell: Callable[[int, int], None]) -> tuple[Fitted, dict[str, Any]]:
+        """The model of a cell, and what its record says of it; `tell` is told how far its training is."""
         bench, training = self._bench, self._cfg.trainings[cell.training]
         opened = bench.task(cell.task)
+        opened.check_labelled()
         leaks = opened.leaks  # splits that share samples are refused before anything is trained
         make_model = bench.maker_of(cell)
         samples = bench.samples_of(cell, make_model(), training)
         with energy_of(self._cfg.country) as energy:
-            fitted = fit(make_model, opened.labels, samples["train"], samples["val"], training, cell.seed)
+            fitted = fit(make_model, opened.labels, samples["train"], samples["val"], training, cell.seed, tell)
         outcome = predict(fitted.model, opened.labels, samples["test"], training)
-        if self._cfg.save_models and isinstance(fitted.model.backbone, EncoderBackbone):
-            self._save(cell, fitted, opened)
         train = opened.splits["train"]
         inputs, _ = train.batch(torch.arange(min(training.batch_size, len(train))))
         chosen = bench.chosen(cell)
-        return {
+        return fitted, {
             **self._scored(opened, outcome),
             **_trained(fitted),
             **asdict(step_cost(fitted.model, inputs, train.size)),
@@ -240,11 +278,14 @@ class _Runner:
             "device": bench.device.type,
         }
 
-    def _save(self, cell: Cell, fitted: Fitted, opened: OpenedTask) -> None:
+    def _save(self, cell: Cell, key: str, fitted: Fitted) -> None:
         options = self._cfg.decoders[cell.decoder]
         taps = self._cfg.encoders[cell.encoder].taps or list(DEFAULT_TAPS)
-        facts = {"decoder": cell.decoder, "options": options, "taps": taps, "cell": asdict(cell)}
-        save_model(self._out / "models" / cell.name, fitted.model, opened.task, facts)
+        facts = {"decoder": cell.decoder, "options": options, "taps": taps}
+        try:
+            self._models.save(cell, key, fitted.model, self._bench.task(cell.task).task, facts)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is trained, and could not be saved: %s", cell.name, one_line(error))
 
     def _scored(self, opened: OpenedTask, outcome: Outcome) -> dict[str, Any]:
         """Scores on the test samples with their intervals, by classes, and what was taken for what."""
@@ -266,6 +307,10 @@ class _Runner:
             "per_class": {name: _plain(column) for name, column in outcome.per_class().items()},
             "confusion": outcome.confusion.tolist() if isinstance(outcome, (Classified, Segmented)) else None,
         }
+
+
+def _are(n: int) -> str:
+    return "is" if n == 1 else "are"
 
 
 def _trained(fitted: Fitted) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from ssl_eo.files import own_file
+from ssl_eo.files import own_file, writing
 
 __all__ = ["Claim", "claimed", "next_turn", "work_through"]
 
@@ -37,8 +37,8 @@ class Claim:
     where it did not, or somebody has been at it since, or its file cannot be read.
     """
 
-    def __init__(self, handle: int, folder: Path) -> None:
-        self._handle, self._folder = handle, folder
+    def __init__(self, handle: int, path: Path) -> None:
+        self._handle, self._path = handle, path
         found = os.pread(handle, 64, 0)
         self.n_before = found.count(_BEGUN) if not found.strip(_BEGUN) else 0
         self.ended = _ended(found)
@@ -53,11 +53,10 @@ class Claim:
 
     def finish(self) -> None:
         """It ended in a result, whether good or bad."""
-        self._write(b"%b%d" % (_ENDED, next_turn(self._folder)))
+        self._write(b"%b%d" % (_ENDED, next_turn(self._path.parent)))
 
     def _write(self, content: bytes) -> None:
-        os.pwrite(self._handle, content, 0)
-        os.ftruncate(self._handle, len(content))
+        _replace(self._handle, self._path, content)
 
 
 def next_turn(folder: Path, after: int = 0) -> int:
@@ -66,9 +65,7 @@ def next_turn(folder: Path, after: int = 0) -> int:
     with own_file(folder / _TURNS) as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         turn = max(_number(os.pread(handle, 64, 0)) or 0, after) + 1
-        content = b"%d" % turn
-        os.pwrite(handle, content, 0)
-        os.ftruncate(handle, len(content))
+        _replace(handle, folder / _TURNS, b"%d" % turn)
     return turn
 
 
@@ -76,13 +73,14 @@ def next_turn(folder: Path, after: int = 0) -> int:
 def claimed(folder: Path, name: str) -> Iterator[Claim | None]:
     """The claim of the work `name`, or None where another process is at it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with own_file(folder / _file_name(name)) as handle:
+    path = folder / _file_name(name)
+    with own_file(path) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield None
         else:
-            yield Claim(handle, folder)
+            yield Claim(handle, path)
 
 
 def work_through(folder: Path, names: Sequence[str], work: Callable[[str, Claim], None]) -> None:
@@ -110,6 +108,13 @@ def work_through(folder: Path, names: Sequence[str], work: Callable[[str, Claim]
             has_told = True
         if left:
             time.sleep(_LOOK_EVERY_S)
+
+
+def _replace(handle: int, path: Path, content: bytes) -> None:
+    """Make `content` that of the file `path`, which is open; raises `OSError` that names it."""
+    with writing(path):
+        os.pwrite(handle, content, 0)
+        os.ftruncate(handle, len(content))
 
 
 def _last_ending(folder: Path) -> int:

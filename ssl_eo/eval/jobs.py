@@ -127,11 +127,10 @@ class Evaluation:
         check_names("tasks", [task.name for task in self.tasks])
         for key in ("partitions", "subsets", "sizes", "seeds"):
             check_names(key, getattr(self, key))
+        with told_of("partitions"):  # one that is written in two ways is measured once
+            self.partitions = list(dict.fromkeys(parse_partition(name).name for name in self.partitions))
         with told_of("taps"):
             check_taps(self.taps)
-        for name in self.partitions:
-            with told_of("partitions"):
-                parse_partition(name)
         for size in self.sizes:
             if size not in ("task", "native") and not (size.isdecimal() and 0 < int(size) <= 4096):
                 raise ValueError(f"sizes: {size!r} must be task, native, or a number of pixels up to 4096")

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -35,17 +36,23 @@ _NAME = re.compile(r"(nested_)?([01]\.[0-9]+)x")
 class Partition:
     """A part of the training set; `ratio` of its samples."""
 
-    name: str
+    name: str  # the one way to write it: `0.10x` of `0.1x`
     ratio: float
     is_nested: bool  # ours, whatever was published
 
 
 def parse_partition(name: str) -> Partition:
-    """`0.01x`, `nested_0.5x`, ...; raises `ValueError` for anything else."""
+    """`0.01x`, `nested_0.5x`, ...; raises `ValueError` for anything else.
+
+    However a part is written, it has one name, with two decimals at least; ours of all samples is the whole.
+    """
     match = _NAME.fullmatch(name)
     if match is None or not 0 < float(match[2]) <= 1:
-        raise ValueError(f"{name!r} is no part; give for instance 0.01x, 0.10x, 1.00x or nested_0.10x")
-    return Partition(name, float(match[2]), match[1] is not None)
+        raise ValueError(f"{name!r:.80} is no part; give for instance 0.01x, 0.10x, 1.00x or nested_0.10x")
+    ratio = float(match[2])
+    is_nested = match[1] is not None and ratio < 1
+    whole, _, decimals = format(Decimal(repr(ratio)), "f").partition(".")
+    return Partition(f"{'nested_' * is_nested}{whole}.{decimals.rstrip('0').ljust(2, '0')}x", ratio, is_nested)
 
 
 def partition_rows(
@@ -56,7 +63,7 @@ def partition_rows(
     `train` is the source of the samples `keys`, `labels` are theirs. Raises `ValueError` where the published partition
     names samples that are not among them.
     """
-    if partition.ratio == 1 and not partition.is_nested:
+    if partition.ratio == 1:
         return list(range(len(keys))), "all"
     published = None if partition.is_nested else _published(partition, train)
     if published is None:

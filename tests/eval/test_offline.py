@@ -761,6 +761,11 @@ def test_wrong_values_are_refused(changes: dict[str, Any], message: str) -> None
         Evaluation(**{"tasks": [tasks.task()], **changes})
 
 
+def test_a_part_that_is_written_in_two_ways_is_one() -> None:
+    plan = Evaluation([tasks.task()], partitions=["0.1x", "1.0x", "0.100x", "nested_1.00x", "nested_0.1x"])
+    assert plan.partitions == ["0.10x", "1.00x", "nested_0.10x"]
+
+
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 

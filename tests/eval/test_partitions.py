@@ -29,7 +29,7 @@ TOY = tasks.source()
 def _rows(name: str, labels: list[Any], kind: Kind = "classification", seed: int = 0) -> list[int]:
     keys = [f"toy-{i}" for i in range(len(labels))]
     rows, origin = partition_rows(parse_partition(name), TOY, kind, keys, torch.tensor(labels), seed)
-    assert origin == ("all" if name == "1.00x" else "nested")
+    assert origin == ("all" if name in ("1.00x", "nested_1.00x") else "nested")
     return rows
 
 
@@ -53,6 +53,28 @@ def test_ours_are_nested_stratified_and_keep_every_class(labels: list[int], rati
 def test_the_whole_is_all_of_it() -> None:
     labels = [0, 1, 1, 2] * 5
     assert _rows("1.00x", labels) == _rows("nested_1.00x", labels) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("0.10x", ["0.10x", "0.1x", "0.100x"]),
+        ("nested_0.10x", ["nested_0.1x", "nested_0.1000x"]),
+        ("0.014x", ["0.014x", "0.0140x"]),
+        ("0.00001x", ["0.00001x", "0.000010x"]),
+        ("1.00x", ["1.0x", "1.000x", "nested_1.0x"]),  # all samples, by whichever draw
+    ],
+)
+def test_a_part_has_one_name_however_it_is_written(name: str, written: list[str]) -> None:
+    assert {parse_partition(text).name for text in written} == {name}
+    assert parse_partition(name).name == name
+
+
+@given(st.integers(1, 10**6))
+def test_what_a_part_is_called_says_its_ratio(millionths: int) -> None:
+    part = parse_partition(f"{millionths / 1e6:.6f}x")
+    assert parse_partition(part.name) == part
+    assert part.ratio == millionths / 1e6
 
 
 def test_ours_depend_on_the_seed_alone() -> None:
