@@ -14,12 +14,13 @@ from torch import Tensor
 from ssl_eo.models.vit import EncoderConfig, EncoderInput
 from ssl_eo.sensors import KINDS, ChannelMeta, Sensor
 
-__all__ = ["SensorInput", "check_when_and_where", "normalised", "of_wavelengths", "with_bands"]
+__all__ = ["SensorInput", "check_when_and_where", "doubt_of", "normalised", "of_wavelengths", "with_bands"]
 
 _WAVELENGTHS_UM = (0.2, 20.0)  # of optical and thermal bands
 _LARGEST = 3e38  # float32 ends beyond it
 _SMALLEST_STD = 1e-30
 _LARGEST_CLIP = 1e6  # standard deviations
+_MOST_REFLECTANCE = 2.0  # of bright clouds and snow
 _THERMAL_UM = 5.0  # where thermal ones begin
 
 
@@ -60,6 +61,23 @@ class SensorInput:
 def _is_within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a number from `low` to `high`; no truth value, which torch does not count as one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def doubt_of(images: Tensor, sensor: Sensor) -> str:
+    """What speaks against `images` being stored values of `sensor`: fractions, as of reflectances, where it has whole
+    numbers. Empty where nothing does.
+    """
+    if not images.is_floating_point() or sensor.dtype.startswith("float"):
+        return ""
+    found = images.detach().nan_to_num(0.0, 0.0, 0.0)
+    is_small = (found >= 0).all() & (found <= _MOST_REFLECTANCE).all()
+    if not bool(is_small & (found != found.round()).any()):
+        return ""
+    return (
+        f"images of {sensor.name} are fractions up to {found.max().item():.3g}, as reflectances are: this sensor is"
+        f" stored as {sensor.dtype} (unit {sensor.unit}, scale {sensor.scale:g}), and the encoder takes stored values."
+        " What it makes of others means little"
+    )
 
 
 def with_bands(known: SensorInput, bands: str | Sequence[str] | None, is_fixed: bool) -> SensorInput:

@@ -5,12 +5,14 @@ B samples, C channels, T dates, H W pixels, D width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor, nn
 
-from ssl_eo.bundle_inputs import SensorInput, check_when_and_where, normalised, of_wavelengths, with_bands
+from ssl_eo.bundle_inputs import SensorInput, check_when_and_where, doubt_of, normalised, of_wavelengths, with_bands
 from ssl_eo.models.cross_encoder import OpticalRadar, PoolHead
 from ssl_eo.models.panopticon_dict import open_dictionary, published_features, published_layers
 from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
@@ -61,6 +63,7 @@ class BundleEncoder(nn.Module):
         self.head = head
         self.inputs = dict(inputs)
         self.facts = dict(facts)
+        self._looked_at: set[str] = set()  # names of sensors
 
     def forward(self, images: Tensor | Mapping[str, Any], sensor: str | None = None, **said: Unpack[_Said]) -> Tensor:
         """Features `[B, D]` of whole views."""
@@ -150,6 +153,11 @@ class BundleEncoder(nn.Module):
         """
         said = {"sensor": sensor, "bands": bands, "channels": channels, "wavelengths_um": wavelengths_um}
         given = [name for name, value in said.items() if value is not None]
+        if sensor is not None and not isinstance(sensor, str):
+            raise ValueError(
+                f"sensor must be a name, got a {type(sensor).__name__}; wavelengths in micrometres are given by"
+                " wavelengths_um=, and a ChannelMeta by channels="
+            )
         if isinstance(images, Mapping):
             return self._of_dictionary(images, given, dates, location)
         takes_series = self.encoder.cfg.takes_series
@@ -174,7 +182,16 @@ class BundleEncoder(nn.Module):
                 raise ValueError(f"images have {images.shape[1]} channels, {what}= describes {n_channels}")
             return EncoderInput(images.float(), channels, gsd_m=None, dates=dates, location=location)
         known = with_bands(self._input(sensor), bands, is_fixed=self.encoder.cfg.patch_embed == "conv")
+        self._look_once(images, known)
         return normalised(images, known, dates, location)
+
+    def _look_once(self, images: Tensor, known: SensorInput) -> None:
+        """Warn of what can hardly be stored values, by the first images of each sensor: to look takes time on a GPU."""
+        if known.sensor.name in self._looked_at or torch.compiler.is_compiling():
+            return
+        self._looked_at.add(known.sensor.name)
+        if doubt := doubt_of(images, known.sensor):
+            warnings.warn(doubt, stacklevel=3)
 
     def _described(
         self, sensor: str | None, bands: str | Sequence[str] | None, wavelengths_um: Sequence[float] | None
@@ -213,7 +230,7 @@ class BundleEncoder(nn.Module):
             )
         if sensor is None:
             raise _which_of(self.inputs, "sensor")
-        if not isinstance(sensor, str) or sensor not in self.inputs:
+        if sensor not in self.inputs:
             raise ValueError(
                 f"sensor {sensor!r:.80}: this encoder has statistics for {', '.join(self.inputs)}; name one of them, or"
                 " give normalised images with channels="

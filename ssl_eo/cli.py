@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -50,7 +51,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except (ValueError, MissingExtraError) as error:
         return _fail(str(error), EXIT_USAGE, _is_told_elsewhere(error))
     except (RuntimeError, OSError) as error:
-        if os.environ.get("SSL_EO_TRACEBACK") or _is_unread():
+        if os.environ.get("SSL_EO_TRACEBACK") or (isinstance(error, BrokenPipeError) and _is_unread()):
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         message = f"{error}{notes} (set SSL_EO_TRACEBACK=1 for the traceback)"
@@ -90,22 +91,28 @@ def leave(status: int) -> NoReturn:
 def _ended_when_unread() -> Iterator[None]:
     """End where nobody reads what is printed any more (`| head`): without a word, with the status of SIGPIPE."""
     try:
-        yield
-    except (BrokenPipeError, SystemExit):  # the latter of --help, --list-tasks and wrong usage
+        try:
+            yield
+        except SystemExit:  # of --help and --list-tasks
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)
+    except BrokenPipeError:
         if not _is_unread():
             raise
-    if _is_unread():
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), sys.stdout.fileno())  # Python prints what is left when it ends
-        raise SystemExit(128 + signal.SIGPIPE)
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())  # Python writes what is left when it ends
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _is_unread() -> bool:
+    """Whether stdout is a pipe that nobody reads."""
+    poll = select.poll()
     try:
-        print(end="", flush=True)
-    except BrokenPipeError:
-        return True
-    return False
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return False  # no file
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail(message: str, status: int, is_told_elsewhere: bool = False) -> int:

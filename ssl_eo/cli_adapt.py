@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["add_export_ensemble", "add_predict", "add_study"]
 
+_MAX_SHOWN = 12  # classes in a line
+
 
 def add_study(parser: argparse.ArgumentParser) -> None:
     """Add what `ssl-eo study` takes."""
     parser.add_argument("config", help="a YAML file, or a name below configs/ such as eval/decoder_study")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance trainings.default.n_steps=100")
+    overrides = "for instance trainings.default.n_steps=100, or decoders.fcn=null, which leaves it out"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     parser.add_argument("--out", required=True, help="folder of the study; several processes may share it")
     parser.set_defaults(run=_study)
 
@@ -29,6 +32,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add what `ssl-eo predict` takes."""
     parser.add_argument("scene", metavar="SCENE.tif", help="a GeoTIFF of any size")
     parser.add_argument("--model", required=True, help="folder of a model of a study (STUDY/models/...)")
+    yours = "a decoder of your own, pkg.module, which the model was trained with: its code is run"
+    parser.add_argument("--decoder", default=None, help=yours)
     parser.add_argument("--out", required=True, metavar="CLASSES.tif", help="the class of every pixel")
     parser.add_argument("--probabilities", metavar="FILE.tif", default=None, help="also write a band for each class")
     parser.add_argument(
@@ -52,23 +57,34 @@ def add_export_ensemble(parser: argparse.ArgumentParser) -> None:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from ssl_eo.adapt.study import StudyConfig
+    from ssl_eo.cli_stopping import until_stopped
+
+    return until_stopped(lambda: _work_on_study(arguments))
+
+
+def _work_on_study(arguments: argparse.Namespace) -> int:
+    from ssl_eo.adapt.study import StudyConfig, leave_out
     from ssl_eo.adapt.study_page import check_pages, print_study, write_study_page
     from ssl_eo.adapt.study_run import run_study
-    from ssl_eo.config import build, find_config, read_yaml
+    from ssl_eo.config import build, find_config, read_overrides, read_yaml
 
-    path = find_config(arguments.config)
-    cfg = build(StudyConfig, read_yaml(path, arguments.overrides), "")
+    path, overrides = find_config(arguments.config), arguments.overrides
+    raw = leave_out(read_yaml(path, overrides), read_overrides(overrides), read_yaml(path))
+    cfg = build(StudyConfig, raw, "")
     out = Path(arguments.out)
     check_pages(out)
     records = run_study(_on_own_gpu(cfg), out)
     if read_launch(os.environ).rank != 0:
         return EXIT_DONE
     print_study(records, sys.stdout)
-    command = shlex.join(["ssl-eo", "study", arguments.config, *arguments.overrides, "--out", arguments.out])
+    command = shlex.join(["ssl-eo", "study", arguments.config, *overrides, "--out", arguments.out])
     for written in write_study_page(records, out, path.stem.replace("_", " "), command):
         print(written)
-    return EXIT_DONE if all(record["kind"] == "result" for record in records) else EXIT_FAILURE
+    unsaved = [record["unsaved"] for record in records if "unsaved" in record]
+    for folder in unsaved:
+        print(f"not saved: {folder}; the same command trains it again")
+    is_whole = all(record["kind"] == "result" for record in records) and not unsaved
+    return EXIT_DONE if is_whole else EXIT_FAILURE
 
 
 def _on_own_gpu(cfg: StudyConfig) -> StudyConfig:
@@ -90,7 +106,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from ssl_eo.cli_scenes import opened_scene, tiling_of
     from ssl_eo.progress import progress
 
-    saved = load_model(Path(arguments.model))
+    saved = load_model(Path(arguments.model), arguments.decoder)
     if saved.facts["kind"] != "segmentation":
         raise ValueError(
             f"--model: {arguments.model} was trained on {saved.facts['kind']}, and predict needs segmentation"
@@ -104,6 +120,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     tiling = tiling_of(arguments, window, patch_px, 1, arguments.blend)
     outputs = [Path(arguments.out), *([] if arguments.probabilities is None else [Path(arguments.probabilities)])]
     with opened_scene(Path(arguments.scene), arguments.bands, known) as scene, progress("windows") as tell:
+        height, width = scene.shape
         predict_scene(
             scene,
             lambda images: saved.logits(images.to(device)).cpu(),
@@ -115,12 +132,17 @@ def _predict(arguments: argparse.Namespace) -> int:
             {
                 "model": Path(arguments.model).resolve().name,
                 "weights": saved.weights,
+                "record": str(saved.facts.get("key", "")),  # its key in study.jsonl
                 "task": str(saved.facts["task"]),
                 "sensor": known.sensor.name,
                 "bands": " ".join(known.bands),
             },
         )
-    print(f"wrote {', '.join(map(str, outputs))}")
+    n = len(saved.classes)
+    print(
+        f"wrote {', '.join(map(str, outputs))}: {n} classes of {height} x {width} pixels"
+        f" ({', '.join(saved.classes[:_MAX_SHOWN])}{', ...' if n > _MAX_SHOWN else ''}; windows of {window} pixels)"
+    )
     return EXIT_DONE
 
 

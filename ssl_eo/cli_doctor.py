@@ -19,7 +19,10 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     """Add what `ssl-eo doctor` takes."""
     parser.add_argument("paths", nargs="*", metavar="PATH", help="configs to be run, by file or name; folders of data")
     parser.add_argument(
-        "--limit-s", type=float, default=120.0, help="seconds that two processes have to meet; 0: do not start them"
+        "--limit-s",
+        type=float,
+        default=120.0,
+        help="seconds that two processes have to meet, and one to import packages; 0: none",
     )
     models = "instead, compare outputs of these published architectures, or of all, with known ones; see docs/models.md"
     parser.add_argument("--models", nargs="*", metavar="NAME", default=None, help=models)

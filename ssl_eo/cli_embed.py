@@ -6,7 +6,8 @@ B windows, C bands, s side of a window in pixels, p side of a patch, D features.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,11 @@ def _embed(arguments: argparse.Namespace) -> int:
         is_fixed = model.encoder.cfg.patch_embed == "conv"
         known = with_bands(opened.inputs[sensor], arguments.sensor_bands, is_fixed)
     facts = _facts(model, known)
-    with opened_scene(path, arguments.bands, known) as scene, progress("windows") as tell:
+    with (
+        _some_bands_named(known, is_fixed),
+        opened_scene(path, arguments.bands, known) as scene,
+        progress("windows") as tell,
+    ):
         patch_px = model.encoder.patch_size
         given = arguments.window
         window = _default_window(model.encoder.cfg, scene.shape) if given is None else given
@@ -90,6 +95,20 @@ def _embed(arguments: argparse.Namespace) -> int:
         f" (sensor {sensor}; windows of {window} pixels)"
     )
     return EXIT_DONE
+
+
+@contextmanager
+def _some_bands_named(known: SensorInput, is_fixed: bool) -> Iterator[None]:
+    """Where a scene lacks some of the bands, the error says how an encoder of any sensor takes the others."""
+    from ssl_eo.adapt.scenes import NoBandError
+
+    try:
+        yield
+    except NoBandError as error:
+        there = [band for band in known.bands if band in error.held]
+        if is_fixed or not there:
+            raise
+        raise ValueError(f"{error}; to look at those that are there, add --sensor-bands {' '.join(there)}") from None
 
 
 def _sensor_of(opened: OpenedEncoder, given: str | None) -> str:

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import os
 import re
-import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from ssl_eo.cli_eval_tasks import known_tasks, print_tasks, read_task
-from ssl_eo.cluster import (
-    EXIT_DONE,
-    EXIT_FAILURE,
-    EXIT_RESUMABLE,
-    STOP_SIGNALS,
-    StoppedEarlyError,
-    read_launch,
-    signals_handled,
-)
+from ssl_eo.cli_stopping import until_stopped
+from ssl_eo.cluster import EXIT_DONE, EXIT_FAILURE, read_launch
 from ssl_eo.components import told_of
 
 if TYPE_CHECKING:
@@ -54,7 +42,6 @@ _NAMES = {
     "subsets": "bands",
 }
 _NO_OPTIONS = ("overrides", "run")  # what the parser holds beside options
-_ONE_REQUEST_S = 2.0  # launchers ask more than once, and giving back is not to be interrupted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,37 +90,12 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    try:
-        with _requests_stop():
-            return _evaluate(arguments)
-    except StoppedEarlyError:
-        print("ssl-eo: stopped on request; the same command goes on", file=sys.stderr, flush=True)
-        return EXIT_RESUMABLE
-
-
-@contextlib.contextmanager
-def _requests_stop() -> Iterator[None]:
-    """Let signals that ask this process to end raise `StoppedEarlyError`, so that it gives its claim back.
-
-    A process that dies instead counts as one that its work has killed.
-    """
-    owner, told_s = os.getpid(), -math.inf
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal told_s
-        if os.getpid() != owner:
-            os._exit(128 + signum)  # a process that reads samples: it has no claim
-        before_s, told_s = told_s, time.monotonic()
-        if told_s - before_s > _ONE_REQUEST_S:
-            raise StoppedEarlyError
-
-    heard = [name for name in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(name) is not signal.SIG_IGN]  # nohup
-    with signals_handled(heard, stop):
-        yield
+    return until_stopped(lambda: _evaluate(arguments))
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     _refuse_overrides(arguments)
+    out = _folder(arguments.out)
     import torch
 
     from ssl_eo.eval.offline import Model, evaluate
@@ -148,7 +110,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     model = Model(opened.name, opened.encoder, opened.step)
     plan = _plan(arguments, opened.features, device)
     _check_sizes(model, plan)
-    out = Path(arguments.out)
     results = evaluate(model, plan, out)
     if launch.rank != 0:
         return EXIT_DONE
@@ -158,6 +119,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for remark in dict.fromkeys(_remarks(results)):
         print(remark)
     return EXIT_DONE if is_whole else EXIT_FAILURE
+
+
+def _folder(text: str) -> Path:
+    """The folder of `--out`, which need not be there. Raises `ValueError` where it cannot be one."""
+    if not text.strip():
+        raise ValueError(f"--out: {text!r} names no folder (a variable that is not set?)")
+    out = Path(text)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists() or path.is_symlink())
+    if not there.is_dir():
+        raise ValueError(f"--out {text}: {there} is no folder; give another")
+    return out
 
 
 def _plan(arguments: argparse.Namespace, features: Mapping[str, Any], device: str) -> Evaluation:

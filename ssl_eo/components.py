@@ -31,6 +31,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+_FEWEST_LETTERS = 3  # with which the beginning of a name says enough
+_MOST_NAMED = 3
+
 FREE = {"free": True}  # metadata of such a field, where it needs more than a default
 
 
@@ -41,7 +44,7 @@ def free(default: T) -> T:
 
 
 class MissingExtraError(ImportError):
-    """A package of an extra is not installed; the message says what needs it and how to install it."""
+    """A package of an extra is not there, or cannot be imported; the message says what needs it and what helps."""
 
 
 def available(package: str) -> list[str]:
@@ -66,9 +69,22 @@ def check_patterns(key: str, patterns: Iterable[str]) -> None:
 
 
 def suggest(word: str, allowed: list[str]) -> str:
-    """`"; did you mean 'x'?"` when one of `allowed` is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """`"; did you mean 'x'?"` when one of `allowed` is close to `word`, else an empty string.
+
+    Closest is what has other zeros before its numbers, or other capitals (`B2` is `B02`), then what `word` begins, of
+    which the shortest are named, then what has most letters in common.
+    """
+    close = [name for name in allowed if _plain(name) == _plain(word)][:1]
+    if not close and len(word) >= _FEWEST_LETTERS:
+        close = sorted((name for name in allowed if name.startswith(word)), key=lambda n: (len(n), n))[:_MOST_NAMED]
+    close = close or difflib.get_close_matches(word, allowed, n=1)
+    *others, last = map(repr, close or [""])
+    return f"; did you mean {' or '.join(filter(None, [', '.join(others), last]))}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    """Without what tells no two names apart."""
+    return re.sub(r"(?<![0-9])0+(?=[0-9])", "", name.lower())
 
 
 def one_line(error: Exception) -> str:
@@ -88,16 +104,26 @@ def told_of(where: str) -> Iterator[None]:
 def import_extra(extra: str, module: str, what: str) -> Any:
     """The optional module `module`, which `what` needs and the extra `extra` installs.
 
-    Raises `MissingExtraError` when its package is absent; an error inside an installed one is raised unchanged.
+    Raises `MissingExtraError` when its package is absent, or raises whatever it may as it is imported.
     """
     package = module.partition(".")[0]
     try:
         importlib.import_module(package)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != package:
-            raise
+            raise _broken(package, what, error) from error
         raise MissingExtraError(f"{what} needs the package {package}: pip install 'ssl_eo[{extra}]'") from None
-    return importlib.import_module(module)
+    except Exception as error:  # a library that is missing, another version of NumPy, ...
+        raise _broken(package, what, error) from error
+
+
+def _broken(package: str, what: str, error: Exception) -> MissingExtraError:
+    said = one_line(error) or type(error).__name__
+    return MissingExtraError(
+        f"{what} needs the package {package}, which is installed and cannot be imported ({said}): pip install"
+        f" --force-reinstall {package}"
+    )
 
 
 def resolve(package: str, name: str) -> ModuleType:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import ssl_eo
 from ssl_eo.cluster import read_launch
 from ssl_eo.components import one_line
-from ssl_eo.installation import ALWAYS, commit, requirements
+from ssl_eo.installation import ALWAYS, Requirement, commit, import_faults, requirements
 from ssl_eo.resources import resource_dir
 from ssl_eo.two_ranks import add_on_two_ranks
 
@@ -34,6 +34,7 @@ _LEAST_SHARED, _ENOUGH_SHARED = 0.032 * _GB, 1 * _GB  # batches go through it fr
 _LEAST_FILES, _ENOUGH_FILES = 256, 4096  # each reading process keeps its shards open
 _SHOWN = 10  # packages of an extra
 _FOR_GPUS = "cuda"  # an extra
+_FOR_TESTS = "dev"  # another
 _FIRST_GPU = "cuda:0"  # a topic
 _NVIDIA = Path("/dev/nvidiactl")
 _SHARED = Path("/dev/shm")
@@ -55,13 +56,14 @@ class Finding:
 def examine(paths: Sequence[str], limit_s: float) -> list[Finding]:
     """Look at this machine, at this installation, and at `paths`: configs (by file or name) and folders of data.
 
-    Two processes that meet have `limit_s` for it; with 0 they are not started. Nothing is written but what they leave
-    in a temporary folder while they run, and nothing is fetched.
+    Two processes that meet have `limit_s` for it, and as long has one that imports the packages; with 0 none is
+    started. Nothing is written but what they leave in temporary files while they run, and nothing is fetched.
     """
     of_torch = list(_torch())
+    has_gpu = any(finding.topic == _FIRST_GPU for finding in of_torch)
     findings = [
         *_software(),
-        *_packages(has_gpu=any(finding.topic == _FIRST_GPU for finding in of_torch)),
+        *_packages(has_gpu, limit_s if of_torch[0].status == "ok" else 0),  # many of them import torch
         *of_torch,
         *_storage(Path("runs"), "the folder of runs"),
         *_temporary("export TMPDIR=..., a folder with more"),
@@ -125,33 +127,46 @@ def _software() -> Iterator[Finding]:
     yield Finding("ssl_eo", "ok", f"{ssl_eo.__version__}, {f'commit {found}' if found else 'not a git checkout'}")
 
 
-def _packages(has_gpu: bool) -> Iterator[Finding]:
-    """What is needed always, and each extra; that for GPUs where torch has one."""
+def _packages(has_gpu: bool, limit_s: float) -> Iterator[Finding]:
+    """What is needed always, and each extra; that for GPUs where torch has one. With time they are imported too."""
     try:
         needed = requirements()
     except ValueError as error:
         yield Finding("packages", "wrong", str(error), "python -m pip install ssl_eo, or -e and the checkout")
         return
+    faults = import_faults(_modules(needed, has_gpu), limit_s) if limit_s else {}
     for extra, wanted in needed.items():
         versions = {need: need.installed() for need in wanted}
         absent = [str(need) for need, version in versions.items() if version is None]
         other = [f"{need.name} {v}, not {need}" for need, v in versions.items() if v and not need.allows(v)]
+        broken = [need for need in wanted if need.module in faults]
         topic, named = ("packages", "ssl_eo") if extra == ALWAYS else (f"extra {extra}", f"'ssl_eo[{extra}]'")
+        status: Status = "wrong" if extra == ALWAYS else "note"
         if (absent or other) and extra == _FOR_GPUS and not has_gpu:
             yield Finding(topic, "ok", "not needed: torch uses no GPU here")
         elif absent or other:
             lacking = [*other, *([f"without {_listed(absent)}"] if absent else [])]
-            status: Status = "wrong" if extra == ALWAYS else "note"
             yield Finding(topic, status, _listed(lacking), f"python -m pip install {named}")
+        elif broken:
+            said = _listed(f"{need.name} cannot be imported: {faults[need.module]}" for need in broken)
+            anew = " ".join(need.name for need in broken)
+            yield Finding(topic, status, said, f"python -m pip install --force-reinstall {anew}")
         else:
             yield Finding(topic, "ok", _first(_SHOWN, [f"{need.name} {v}" for need, v in versions.items()]))
+
+
+def _modules(needed: Mapping[str, Sequence[Requirement]], has_gpu: bool) -> list[str]:
+    """What is imported of the installed packages, each once; torch has been, and tests import theirs themselves."""
+    left_out = {_FOR_TESTS} if has_gpu else {_FOR_TESTS, _FOR_GPUS}
+    wanted = {need: None for extra, needs in needed.items() if extra not in left_out for need in needs}
+    return [need.module for need in wanted if need.name != "torch" and need.installed() is not None]
 
 
 def _torch() -> Iterator[Finding]:
     """What torch can compute on. It may not be installed as it should: that is said of the packages."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library of it cannot be loaded
+    except Exception as error:  # of any kind: what a broken build does is not known
         yield Finding("torch", "wrong", f"cannot be imported: {one_line(error)}", "install it anew, see pytorch.org")
         return
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"

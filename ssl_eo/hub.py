@@ -36,6 +36,7 @@ __all__ = [
     "BundlePair",
     "SensorInput",
     "check_blocks",
+    "check_finite",
     "check_free",
     "count_or_none",
     "dataclass_from",
@@ -59,6 +60,7 @@ UNSAID: Mapping[str, Any] = {
 _GROUPS = ("optical", "radar")
 # Of a page, all that is needed to build what the bundle holds, and to read its images; the rest are facts.
 _NO_FACTS = {"format", "kind", "sha256", "encoder", "encoders", "n_channels", "cross_depth", "inputs"}
+_OF_RUNS = ("checkpoints", "complete.json")  # what a run has, and what a checkpoint
 _MOST_PAGE_BYTES = 64 << 20  # of encoder.json, of which a long config and many scores take a hundredth
 
 
@@ -184,10 +186,32 @@ def fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None
     """The module, built on meta, with `tensors` on the CPU."""
     _check_fit(folder, module, tensors)
     module.to_empty(device="cpu").load_state_dict(tensors)
+    check_finite(str(folder), module)
+
+
+def check_finite(where: str, module: nn.Module) -> None:
+    """Raise `ValueError` that begins with `where` for weights that are not finite: what is computed would be NaN."""
+    found = [name for name, value in module.state_dict().items() if not _is_finite(value)]
+    if found:
+        raise ValueError(
+            f"{where}: {len(found)} tensors have values that are NaN or infinite, the first is {found[0]}: damaged, or"
+            " of a training that diverged; take an earlier checkpoint, or the file anew"
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    if values.numel() == 0 or not values.is_floating_point():
+        return True
+    return all(bool(bound.isfinite()) for bound in values.aminmax())  # takes no memory, NaN is the bound of any
 
 
 def _read_page(folder: Path) -> dict[str, Any]:
     """The content of `encoder.json`, an object, as one of the format of this version."""
+    if not (folder / "encoder.json").exists() and any((folder / name).exists() for name in _OF_RUNS):
+        raise ValueError(
+            f"{folder}: a run, or a checkpoint of one, and not an encoder bundle; make one of it: ssl-eo export"
+            f" --checkpoint {folder} --out FOLDER"
+        )
     try:
         check_regular(folder / "encoder.json", _MOST_PAGE_BYTES)
         page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))

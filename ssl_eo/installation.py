@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["ALWAYS", "Requirement", "commit", "requirements"]
+__all__ = ["ALWAYS", "Requirement", "commit", "import_faults", "requirements"]
 
 ALWAYS = ""  # the extra of what is needed in any case
 
 _OURS = "ssl_eo"
 _WANTED = re.compile(r"(?P<name>[\w.-]+)\s*(?:\[(?P<extras>[^\]]*)\])?\s*(?P<bounds>[^;]*)(?:;(?P<marker>.*))?")
 _BOUND = re.compile(r"(>=|<=|==|!=|<|>)\s*(\d+(?:\.\d+)*)")
+_MODULES = {"pyyaml": "yaml", "pillow": "PIL"}  # of packages that are imported by another name
+# Imports what it is given, and says on its own line of each what went wrong; what packages print goes elsewhere.
+_TRY = """
+import importlib, json, os, sys
+out = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+sys.path, names = json.loads(sys.argv[1])
+for name in names:
+    fault = None
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        fault = " ".join(f"{type(error).__name__}: {error}".split())
+    print(json.dumps(fault), file=out)
+"""
 _HOLDS = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -49,8 +66,29 @@ class Requirement:
         assert len(bounds) == len([bound for bound in self.bounds.split(",") if bound.strip()]), self.bounds
         return found is not None and all(_holds(found[0], sign, bound) for sign, bound in bounds)
 
+    @property
+    def module(self) -> str:
+        """What is imported of it."""
+        return _MODULES.get(self.name.lower(), self.name.replace("-", "_"))
+
     def __str__(self) -> str:
         return f"{self.name}{self.bounds}"
+
+
+def import_faults(modules: Sequence[str], limit_s: float) -> dict[str, str]:
+    """What goes wrong where `modules` are imported, one after the other, in a process of their own; {} if nothing.
+
+    One that ends this process, or takes until `limit_s` is over, is the last to be looked at.
+    """
+    command = [sys.executable, "-c", _TRY, json.dumps([sys.path, list(modules)])]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s)
+        said, end = done.stdout, f"it ends the process that imports it, with status {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        said, end = late.stdout or b"", f"it takes longer than {limit_s:g} s"
+    faults = [json.loads(line) for line in said.splitlines()]
+    found = dict(zip(modules, [*faults, end], strict=False))
+    return {module: fault for module, fault in found.items() if fault is not None}
 
 
 def commit() -> str | None:

@@ -67,7 +67,7 @@ def open_model(text: str, or_random: bool = False) -> OpenedEncoder:
     name, path = _parted(text)
     if path.is_dir():
         bundle = open_encoder(path)
-        return OpenedEncoder(name or _usual_name(path.resolve(), bundle.facts["step"]), bundle)
+        return OpenedEncoder(name or _shown(_usual_name(path.resolve(), bundle.facts["step"]), text), bundle)
     if path.is_file():
         return _open_file(name, path, text)
     if or_random and text in known_names():
@@ -96,11 +96,18 @@ def _usual_name(path: Path, step: int) -> str:
     return f"{path.parent.parent.name} step {step}" if is_checkpoint else path.name
 
 
+def _shown(name: str, text: str) -> str:
+    """`name`, which a folder or file gives to what `text` says. Raises `ValueError` where it cannot be printed."""
+    if not name.isprintable():
+        raise ValueError(f"{text!r:.200}: {name!r:.100} cannot be printed in a table; give a name: NAME=PATH")
+    return name
+
+
 def _open_file(name: str | None, path: Path, text: str) -> OpenedEncoder:
     """The encoder of a packed bundle, or of a file of released weights, read as its authors read it."""
     if path.suffix == ".zip":
         with unpacked_bundle(path) as folder:
-            return OpenedEncoder(name or path.stem, open_encoder(folder))
+            return OpenedEncoder(name or _shown(path.stem, text), open_encoder(folder))
     if (folder_of := _folder_of(path)) is not None:
         raise ValueError(f"{text}: {path.name} is a part of what {folder_of} holds; give the folder")
     if name is None:

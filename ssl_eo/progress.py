@@ -20,8 +20,11 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """How far it is and the time left: a bar on a terminal, elsewhere a line now and then."""
+def progress(title: str, is_kept: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """How far it is and the time left: a bar on a terminal, elsewhere a line now and then.
+
+    A bar that `is_kept` is still seen when it has ended.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -29,7 +32,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         yield _progress_lines(title)
         return
-    with Progress(console=console) as bar:
+    with Progress(console=console, transient=not is_kept) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +168,15 @@ class Sensor:
         for name in names:
             if name not in known:
                 raise ValueError(
-                    f"sensor {self.name} has no band {name!r}{suggest(name, list(known))} (bands: {_shorten(known)})"
+                    f"sensor {self.name} has no band {name!r}{self._suggest_band(name)} (bands: {_shorten(known)})"
                 )
             found.append(known.index(name))
         return tuple(found)
+
+    def _suggest_band(self, name: str) -> str:
+        of_color = dict(zip(("red", "green", "blue"), self.true_color or (), strict=False))
+        band = of_color.get(str(name).lower())
+        return suggest(name, list(self.band_names)) if band is None else f"; did you mean {band!r}?"
 
     def is_measured(self, values: Tensor) -> Tensor:
         """True where stored `values`, of any shape and on any device, are finite and none of `no_data`."""
@@ -228,12 +233,12 @@ class Sensor:
         """
         data = dict(raw)
         defaults = dict(data.pop("band_defaults", {}))
-        _known_keys(where, data, {f.name for f in fields(cls)})
+        _check_keys(where, data, cls)
         bands = []
         for i, entry in enumerate(data.pop("bands", [])):
             label = f"{where}: bands[{i}] ({entry.get('name', '?')})"
             merged = {**defaults, **entry}
-            _known_keys(label, merged, {f.name for f in fields(Band)})
+            _check_keys(label, merged, Band)
             try:
                 bands.append(Band(**merged))
             except (TypeError, ValueError) as error:
@@ -295,11 +300,15 @@ def _check_wavelength(kind: str, wavelength_um: float, fwhm_um: float) -> None:
         raise ValueError(f"{key} of a band of kind {kind} is in micrometres, {low:g} to {high:g}, got {value:g}{hint}")
 
 
-def _known_keys(where: str, data: Mapping[str, Any], allowed: set[str]) -> None:
+def _check_keys(where: str, data: Mapping[str, Any], cls: type[Sensor] | type[Band]) -> None:
+    """Raise `ValueError` for a key that `cls` has no field for, and for a field without a default that has no key."""
+    names = sorted(f.name for f in fields(cls))
     for key in data:
-        if key not in allowed:
-            names = sorted(allowed)
+        if key not in names:
             raise ValueError(f"{where}: unknown key {key!r}{suggest(key, names)} (allowed: {', '.join(names)})")
+    for f in fields(cls):
+        if f.name not in data and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where}: key {f.name} is missing")
 
 
 def _numbers(where: str, key: str, values: Any) -> tuple[float, ...]:

@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +22,7 @@ def add_on_two_ranks(on_gpus: bool, limit_s: float) -> str | None:
     """What went wrong, in one line; None where two processes met and agreed, on two GPUs (nccl) or CPUs (gloo).
 
     They join as under torchrun, by a store that this process serves. None outlives the call, which takes `limit_s` and
-    little more.
+    little more, nor this process, however it ends.
     """
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
@@ -27,22 +30,19 @@ def add_on_two_ranks(on_gpus: bool, limit_s: float) -> str | None:
         store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
         return f"no port of localhost can be served: {str(error).splitlines()[0]}"
-    try:
-        temporary = tempfile.TemporaryDirectory()
-    except OSError as error:
-        return f"no temporary folder can be made: {error.strerror or error}"
-    with temporary as folder:
-        logs = [Path(folder, f"rank{rank}") for rank in range(2)]
-        ranks: list[subprocess.Popen[bytes]] = []
+    ranks: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as opened:
+        try:
+            logs = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(2)]
+        except OSError as error:
+            return f"no temporary file can be made: {error.strerror or error}"
         try:
             for rank, log in enumerate(logs):
-                with log.open("wb") as file:
-                    ranks.append(_start(rank, store.port, on_gpus, limit_s, file))
+                ranks.append(opened.enter_context(_start(rank, store.port, on_gpus, limit_s, log)))
             return _wait(ranks, logs, limit_s)
         finally:
             for process in ranks:
                 process.kill()
-                process.wait()
 
 
 def _start(rank: int, port: int, on_gpus: bool, limit_s: float, log: IO[bytes]) -> subprocess.Popen[bytes]:
@@ -57,16 +57,17 @@ def _start(rank: int, port: int, on_gpus: bool, limit_s: float, log: IO[bytes]) 
     if not on_gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "ssl_eo.two_ranks", str(limit_s)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]], logs: list[Path], limit_s: float) -> str | None:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], limit_s: float) -> str | None:
     limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
         codes = [process.poll() for process in ranks]
         for rank, code in enumerate(codes):
             if code:  # the other one would wait for it
-                lines = logs[rank].read_text(encoding="utf-8", errors="replace").split("\n")
+                logs[rank].seek(0)
+                lines = logs[rank].read().decode(errors="replace").split("\n")
                 said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
                 return f"rank {rank} ended with status {code}: {said}"
         if None not in codes:
@@ -75,7 +76,19 @@ def _wait(ranks: list[subprocess.Popen[bytes]], logs: list[Path], limit_s: float
     return f"they have not met within {limit_s:g} s"
 
 
+def _end_with_parent() -> None:
+    """The other end of stdin is closed when the process that holds it has ended, also one that was killed."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _main() -> None:
+    _end_with_parent()
+
     import torch
     import torch.distributed as dist
 

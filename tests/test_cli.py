@@ -320,12 +320,28 @@ def test_python_m_is_the_same_command(tmp_path: Path) -> None:
     assert done.stderr.startswith("ssl-eo: no config file 'debug/mea'; did you mean 'debug/mae'?")
 
 
+@pytest.mark.parametrize("arguments", [["eval", "--list-tasks"], ["config", "--config", "demo"]], ids=" ".join)
+def test_what_nobody_reads_ends_without_a_word(arguments: list[str]) -> None:
+    """As `| head` does it, whether it is more than a buffer or less."""
+    command = [sys.executable, "-m", "ssl_eo", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        done.stdout.close()
+        assert done.stderr.read() == ""
+    assert done.returncode == 141
+
+
 EVAL = ("eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}")
 WRONG_USAGE: list[tuple[list[str], str]] = [
     ([], "the following arguments are required: command (see ssl-eo --help)"),
     (["trian"], "invalid choice: 'trian'"),
     (["eval", "--model", "m"], "required: --tasks, --out (see ssl-eo eval --help)"),
     (["data", "stats", "--source", "synthetic", "--workers", "two"], "argument --workers: invalid int value: 'two'"),
+    ([*EVAL, "--model", "{run}"], "argument --model: given twice; give it once (see ssl-eo eval --help)"),
+    ([*EVAL, "--tasks", "eurosat_ms"], "argument --tasks: given twice; give it once, with all values behind it"),
+    (["train", "--config", "demo", "--config", "debug/mae"], "argument --config: given twice"),
+    (["data", "stats", "--source", "synthetic", "--source=eurosat"], "argument --source: given twice"),
     (["train", "--config", "debug/mea"], "no config file 'debug/mea'; did you mean 'debug/mae'?"),
     (["train", "--config", DEBUG, "optim.lr"], "'optim.lr': write key=value, for instance optim.lr=0.001"),
     (["train", "--config", DEBUG, "optim.lrr=1"], "optim.lrr: unknown key; did you mean 'lr'?"),
@@ -344,8 +360,8 @@ WRONG_USAGE: list[tuple[list[str], str]] = [
     (["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}", "--taps", "2"], "--taps: taps are"),
     ([*EVAL, "--taps", "deep"], "--taps: 'deep' is no number"),
     ([*EVAL, "--protocol", "knn, knnn"], "--protocol: there is no component 'knnn'"),
-    ([*EVAL, "--partitions", "half"], "--partitions: 'half' is none"),
-    ([*EVAL, "--size", "big"], "--size: 'big' must be native"),
+    ([*EVAL, "--partitions", "half"], "--partitions: 'half' is no part"),
+    ([*EVAL, "--size", "big"], "--size: 'big' must be task, native"),
     ([*EVAL, "--bands", "nir"], "--bands: got 'nir', must be one of all, rgb, no-rgb, random"),
     (["report", "{tmp}"], "it is not a run directory"),
     (["data", "pack", "--source", "synthetc", "--out", "{tmp}"], "there is no component 'synthetc'"),
@@ -376,27 +392,18 @@ def test_wrong_usage_is_one_line_and_status_2(
     assert message in _error(capsys)
 
 
-FAILURES: list[list[str]] = [
-    ["export", "--checkpoint", "{run}", "--out", "{tmp}/file/below"],
-    ["eval", "--model", "{run}", "--tasks", "synthetic_scenes", "--out", "{tmp}/file/below"],
-]
+def test_failure_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise NotADirectoryError(20, "Not a directory", "somewhere")
 
-
-@pytest.mark.parametrize("arguments", FAILURES, ids=lambda arguments: arguments[0])
-def test_failure_is_one_line_and_status_1(
-    run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    arguments = [a.format(tmp=tmp_path, run=run) if a[:1] == "{" else a for a in arguments]
-    assert _status(arguments) == 1
-    assert _error(capsys).endswith("(set SSL_EO_TRACEBACK=1 for the traceback)")
+    monkeypatch.setattr("ssl_eo.config.load", fail)
+    assert _status(["config", "--config", "demo"]) == 1
+    assert _error(capsys) == (
+        "ssl-eo: [Errno 20] Not a directory: 'somewhere' (set SSL_EO_TRACEBACK=1 for the traceback)"
+    )
     monkeypatch.setenv("SSL_EO_TRACEBACK", "1")
     with pytest.raises(OSError, match="Not a directory"):
-        main(arguments)
+        main(["config", "--config", "demo"])
 
 
 @pytest.mark.parametrize(
@@ -428,4 +435,4 @@ def test_damaged_bundle_is_refused(bundle: Path, tmp_path: Path, capsys: pytest.
     del page["encoder"]
     (tmp_path / "encoder.json").write_text(json.dumps(page))
     assert _status(["eval", "--model", str(tmp_path), "--tasks", "synthetic_scenes", "--out", str(tmp_path)]) == 2
-    assert _error(capsys) == f"ssl-eo: {tmp_path}/encoder.json: key 'encoder' is missing"
+    assert _error(capsys) == f"ssl-eo: --model: {tmp_path}/encoder.json: key 'encoder' is missing"

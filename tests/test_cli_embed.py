@@ -151,7 +151,9 @@ def test_some_bands_of_the_sensor(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     values = values_of(16, 16)
     scene, out = write(tmp_path / "scene.tif", values[:2], BANDS[:2]), tmp_path / "out.tif"
     assert embed(scene, tiny, out) == 2
-    assert capsys.readouterr().err == f"ssl-eo: {scene} has no band 'B02' (it holds B04, B03)\n"
+    lack = f"ssl-eo: {scene} has no band 'B02' (it holds B04, B03)"
+    hint = "to look at those that are there, add --sensor-bands B04 B03"
+    assert capsys.readouterr().err == f"{lack}; {hint}\n"
     assert embed(scene, tiny, out, "--sensor-bands", "B03", "B04") == 0
     images = torch.from_numpy(values[1::-1].astype(np.float32))[None]
     with torch.no_grad():
@@ -167,6 +169,18 @@ def test_some_bands_of_the_sensor(tiny: Path, tmp_path: Path, capsys: pytest.Cap
         "--sensor-bands: bands of sentinel2_l2a: got B03, B04, this encoder (patch_embed: conv) takes B04, B03, B02"
         in (capsys.readouterr().err)
     )
+    assert embed(scene, fixed, tmp_path / "b.tif") == 2
+    assert capsys.readouterr().err == f"{lack}\n"
+
+
+def test_bands_of_other_names_are_told_by_an_option(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = write(tmp_path / "scene.tif", values_of(16, 16), ("red", "green", "blue"))
+    assert embed(scene, tiny, tmp_path / "out.tif") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ssl-eo: {scene} has no band 'B04' (it holds red, green, blue); say in bands (--bands)")
+    assert embed(scene, tiny, tmp_path / "out.tif", "--bands", "red", "green", "blue") == 0
 
 
 def test_a_scene_is_not_fetched(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +287,8 @@ def test_wrong_options_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "scene.tif", values_of(16, 16))
-    command = ["embed", "scene.tif", "--model", str(tiny), "--out", "out.tif", *options]
+    out = [] if "--out" in options else ["--out", "out.tif"]
+    command = ["embed", "scene.tif", "--model", str(tiny), *out, *options]
     try:
         status = main(command)
     except SystemExit as stop:  # of argparse
@@ -312,6 +327,10 @@ def test_warnings_are_one_line(tiny: Path, tmp_path: Path, capsys: pytest.Captur
         with rasterio.open(tmp_path / "a.tif") as file:
             assert file.crs is None
             assert file.transform[:6] == (4.0, 0.0, 0.0, 0.0, 4.0, 0.0)  # in pixels of the scene
+    homeless = write(tmp_path / "homeless.tif", values_of(16, 16), transform=None)
+    assert embed(homeless, tiny, tmp_path / "h.tif") == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ssl-eo: warning: {homeless} does not say where in its coordinate reference system its pix")
     reflectance = write(tmp_path / "reflectance.tif", values_of(16, 16, "float32") / 10_000)
     assert embed(reflectance, tiny, tmp_path / "b.tif") == 0
     (line,) = capsys.readouterr().err.splitlines()

@@ -94,6 +94,17 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
+@pytest.mark.parametrize("out", ["", " ", "scenes.yaml", "scenes.yaml/below", "/dev/null"])
+def test_what_cannot_be_the_folder_is_refused_before_the_model_is_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    before = sorted(folder.iterdir())
+    assert main(["eval", "--model", "there is none", "--out", out, *SCENES]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ssl-eo: --out")
+    assert sorted(folder.iterdir()) == before
+
+
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_errors_name_the_option_before_anything_is_measured(
     folder: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str

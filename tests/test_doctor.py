@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections import namedtuple
 from collections.abc import Callable
@@ -19,6 +22,7 @@ import torch
 import ssl_eo
 from ssl_eo import doctor, installation, two_ranks
 from ssl_eo.cli import main
+from ssl_eo.components import MissingExtraError, import_extra
 from ssl_eo.doctor import Finding, examine, is_well
 from ssl_eo.installation import ALWAYS, Requirement, requirements
 
@@ -73,16 +77,17 @@ def test_what_is_wrong_is_in_the_table_and_the_status(tmp_path: Path, capsys: py
 
 
 def test_without_torch_the_rest_is_told(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: no such file')")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     command = [sys.executable, "-m", "ssl_eo", "doctor", "--json", "debug/mae"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
-    said = json.loads(done.stdout)
-    wrong = [entry for entry in said["findings"] if entry["status"] == "wrong"]
-    assert [entry["topic"] for entry in wrong] == ["torch"]
-    assert "libtorch.so" in wrong[0]["found"]
-    assert "launcher" in {entry["topic"] for entry in said["findings"]}
+    for kind in ("ImportError", "RuntimeError"):
+        (tmp_path / "torch.py").write_text(f"raise {kind}('libtorch.so: no such file')")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 1, done.stderr
+        said = json.loads(done.stdout)
+        wrong = [entry for entry in said["findings"] if entry["status"] == "wrong"]
+        assert [entry["topic"] for entry in wrong] == ["torch"]
+        assert "libtorch.so" in wrong[0]["found"]
+        assert "launcher" in {entry["topic"] for entry in said["findings"]}
 
 
 def test_without_tables_there_are_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +219,59 @@ def test_the_extra_for_gpus_is_advised_where_there_is_one(monkeypatch: pytest.Mo
     needed["cuda"] = [Requirement("numpy", ">=1")]
     monkeypatch.setattr(doctor, "_torch", lambda: iter([on_cpus]))
     assert found()["extra cuda"].found.startswith("numpy ")
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Some that can be imported, and some that cannot."""
+    texts = {
+        "mine_loud": "print('loading')",
+        "mine_broken": "raise ImportError('libgdal.so:\\n no such file')",
+        "mine_fine": "",
+        "mine_old": "raise ValueError",
+        "mine_fatal": "import os; os._exit(3)",
+        "mine_last": "raise ImportError('not looked at')",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return list(texts)
+
+
+def test_modules_that_cannot_be_imported(modules: list[str]) -> None:
+    broken, old = "ImportError: libgdal.so: no such file", "ValueError:"
+    assert installation.import_faults(modules, 60) == {
+        "mine_broken": broken,
+        "mine_old": old,
+        "mine_fatal": "it ends the process that imports it, with status 3",
+    }
+    assert installation.import_faults(["mine_loud", "mine_fine"], 60) == {}
+    late = installation.import_faults(["mine_broken"], 1e-3)
+    assert late == {"mine_broken": "it takes longer than 0.001 s"}
+
+
+def test_an_extra_that_is_installed_and_cannot_be_imported(modules: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {ALWAYS: [Requirement("mine-fine", "")], "geo": [Requirement("mine_broken", "")]}
+    monkeypatch.setattr(doctor, "requirements", lambda: needed)
+    monkeypatch.setattr(installation.metadata, "version", lambda name: "1.0")
+    topics = {finding.topic: finding for finding in doctor._packages(has_gpu=False, limit_s=60)}
+    assert topics["packages"] == Finding("packages", "ok", "mine-fine 1.0")
+    assert topics["extra geo"] == Finding(
+        "extra geo",
+        "note",
+        "mine_broken cannot be imported: ImportError: libgdal.so: no such file",
+        "python -m pip install --force-reinstall mine_broken",
+    )
+    message = (
+        "reading needs the package mine_broken, which is installed and cannot be imported (libgdal.so: no such file):"
+        " pip install --force-reinstall mine_broken"
+    )
+    with pytest.raises(MissingExtraError, match=f"^{re.escape(message)}$"):
+        import_extra("geo", "mine_broken.io", "reading")
+    with pytest.raises(MissingExtraError, match=r"^reading needs .* be imported \(ValueError\)"):
+        import_extra("geo", "mine_old", "reading")
+    with pytest.raises(MissingExtraError, match=r"^reading needs the package mine_gone: pip install 'ssl_eo\[geo\]'$"):
+        import_extra("geo", "mine_gone", "reading")
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
@@ -386,6 +444,38 @@ def test_ranks_that_do_not_meet_in_time_end() -> None:
             os.kill(pid, 0)
 
 
+def test_ranks_end_with_the_process_that_started_them() -> None:
+    """However it ends: a killed one cannot end them itself, and they would wait for its store as long as they may."""
+    script = (
+        "import os, time; from ssl_eo import two_ranks as t; start = t._start; ranks = []\n"
+        "def note(*arguments):\n    ranks.append(start(*arguments)); return ranks[-1]\n"
+        "def wait(*_):\n    print(*[rank.pid for rank in ranks], flush=True); time.sleep(600)\n"
+        "t._start, t._wait = note, wait\n"
+        "t.add_on_two_ranks(on_gpus=False, limit_s=600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        process.kill()
+    assert len(pids) == 2
+    limit = time.monotonic() + 60  # two seconds, and what a busy machine takes to start a Python
+    try:
+        while any(map(_is_running, pids)):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+    finally:
+        for pid in filter(_is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended without anybody having asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 def test_ranks_that_cannot_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no_such_card")
     (finding,) = doctor._collectives(60.0)
@@ -396,7 +486,7 @@ def test_ranks_that_cannot_meet_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_well([finding])
 
 
-def test_without_a_temporary_folder_ranks_do_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_temporary_file_ranks_do_not_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(two_ranks.tempfile, "tempdir", str(tmp_path / "gone"))
     found = two_ranks.add_on_two_ranks(on_gpus=False, limit_s=60)
-    assert found == "no temporary folder can be made: No such file or directory"
+    assert found == "no temporary file can be made: No such file or directory"

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import resource
 import struct
 from collections.abc import Callable
@@ -87,6 +88,22 @@ def test_round_trip_is_exact(tmp_path: Path, patch_embed: str) -> None:
     expected, found = written.state_dict(), read.encoder.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    """One number among many; large ones are no reason, though their sum is none."""
+    encoder = _encoder("conv")
+    with torch.no_grad():
+        encoder.norm.weight.fill_(6e4 if dtype == torch.float16 else 3e38)
+        write_bundle(tmp_path / "large", encoder.to(dtype), _inputs(), FACTS)
+        encoder.blocks[1].mlp.fc1.weight.view(-1)[5] = value
+        write_bundle(tmp_path / "wrong", encoder, _inputs(), FACTS)
+    load_bundle(tmp_path / "large")
+    message = f"{tmp_path}/wrong: 1 tensors have values that are NaN or infinite, the first is blocks.1.mlp.fc1.weight:"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        load_bundle(tmp_path / "wrong")
 
 
 @pytest.mark.parametrize("name", ["format", "inputs", "sha256", "encoders"])
@@ -233,7 +250,11 @@ def test_images_of_nothing_and_complex_ones_are_refused(bundle: Path, shape: tup
 
 
 @pytest.mark.parametrize(
-    ("said", "message"), [({"sensor": []}, r"sensor \[\]: this"), ({"bands": 5}, "expected names")]
+    ("said", "message"),
+    [
+        ({"sensor": [0.664, 0.56]}, "sensor must be a name, got a list; wavelengths .* are given by wavelengths_um="),
+        ({"bands": 5}, "expected names"),
+    ],
 )
 def test_what_names_no_sensor_and_no_bands(bundle: Path, said: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

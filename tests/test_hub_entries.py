@@ -588,6 +588,8 @@ def test_what_is_no_bundle_is_one_clear_line(bundle: Path, packed: Path, tmp_pat
         ("{tmp}/none", {}, "none: no such file"),
         ("{bundle}", {"sha256": "0" * 64}, "sha256 is that of a file, and this is a folder"),
         ("{tmp}", {}, "not an encoder bundle"),
+        ("{tmp}/run", {}, "run: a run, .* bundle; make one of it: ssl-eo export --checkpoint {tmp}/run --out FOLDER"),
+        ("{tmp}/run/checkpoints/step_1", {}, "make one of it: ssl-eo export --checkpoint {tmp}/run/checkpoints/step_1"),
         ("{bundle}/encoder.safetensors", {}, r"encoder\.safetensors: weights alone, expected a bundle"),
         ("http://a.org/b.zip", {}, "an address begins with https:// or file://"),
     ],
@@ -595,7 +597,9 @@ def test_what_is_no_bundle_is_one_clear_line(bundle: Path, packed: Path, tmp_pat
 def test_a_bundle_that_is_not_there(
     bundle: Path, tmp_path: Path, where: str, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    (tmp_path / "run" / "checkpoints" / "step_1").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_1" / "complete.json").write_text("{}")
+    with pytest.raises(ValueError, match=message.replace("{tmp}", str(tmp_path))):
         load("encoder", where.format(tmp=tmp_path, bundle=bundle), **options)
 
 

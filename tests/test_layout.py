@@ -100,6 +100,7 @@ ANYTHING = (
     "cli_eval_tasks",
     "cli_report",
     "cli_scenes",
+    "cli_stopping",
     "__main__",
 )
 

@@ -13,6 +13,8 @@ import torch
 from ssl_eo import opening
 from ssl_eo.bundles import BundleEncoder
 from ssl_eo.cli import main
+from ssl_eo.config import load as load_config
+from ssl_eo.config import to_yaml
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.hub import write_bundle
 from ssl_eo.models.vit import Encoder, EncoderConfig
@@ -41,6 +43,26 @@ def bundle(tmp_path: Path) -> Path:
     folder = tmp_path / "mine"
     write_bundle(folder, _encoder(), {}, {"step": 7, "features": {"pool": "cls", "taps": [1.0]}})
     return folder
+
+
+@pytest.mark.parametrize("odd", ["d\udce9mo", "two\nlines"], ids=["not UTF-8", "a newline"])
+def test_a_folder_whose_name_cannot_be_printed_needs_another(bundle: Path, odd: str) -> None:
+    folder = bundle.rename(bundle.with_name(odd))
+    with pytest.raises(ValueError, match=r"cannot be printed in a table; give a name: NAME=PATH$") as error:
+        open_model(str(folder))
+    assert str(error.value).isprintable()
+    assert open_model(f"mine={folder}").name == "mine"
+
+
+def test_a_run_that_has_only_begun_says_when_its_first_checkpoint_comes(tmp_path: Path) -> None:
+    config = to_yaml(load_config("debug/mae", ["train.total_steps=70", "optim.warmup_steps=1"]))
+    (tmp_path / "config.yaml").write_text(config)
+    (tmp_path / "checkpoints" / "step_00000070.partial").mkdir(parents=True)
+    message = (
+        r"this run has saved no checkpoint yet; the first comes after step 70 \(checkpoint.every_n_steps\), or where"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_model(f"begun={tmp_path}")
 
 
 @pytest.fixture

@@ -38,17 +38,22 @@ def build(what: str, source: Path, out: Path) -> Path:
     return out / run([sys.executable, "-c", BUILD, what, str(out)], source).splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a copy, for building leaves things in the folder."""
-    copy = tmp_path_factory.mktemp("checkout")
+def copy_checkout(copy: Path) -> Path:
+    """What is built from: building leaves things in the folder."""
     unwanted = shutil.ignore_patterns("__pycache__", ".*")
+    copy.mkdir()
     for name in BUILT_FROM:
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, copy / name, ignore=unwanted)
         else:
             shutil.copy(path, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = copy_checkout(tmp_path_factory.mktemp("checkout") / "copy")
     return build("build_sdist", copy, tmp_path_factory.mktemp("dist"))
 
 
@@ -91,6 +96,23 @@ def test_the_source_holds_what_the_wheel_is_built_from(sdist: Path) -> None:
     assert {name for name in BUILT_FROM if (ROOT / name).is_file()} <= names
     moved = ("ssl_eo/configs/", "ssl_eo/datasets_meta/")
     assert {name.removeprefix("ssl_eo/") if name.startswith(moved) else name for name in shipped()} <= names
+
+
+def test_an_editable_install_is_found_from_the_folder_around_the_checkout(tmp_path: Path) -> None:
+    """As `git clone` calls it, the checkout has the name of the package, and looks like one without content."""
+    checkout = copy_checkout(tmp_path / "ssl_eo")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(build("build_editable", checkout, tmp_path / "dist")) as wheel:
+        wheel.extractall(site)
+    assert not list(site.glob("*.py"))
+    script = (
+        f"import site; site.addsitedir({str(site)!r}); import ssl_eo; from ssl_eo.resources import resource_dir;"
+        "print(ssl_eo.__file__, resource_dir('configs'), resource_dir('datasets_meta'))"
+    )
+    inside = [checkout / "ssl_eo" / "__init__.py", checkout / "configs", checkout / "datasets_meta"]
+    for folder in (tmp_path, site, checkout):
+        found = run([sys.executable, "-S", "-c", script], folder).split()  # without what else is installed
+        assert [(folder / path).resolve() for path in found] == inside
 
 
 def test_a_package_without_its_configs_is_not_built(tmp_path: Path) -> None:

@@ -173,6 +173,9 @@ def test_missing_band_is_named_with_a_suggestion():
         load_sensor("sentinel2_l2a").index(["B02", "B8a"])
     with pytest.raises(ValueError, match="no band subset 'rbg'; did you mean 'rgb"):
         load_sensor("sentinel2_l2a").resolve_bands("rbg")
+    for name, meant in (("B2", "B02"), ("b04", "B04"), ("B11x", "B11"), ("Blue", "B02"), ("red", "B04")):
+        with pytest.raises(ValueError, match=rf"sentinel2_l2a has no band '{name}'; did you mean '{meant}'\?"):
+            load_sensor("sentinel2_l2a").index([name])
     raw = optical()
     with pytest.raises(ValueError, match="has no band 'B03'"):
         Sensor.from_dict({**raw, "subsets": {"rgb": ["B03"]}})
@@ -186,8 +189,12 @@ def test_missing_duplicated_and_unknown_entries_are_refused():
         Sensor.from_dict({**raw, "bands": []})
     with pytest.raises(ValueError, match=r"unknown key 'nodata'; did you mean 'no_data'\?"):
         Sensor.from_dict({**raw, "nodata": [0]})
-    with pytest.raises(ValueError, match=r"missing .*'unit'"):
-        Sensor.from_dict({k: v for k, v in raw.items() if k != "unit"})
+    for key in ("title", "unit", "bands"):
+        with pytest.raises(ValueError, match=f"^sensor: key {key} is missing$"):
+            Sensor.from_dict({k: v for k, v in raw.items() if k != key})
+    (band,) = raw["bands"]
+    with pytest.raises(ValueError, match=r"^s\.yaml: bands\[0\] \(B02\): key gsd_m is missing$"):
+        Sensor.from_dict({**raw, "bands": [{k: v for k, v in band.items() if k != "gsd_m"}]}, where="s.yaml")
 
 
 def test_defaults_of_all_bands_are_overridden_by_a_band():
@@ -200,6 +207,8 @@ def test_defaults_of_all_bands_are_overridden_by_a_band():
 def test_unknown_sensor_and_broken_files(tmp_path: Path):
     with pytest.raises(ValueError, match="has no 'sentinel2_l2'; did you mean 'sentinel2_l2a'"):
         load_sensor("sentinel2_l2")
+    with pytest.raises(ValueError, match="has no 'sentinel2'; did you mean 'sentinel2_l1c', 'sentinel2_l2a' or 'sent"):
+        load_sensor("sentinel2")
     with pytest.raises(ValueError, match="no such file"):
         load_sensor(str(tmp_path / "mine.yaml"))
     broken = tmp_path / "broken.yaml"

@@ -10,7 +10,7 @@ import torch
 
 from ssl_eo.adapt.examples import Examples, Features, gigabytes_of_features
 from ssl_eo.adapt.model import TaskModel
-from ssl_eo.adapt.training import Labels, Samples, TrainingConfig, autocast
+from ssl_eo.adapt.training import Labels, Samples, TrainingConfig, autocast, check_labelled
 from ssl_eo.eval.leaks import count_alike, count_leaked, count_shared_groups
 from ssl_eo.eval.tasks import Task
 
@@ -39,6 +39,11 @@ class OpenedTask:
             "n_leaked_val": count_alike(self.splits["test"], self.splits["val"]),
             "n_shared_groups": count_shared_groups(name, self.splits, flags),
         }
+
+    def check_labelled(self) -> None:
+        """Raise `ValueError` where a split has no label at all, before hours are spent on training."""
+        for name, split in self.splits.items():
+            check_labelled(self.labels, name, split)
 
     def samples(self) -> dict[str, Samples]:
         """All splits, of which nothing is kept."""

@@ -247,6 +247,10 @@ class _Panels:
         hint = f"write to another path, or remove {self._folder}"
         try:
             found = json.loads(self._inputs.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self._folder} holds panels, and no {self._inputs.name} that says of which run: {hint}"
+            ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self._inputs} cannot be read ({one_line(error)}): {hint}") from None
         if not isinstance(found, dict) or not str(found.get("format")).startswith("panels "):

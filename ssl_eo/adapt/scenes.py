@@ -24,12 +24,21 @@ from ssl_eo.components import import_extra, one_line, suggest
 from ssl_eo.data.sources._rasters import ground_of, open_raster, read_box
 from ssl_eo.sensors import Sensor
 
-__all__ = ["Grid", "Scene"]
+__all__ = ["Grid", "NoBandError", "Scene"]
 
 _MAX_VALUES = 1 << 26  # read at once, in the stored dtype; more are read some bands after the others
 _CHUNK_BYTES = 1 << 20
 _CACHE_BYTES = 64 << 20  # of GDAL's blocks of a mask
 _ALIKE = 1.5  # up to this factor pixels are of one size
+_NOWHERE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # the transform of pixels that lie nowhere
+
+
+class NoBandError(ValueError):
+    """A scene lacks a band; `held` are the names of those it has."""
+
+    def __init__(self, message: str, held: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.held = held
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,12 @@ class Scene:
     `bands` are what is read, in this order: names, or numbers of bands in the file as GDAL counts them, from 1; None
     for all. The file's bands are called as `file_bands` says, in file order; else as the file describes them; else as
     the bands of `sensor`, where it has as many. They are never guessed. `no_data` are stored values that mean nothing;
-    None: those of the file and of the sensor. NaN, infinity and pixels that a mask in the file hides always mean
-    nothing; an alpha band hides none, as many a near infrared band is written as alpha. A scene lies on a disk: nothing
-    is fetched.
+    None: those of the file and of the sensor. NaN, infinity and pixels that a mask in the file, or beside it (`.msk`),
+    hides always mean nothing, in all bands or in the mask's own; an alpha band hides none, as many a near infrared band
+    is written as alpha. A scene lies on a disk: nothing is fetched.
 
     Raises `ValueError` or `OSError` with the path for a file or bands that cannot be used, and warns of a scene without
-    a reference system, whose outputs have none either.
+    a reference system, or whose pixels have no place in it: its outputs have none either.
     """
 
     def __init__(
@@ -82,6 +91,8 @@ class Scene:
         self.path = path
         if not path.exists():  # GDAL would take the path for an address
             raise ValueError(f"{path}: there is no such file (a scene is read from a disk; fetch it before)")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, and a scene is one GeoTIFF: give its file")
         rasterio = import_extra("geo", "rasterio", "reading a scene")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # ours says more
@@ -94,20 +105,21 @@ class Scene:
                 raise ValueError(f"bands: none of {path} is named")
             if twice := [i + 1 for i in self.channels if self.channels.count(i) > 1]:
                 raise ValueError(f"bands (--bands): band {twice[0]} of {path} is named more than once")
-        except ValueError:
+            self._masks = _masks_of(self._file, path, self.channels)
+        except (ValueError, OSError):
             self.close()
             raise
-        self._masked_by = _mask_of(self._file, self.channels)
         self.bands = tuple(names[i] if names else str(i + 1) for i in self.channels)
-        transform = self._file.transform
-        coefficients = (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
-        self.grid = Grid(self._file.shape, self._file.crs, coefficients)
+        self.grid = _grid_of(self._file)
         own = [float(v) for v in self._file.nodatavals if v is not None]
         of_sensor = () if sensor is None else sensor.no_data
         given = (*own, *of_sensor) if no_data is None else no_data
         self.no_data = tuple(dict.fromkeys(float(v) for v in given if not math.isnan(v)))
         if self.grid.crs is None:
-            warnings.warn(f"{path} has no coordinate reference system: what is made of it has none", stacklevel=2)
+            lack = "has no coordinate reference system"
+            if self._file.crs is not None:
+                lack = "does not say where in its coordinate reference system its pixels lie (no geotransform)"
+            warnings.warn(f"{path} {lack}: what is made of it has none", stacklevel=2)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,8 +146,8 @@ class Scene:
                 for value in self.no_data:
                     values[some][stored == value] = np.nan
         values[np.isinf(values)] = np.nan
-        if self._masked_by is not None:
-            values[:, self._hidden(self._masked_by, box)] = np.nan
+        for band, rows in self._masks:
+            values[rows, self._hidden(band, box)] = np.nan
         return torch.from_numpy(values)
 
     def _hidden(self, band: int, box: Box) -> NDArray[np.bool_]:
@@ -153,15 +165,16 @@ class Scene:
     def doubts(self, sensor: Sensor, gsd_m: float) -> list[str]:
         """What speaks against its values being those of `sensor`, with pixels of `gsd_m` metres, a line each.
 
-        Floats, such as reflectances, where the sensor has integers; integers of fewer bytes; a scale or an offset that
-        is not the sensor's; pixels of another size on the ground.
+        Floats, such as reflectances, where the sensor has integers; integers of fewer bytes, or of more, as of a sensor
+        of 16 bits for a model of 8-bit pictures; a scale or an offset that is not the sensor's; pixels of another size
+        on the ground.
         """
         unless = "what is made of it means little unless the values are in the same unit"
         found = []
         expected = np.dtype(sensor.dtype)
         for dtype in dict.fromkeys(np.dtype(self._file.dtypes[i]) for i in self.channels):
             is_float = dtype.kind == "f"
-            if is_float != (expected.kind == "f") or (not is_float and dtype.itemsize < expected.itemsize):
+            if is_float != (expected.kind == "f") or (not is_float and dtype.itemsize != expected.itemsize):
                 found.append(
                     f"{self.path} holds {dtype}, and {sensor.name} is stored as {expected} (unit {sensor.unit}, scale"
                     f" {sensor.scale:g}): {unless}"
@@ -176,6 +189,8 @@ class Scene:
         return [*found, *self._doubts_of_size(gsd_m)]
 
     def _doubts_of_size(self, gsd_m: float) -> list[str]:
+        if self.grid.crs is None:
+            return []
         try:
             ground = ground_of(self._file, (0, 0, *self.shape))
         except ValueError as error:  # it is nowhere on Earth
@@ -188,11 +203,14 @@ class Scene:
         ]
 
     def digest(self) -> str:
-        """A digest of all bytes of the file."""
+        """A digest of all bytes of the file, and of the mask beside it."""
         found = blake2b(digest_size=16)
-        with self.path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                found.update(chunk)
+        for path in (self.path, _mask_file(self.path)):
+            if path.is_file():
+                found.update(b"%d\n" % path.stat().st_size)
+                with path.open("rb") as file:
+                    while chunk := file.read(_CHUNK_BYTES):
+                        found.update(chunk)
         return found.hexdigest()
 
     def close(self) -> None:
@@ -232,22 +250,49 @@ def _channel(path: Path, band: str | int, names: tuple[str, ...], count: int, se
         return band - 1
     if not names:
         raise ValueError(
-            f"{path} holds {count} bands and does not say which; give their numbers in bands (--bands), or name them"
-            f" all, in file order, in file_bands of Python (needed is {band!r})"
+            f"{path} holds {count} bands and does not say which; give the numbers of the model's, in its order, in"
+            f" bands (--bands; in Python, file_bands may name them all instead) (needed is {band!r})"
         )
     if band not in names:
         shown = ", ".join(names[:16]) + (f", ... {count} in all" if count > 16 else "")
         is_right = sensor is not None and band in sensor.band_names  # and so no other was meant
         meant = "" if is_right else suggest(band, list(names))
-        raise ValueError(f"{path} has no band {band!r}{meant} (it holds {shown})")
+        has_others = sensor is not None and not set(sensor.band_names) & set(names)
+        where = "; say in bands (--bands) which of these the model's are, in its order" if has_others else ""
+        raise NoBandError(f"{path} has no band {band!r}{meant} (it holds {shown}){where}", names)
     if names.count(band) > 1:
         raise ValueError(f"{path} has several bands {band!r}: give their numbers in bands (--bands)")
     return names.index(band)
 
 
-def _mask_of(file: Any, channels: Sequence[int]) -> int | None:
-    """The first of the bands, from 1, that a mask in the file hides pixels of; None without."""
+def _grid_of(file: Any) -> Grid:
+    """That of an open file: without a place where it says none, or one that is no number."""
+    transform = file.transform
+    coefficients = (transform.a, transform.b, transform.c, transform.d, transform.e, transform.f)
+    if not all(map(math.isfinite, coefficients)) or coefficients == _NOWHERE:
+        return Grid(file.shape, None, _NOWHERE)
+    return Grid(file.shape, file.crs, coefficients)
+
+
+def _mask_file(path: Path) -> Path:
+    """Where GDAL looks for masks beside a file."""
+    return path.with_name(f"{path.name}.msk")
+
+
+def _masks_of(file: Any, path: Path, channels: Sequence[int]) -> list[tuple[int, slice]]:
+    """Bands, from 1, whose masks hide pixels, and in which of the `channels`: in all, or each in its own.
+
+    Raises `OSError` where there is a file of masks beside it that cannot be read: GDAL would go on without.
+    """
+    import rasterio
     from rasterio.enums import MaskFlags
 
-    flags = ((i + 1, file.mask_flag_enums[i]) for i in channels)
-    return next((i for i, found in flags if MaskFlags.per_dataset in found and MaskFlags.alpha not in found), None)
+    with rasterio.Env(CPL_DEBUG=False):
+        flags = [file.mask_flag_enums[i] for i in channels]
+    whole = [c for c, of in enumerate(flags) if MaskFlags.per_dataset in of and MaskFlags.alpha not in of]
+    if whole:
+        return [(channels[whole[0]] + 1, slice(None))]
+    own = [(channels[c] + 1, slice(c, c + 1)) for c, of in enumerate(flags) if not of]
+    if not own and _mask_file(path).exists():
+        raise OSError(f"{_mask_file(path)} cannot be read as the mask of {path.name}: mend it, or move it away")
+    return own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
@@ -12,16 +12,17 @@ from ssl_eo.adapt.lora import LoraConfig
 from ssl_eo.adapt.protocols import check_protocol
 from ssl_eo.adapt.samples import SamplesConfig
 from ssl_eo.adapt.training import TrainingConfig
-from ssl_eo.components import check_names
+from ssl_eo.components import check_names, suggest
 from ssl_eo.eval.decoders import decoder_config, kinds_of
 from ssl_eo.eval.features import check_taps
 from ssl_eo.eval.tasks import TaskConfig
 
-__all__ = ["UNET", "Cell", "EncoderChoice", "EnsembleChoice", "StudyConfig"]
+__all__ = ["UNET", "Cell", "EncoderChoice", "EnsembleChoice", "StudyConfig", "leave_out"]
 
 UNET = "unet"  # the control that no pretraining and no decoder is part of
 _MAX_RESAMPLES = 100_000  # intervals move no more; every cell keeps as many numbers
 _MAX_RANK = 4096
+_NAMED = ("encoders", "decoders", "trainings")  # keys whose entries have names of their own
 
 
 @dataclass
@@ -78,6 +79,7 @@ class StudyConfig:
     unet: bool = True  # beside encoders of maps, a UNet that is trained from scratch
     n_resamples: int = 1000  # of the test samples, for intervals; 0: none
     # Those of one encoder, as folders that ssl-eo predict takes: models/<cell> in that of the study.
+    # A result that is there without its model is trained again.
     save_models: bool = False
     country: str | None = None  # three letters (ISO 3166): codecarbon measures energy, and CO2 by its carbon intensity
     device: str | None = None  # None: a GPU where there is one
@@ -136,3 +138,23 @@ class Cell:
         """For messages and claims."""
         parts = (self.task, self.encoder, self.protocol, self.decoder, self.training, str(self.seed))
         return "-".join(parts).replace("/", "_")
+
+
+def leave_out(raw: Mapping[str, Any], overrides: Mapping[str, Any], shipped: Mapping[str, Any]) -> dict[str, Any]:
+    """The study `raw`, which overrides have changed, without what these set to null: `decoders.fcn=null`.
+
+    An override adds to the mappings of a study, so there is no other way to have less. `shipped` is the study before
+    it was changed. Raises `ValueError` where that has nothing of the name.
+    """
+    left = dict(raw)
+    for key in _NAMED:
+        asked, known = overrides.get(key), shipped.get(key)
+        if not isinstance(asked, Mapping) or not isinstance(known, Mapping):
+            continue
+        out = [str(name) for name, value in asked.items() if value is None]
+        for name in out:
+            if name not in known:
+                found = ", ".join(map(str, known))
+                raise ValueError(f"{key}.{name}=null: the study has no {name!r}{suggest(name, list(known))} ({found})")
+        left[key] = {name: value for name, value in left[key].items() if name not in out}
+    return left

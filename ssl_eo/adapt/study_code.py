@@ -16,7 +16,8 @@ _PACKAGE = Path(ssl_eo.__file__).parent
 _PARTS = ("adapt/*.py", "eval/decoders/*.py", "models/convnext.py", "train/optim.py", "schedules.py")
 # Ensembles of others, which code counts, tables, which lines are records.
 _OF_OTHERS = ("eos_fm", "study_code", "study_page", "study_records")
-_OF_TRAINED = ("saved", "scene_maps", "scene_outputs", "scenes", "tiling")  # what becomes of a model once it is trained
+# What becomes of a model once it is trained.
+_OF_TRAINED = ("saved", "scene_maps", "scene_outputs", "scenes", "study_models", "tiling")
 _TELLS_NOTHING = frozenset(f"adapt/{name}.py" for name in (*_OF_OTHERS, *_OF_TRAINED))  # no score comes of it
 
 

@@ -29,7 +29,7 @@ from ssl_eo.schedules import WarmupCosine
 from ssl_eo.seeding import derive_seed, torch_generator
 from ssl_eo.train.optim import OptimConfig, param_groups, set_hyper_parameters
 
-__all__ = ["Fitted", "Labels", "Samples", "TrainingConfig", "autocast", "fit", "predict"]
+__all__ = ["Fitted", "Labels", "Samples", "TrainingConfig", "autocast", "check_labelled", "fit", "predict"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class TrainingConfig:
     """How a model is trained on labels: AdamW, a short warm-up, a cosine to 0."""
 
     n_steps: int = 1000  # of each learning rate
-    batch_size: int = 8  # samples of a step
+    batch_size: int = 8  # samples of a step; never more than there are to train on
     # Peaks that are tried; the best on validation is kept, so that no width of encoder is favoured.
     lrs: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])
     # finetune: lr of the encoder, over that of the decoder, at which all else learns: adapters, the patch embedding of
@@ -148,23 +148,27 @@ def fit(
     val: Samples,
     cfg: TrainingConfig,
     seed: int = 0,
+    tell: Callable[[int, int], None] | None = None,
 ) -> Fitted:
     """Train a model of `make_model` at each learning rate on `train`, and keep what is best on `val`.
 
-    All models begin with the same weights, and see the same batches. Raises `ValueError` where every learning rate
-    diverges.
+    All models begin with the same weights, and see the same batches. `tell` is told (steps done, all of them), over all
+    learning rates. Raises `ValueError` where every learning rate diverges, and for samples without any label.
     """
+    for split, samples in (("train", train), ("val", val)):
+        check_labelled(labels, split, samples.examples)
     start = time.perf_counter()
     best = -math.inf, math.nan, 0
     kept: dict[str, Tensor] = {}
     curves: dict[float, list[float]] = {}
     sign = 1 if HIGHER_IS_BETTER[labels.headline] else -1
-    for lr in cfg.lrs:
+    for n_before, lr in enumerate(cfg.lrs):
+        advance = _advance(tell, n_before * cfg.n_steps, len(cfg.lrs) * cfg.n_steps)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "adapt", labels.shown.task))
             model = make_model()
             curves[lr] = []
-            for step, score in _evaluated(model, labels, train, val, cfg, lr, seed):
+            for step, score in _evaluated(model, labels, train, val, cfg, lr, seed, advance):
                 curves[lr].append(score)
                 if math.isfinite(score) and sign * score > best[0]:
                     best, kept = (sign * score, lr, step), _changed_state(model)
@@ -190,8 +194,41 @@ def predict(model: TaskModel, labels: Labels, samples: Samples, cfg: TrainingCon
     return scorer.outcome()
 
 
+def check_labelled(labels: Labels, split: str, examples: Examples) -> None:
+    """Raise `ValueError` where no sample of `split` has a label: nothing can be learned from it, or told by it."""
+    shown, truth = labels.shown, examples.labels
+    unknown = set() if shown.ignore is None else {shown.ignore}
+    if labels.headline == "miou_valid":  # all others take such classes for classes like others
+        unknown.update(labels.no_data)
+    if shown.kind == "regression":
+        is_known = truth.isfinite()
+    else:
+        is_known = torch.ones_like(truth, dtype=torch.bool)
+        for value in unknown:
+            is_known &= truth != value
+    if not is_known.any():
+        of = f": all are {', '.join(map(str, sorted(unknown)))}, which stand for unknown" if unknown else ""
+        what = "pixel" if shown.kind == "segmentation" else "sample"
+        raise ValueError(f"task {shown.task}: no {what} of {split} has a label{of}; look at the labels of {split}")
+
+
+def _advance(tell: Callable[[int, int], None] | None, n_before: int, n_all: int) -> Callable[[int], None]:
+    def advance(step: int) -> None:
+        if tell is not None:
+            tell(n_before + step, n_all)
+
+    return advance
+
+
 def _evaluated(
-    model: TaskModel, labels: Labels, train: Samples, val: Samples, cfg: TrainingConfig, lr: float, seed: int
+    model: TaskModel,
+    labels: Labels,
+    train: Samples,
+    val: Samples,
+    cfg: TrainingConfig,
+    lr: float,
+    seed: int,
+    advance: Callable[[int], None],
 ) -> Iterator[tuple[int, float]]:
     """Train, and give (steps done, headline on `val`) at each evaluation; the weights are those of that step then."""
     shown, truth = labels.shown, train.examples.labels
@@ -222,6 +259,7 @@ def _evaluated(
             nn.utils.clip_grad_norm_(parameters, cfg.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        advance(step)
         if step in due:
             if not bool(is_finite):  # read here alone: it waits for the device
                 logger.warning("task %s: training diverged at lr %g before step %d", shown.task, lr, step)
@@ -233,11 +271,11 @@ def _evaluated(
 
 def _batches(examples: Examples, labels: Labels, cfg: TrainingConfig, seed: int) -> Iterator[Tensor]:
     """Rows of each step, epoch after epoch, each in an order of its own; the rest of an epoch begins the next batch."""
-    shown = labels.shown
+    shown, size = labels.shown, min(cfg.batch_size, len(examples))
     left = torch.empty(0, dtype=torch.long)
     epoch = 0
     for _ in range(cfg.n_steps):
-        while len(left) < cfg.batch_size:
+        while len(left) < size:
             address = (seed, "adapt", shown.task, epoch)
             if cfg.sampling == "balanced":
                 truth = examples.labels.cpu()
@@ -245,7 +283,7 @@ def _batches(examples: Examples, labels: Labels, cfg: TrainingConfig, seed: int)
             else:
                 rows = torch.randperm(len(examples), generator=torch_generator(*address))
             left, epoch = torch.cat([left, rows]), epoch + 1
-        rows, left = left[: cfg.batch_size], left[cfg.batch_size :]
+        rows, left = left[:size], left[size:]
         yield rows
 
 

@@ -5,6 +5,7 @@ An error is better when it is less; a ratio is from 0 to 1 (kappa: at most 1) an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +20,7 @@ __all__ = [
     "best_of",
     "has_intervals",
     "in_unit",
+    "is_possible",
     "is_ratio",
     "metric_text",
     "number_text",
@@ -27,12 +29,16 @@ __all__ = [
 
 T = TypeVar("T")
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class _Facts:
     text: str
     is_error: bool = False
     is_ratio: bool = True
+    least: float = 0.0
+    most: float = 1.0
     # Whether the percentiles of a bootstrap are an interval of it. Those of a minimum over classes and of a sum of
     # absolute values are not: resampling adds noise that such a score takes for less recall, or for more error, so
     # that most resamples lie on one side of the score.
@@ -56,7 +62,7 @@ _FACTS: Mapping[Kind, Mapping[str, _Facts]] = {
     "classification": {
         **_OF_CLASSES,
         "weighted_f1": _Facts("weighted F1"),
-        "kappa": _Facts("kappa"),
+        "kappa": _Facts("kappa", least=-1.0),
         "worst_class_recall": _Facts("worst class recall", has_intervals=False),
         "ece": _Facts("ECE", is_error=True, has_intervals=False),
     },
@@ -77,9 +83,9 @@ _FACTS: Mapping[Kind, Mapping[str, _Facts]] = {
         "fwiou": _Facts("fwIoU"),
     },
     "regression": {
-        "rmse": _Facts("RMSE", is_error=True, is_ratio=False),
-        "mae": _Facts("MAE", is_error=True, is_ratio=False),
-        "r2": _Facts("R2", is_ratio=False),
+        "rmse": _Facts("RMSE", is_error=True, is_ratio=False, most=math.inf),
+        "mae": _Facts("MAE", is_error=True, is_ratio=False, most=math.inf),
+        "r2": _Facts("R2", is_ratio=False, least=-math.inf),
     },
 }
 _OF = {metric: facts for of_kind in _FACTS.values() for metric, facts in of_kind.items()}
@@ -92,6 +98,12 @@ HIGHER_IS_BETTER: Mapping[str, bool] = {metric: not facts.is_error for metric, f
 def is_ratio(metric: str) -> bool:
     """Whether a score of it is from 0 to 1 (kappa: at most 1), and is shown in percent."""
     return _OF[metric].is_ratio
+
+
+def is_possible(metric: str, value: float) -> bool:
+    """Whether a score of it can be `value`, but for rounding; of a metric that is not known, whatever it is."""
+    facts = _OF.get(metric)
+    return facts is None or facts.least - _ROUNDING <= value <= facts.most + _ROUNDING
 
 
 def has_intervals(metric: str) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from ssl_eo.eval.bootstrap import Interval
@@ -39,7 +40,7 @@ _Conditions = tuple[str, str, str]  # values of `CONDITIONS`
 
 @dataclass(frozen=True)
 class Margin:
-    """A model against the best of one rival that needs no training, by one probe."""
+    """A model against one rival, by one probe; of one that needs no training, the best of it."""
 
     probe: str
     metric: str
@@ -72,13 +73,13 @@ def probe_shown(probes: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PairedMargin:
-    """How much better a model is than a rival that needs no training, in the metric's own unit; above 0 is better."""
+    """How much better a model is than a rival, in the metric's own unit; above 0 is better."""
 
     model: Entrant
     rival: Entrant
     margin: Margin
     interval: Interval | None  # of the gain over the test samples, the same resamples for both
-    reading: str  # of the rival, where there is another, as of an encoder where the model is read otherwise
+    reading: str  # of the rival, or of both if that is a model, where they are not read alike
 
 
 class Comparison:
@@ -226,6 +227,18 @@ class Comparison:
                         is_plain = score.setting[3:] == own.setting[3:]
                     reading = "" if is_plain else reading_text(*score.setting[3:])
                     found.append(PairedMargin(model, rival, margin, paired_interval(own, score), reading))
+        return found
+
+    def duels(self, task: str, probe: str) -> list[PairedMargin]:
+        """Each model against each that comes after it, on the same test samples, each read in its own way."""
+        found = []
+        for model, rival in combinations(self.models, 2):
+            own, other = self.score(model, task, probe), self.score(rival, task, probe)
+            if own is not None and other is not None and own.is_on_the_samples_of(other):
+                margin = Margin(probe, self.metrics[task], own.value, rival.title, rival.kind, other.value)
+                reads = [reading_text(*score.setting[3:]) for score in (own, other)]
+                reading = "" if len(set(reads)) == 1 else " against ".join(reads)
+                found.append(PairedMargin(model, rival, margin, paired_interval(own, other), reading))
         return found
 
     def flags(self, task: str) -> list[str]:

@@ -31,8 +31,10 @@ from ssl_eo.eval.rounding import fixed
 from ssl_eo.eval.wording import condition_text, value_text
 
 __all__ = [
+    "MOST_DUELLISTS",
     "axis_table",
     "class_table",
+    "duel_table",
     "interquartile_table",
     "margin_table",
     "mean_table",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _NOTHING = "–"
+MOST_DUELLISTS = 6  # models: of more, pairs are too many to read
 _FEWEST_RIVALS = 2  # among which one can be the best
 _BRACKETS = "In brackets: 95 % of a bootstrap over test samples"
 _SPREAD = "after ±: one standard deviation over seeds"
@@ -123,20 +126,44 @@ def score_table(comparison: Comparison, probe: str) -> Table:
 
 
 def margin_table(comparison: Comparison, task: str) -> Table:
-    """Each model against its rivals on one task, by probes."""
-    found: dict[tuple[str, str], dict[str, PairedMargin]] = {}
-    for probe in comparison.probes:
-        for m in comparison.margins(task, probe):
-            rival = "the random encoder" if m.rival.kind == "random" else "the best control"
-            found.setdefault((m.model.title, rival), {})[probe] = m
-    probes = [p for p in comparison.probes if any(p in of for of in found.values())]
-    rows = []
-    for (title, rival), of in found.items():
-        cells = [_margin_cell(of[p]) if p in of else Cell(note=_NOTHING) for p in probes]
-        rows.append(Row(f"{title} over {rival}", "", cells))
+    """Each model against its rivals that need no training on one task, by probes."""
+
+    def versus(m: PairedMargin) -> str:
+        return f"{m.model.title} over {'the random encoder' if m.rival.kind == 'random' else 'the best control'}"
+
+    found = {probe: comparison.margins(task, probe) for probe in comparison.probes}
+    return _table_of_margins(comparison, task, "Margins", found, versus)
+
+
+def duel_table(comparison: Comparison, task: str) -> Table:
+    """Each model against each other on one task, by probes; no rows where there are more than `MOST_DUELLISTS`."""
+    is_shown = len(comparison.models) <= MOST_DUELLISTS
+    found = {probe: comparison.duels(task, probe) if is_shown else [] for probe in comparison.probes}
+    return _table_of_margins(
+        comparison, task, "Model against model", found, lambda m: f"{m.model.title} over {m.rival.title}"
+    )
+
+
+def _table_of_margins(
+    comparison: Comparison,
+    task: str,
+    what: str,
+    found: Mapping[str, Sequence[PairedMargin]],
+    versus: Callable[[PairedMargin], str],
+) -> Table:
+    """A row for each text of `versus`, a column for each probe of `found`."""
+    rows_of: dict[str, dict[str, PairedMargin]] = {}
+    for probe, margins in found.items():
+        for m in margins:
+            rows_of.setdefault(versus(m), {})[probe] = m
+    probes = [probe for probe, margins in found.items() if margins]
+    rows = [
+        Row(title, "", [_margin_cell(of[p]) if p in of else Cell(note=_NOTHING) for p in probes])
+        for title, of in rows_of.items()
+    ]
     about = f"{metric_text(comparison.metrics[task])}, {settings_text(comparison, [task])}"
-    caption = f"Margins on {task}, above 0 is better: {about}. {_BRACKETS}, the same resamples for both sides."
-    return Table(f"Margins on {task}", "", probes, rows, caption)
+    caption = f"{what} on {task}, above 0 is better: {about}. {_BRACKETS}, the same resamples for both sides."
+    return Table(f"{what} on {task}", "", probes, rows, caption)
 
 
 def axis_table(comparison: Comparison, task: str, probe: str, axis: str) -> Table:

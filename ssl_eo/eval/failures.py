@@ -31,4 +31,5 @@ def failures(logger: logging.Logger, errors: Mapping[str, Exception], n_all: int
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    """Names of files that are not UTF-8 are written as no file could hold them otherwise."""
+    return f"{type(error).__name__}: {error}".encode(errors="backslashreplace").decode()

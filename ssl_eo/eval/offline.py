@@ -46,7 +46,7 @@ from ssl_eo.eval.splits import INTERPOLATION, Split
 from ssl_eo.eval.tasks import Task
 from ssl_eo.installation import commit
 from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
-from ssl_eo.progress import say
+from ssl_eo.progress import progress, say
 from ssl_eo.seeding import derive_seed
 
 __all__ = ["Evaluation", "Model", "evaluate"]
@@ -77,7 +77,7 @@ def evaluate(model: Model, plan: Evaluation, out: Path, say: Callable[[str], Non
     Results of other models and plans in `out` are left as they are, and not returned. What fails is a record and the
     rest goes on; so is a job at which processes have died, and a task that cannot be opened, whose jobs are not tried.
     The next call tries again. What was asked for and is not there is an error among what is returned. `say` is told of
-    each forward pass.
+    each forward pass, and of those that were there.
     """
     is_first = read_launch(os.environ, first_host=str).rank == 0  # nobody needs to know where ranks meet
     out.mkdir(parents=True, exist_ok=True)
@@ -91,6 +91,8 @@ def evaluate(model: Model, plan: Evaluation, out: Path, say: Callable[[str], Non
     if measured and is_first:
         if len(measured) == len(results) and known.issuperset(record["key"] for record in measured):
             say(f"all {len(measured)} results were there already")
+        elif runner.n_there:
+            say(f"{runner.n_there} of {len(runner.jobs)} passes were there already")
         folder = shlex.quote(str(out))
         say(f"results in {folder}; for a page of them: ssl-eo report {folder} --out report.html")
     return results
@@ -102,6 +104,7 @@ class _Runner:
     def __init__(self, model: Model, plan: Evaluation, out: Path, say: Callable[[str], None]) -> None:
         self.model, self.plan, self.out, self._say = model, plan, out, say
         self.jobs: list[Job] = []  # of the tasks that can be opened
+        self.n_there = 0  # of these, that were found measured
         self.weights = model.weights
         self.device = torch.device(plan.device)
         self._opened = OpenedTask(model.encoder.cfg.patch_size)
@@ -260,6 +263,7 @@ class _Runner:
         if not missing:
             if (key := key_of_job(self._id(job))) in found:  # it has failed since, and does no more
                 append(self.out, [{"key": key, "kind": "cleared", "job": self._id(job), **_stamp()}])
+            self.n_there += 1
             return False
         if not self._has_own_samples(job, task):
             return False
@@ -267,7 +271,9 @@ class _Runner:
         start = time.perf_counter()
         featurise = self._featurise(job)
         splits = [split for split in (task.train, task.val, task.test) if split is not None]
-        sets = {split.name: self._extract(featurise, split) for split in splits}
+        with progress(job.name, is_kept=False) as show:
+            counted = _counted(featurise, sum(map(len, splits)), show)
+            sets = {split.name: self._extract(counted, split) for split in splits}
         head = {
             **self._head(job),
             **facts,
@@ -355,6 +361,20 @@ class _Runner:
         names = [tap_name(ratio) for ratio in self.plan.taps]
         encode = in_precision(partial(_encode, encoder, layers), self.plan.precision, self.device)
         return patch_taps(encode, names) if job.is_of_patches else pooled_taps(encode, names, self.plan.pool)
+
+
+def _counted(featurise: Featurise, n_all: int, show: Callable[[int, int], None]) -> Featurise:
+    """`featurise`, which tells `show` of how many samples of `n_all` it has been asked so far."""
+    n_done = 0
+
+    def featurise_and_tell(inputs: EncoderInput) -> dict[str, torch.Tensor]:
+        nonlocal n_done
+        found = featurise(inputs)
+        n_done += len(next(iter(found.values())))
+        show(n_done, n_all)
+        return found
+
+    return featurise_and_tell
 
 
 def _stamp() -> dict[str, Any]:

@@ -12,7 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssl_eo.eval.partitions import parse_partition
-from ssl_eo.eval.value_checks import Check, dict_of, is_count, is_metric, is_number, is_text, list_of, or_none
+from ssl_eo.eval.value_checks import (
+    Check,
+    are_intervals,
+    are_scores,
+    dict_of,
+    is_count,
+    is_line,
+    is_metric,
+    is_number,
+    is_text,
+    list_of,
+    or_none,
+)
 
 __all__ = ["is_of_evaluation", "is_of_training"]
 
@@ -42,7 +54,7 @@ def is_of_training(record: Mapping[str, Any]) -> bool:
     if checks is None or not checks.hold_of(record):
         return False
     if kind == "probe":
-        return is_number(record.get(record["metric"]))
+        return are_scores({record["metric"]: record.get(record["metric"])})
     if "probe" in record and "tap" not in record:
         return False
     return kind == "skipped" or "task" in record or "source" in record
@@ -65,15 +77,11 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_source(value: Any) -> bool:
-    return isinstance(value, dict) and is_text(value.get("name")) and isinstance(value.get("options"), dict)
+    return isinstance(value, dict) and is_line(value.get("name")) and isinstance(value.get("options"), dict)
 
 
 def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_interval(value: Any) -> bool:
-    return list_of(is_number)(value) and len(value) == 2
 
 
 def _is_packed(value: Any) -> bool:
@@ -107,38 +115,38 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
 
 
 _HEAD: dict[str, Check] = {
-    **dict.fromkeys(("key", "job", "task", "features", "date"), is_text),
-    "model": or_none(is_text),
+    **dict.fromkeys(("key", "job", "task", "features", "date"), is_line),
+    "model": or_none(is_line),
 }
 _OPTIONAL_HEAD: dict[str, Check] = {
-    **dict.fromkeys(("metric", "kind_of_task", "dataset", "subset", "size", "tap", "probe", "partition"), is_text),
+    **dict.fromkeys(("metric", "kind_of_task", "dataset", "subset", "size", "tap", "probe", "partition"), is_line),
     "seed": _is_seed,
     "step": or_none(is_count),
-    "commit": or_none(is_text),
+    "commit": or_none(is_line),
 }
 _RESULT: dict[str, Check] = {
-    **dict.fromkeys(("subset", "size", "tap", "probe"), is_text),
+    **dict.fromkeys(("subset", "size", "tap", "probe"), is_line),
     "metric": is_metric,
     "partition": _is_partition,
     "partition_of": lambda value: value in ("all", "published", "nested"),
     **dict.fromkeys(("n_train", "n_val", "n_groups", "n_resamples", "n_features", "size_px"), is_count),
     "n_test": _is_positive,
-    **dict.fromkeys(("weights", "pool"), or_none(is_text)),
+    **dict.fromkeys(("weights", "pool"), or_none(is_line)),
     "step": or_none(is_count),
     "seed": _is_seed,
     "encoder": or_none(dict_of(_is_anything)),
-    "classes": list_of(is_text),
+    "classes": list_of(is_line),
     "flags": list_of(is_text),
-    **dict.fromkeys(("data", "content"), dict_of(is_text)),
-    "scores": dict_of(is_number),
-    "intervals": dict_of(_is_interval),
+    **dict.fromkeys(("data", "content"), dict_of(is_line)),
+    "scores": are_scores,
+    "intervals": are_intervals,
     "chosen": dict_of(_is_figure),
-    "normalization": is_text,
-    "interpolation": is_text,
+    "normalization": is_line,
+    "interpolation": is_line,
 }
 _OPTIONAL_OF_RESULT: dict[str, Check] = {
-    **dict.fromkeys(("version", "torch", "code"), is_text),
-    **dict.fromkeys(("bands", "taps"), list_of(is_text)),
+    **dict.fromkeys(("version", "torch", "code"), is_line),
+    **dict.fromkeys(("bands", "taps"), list_of(is_line)),
     **dict.fromkeys(("n_leaked", "n_leaked_val", "n_shared_groups", "n_undefined", "n_fitted"), is_count),
     "sources": dict_of(_is_source),
     "resampled": or_none(_is_packed),
@@ -152,20 +160,21 @@ _OF_EVALUATION = {
     "result": _Checks({**_HEAD, **_RESULT}, {**_OPTIONAL_HEAD, **_OPTIONAL_OF_RESULT}),
     "error": _PROBLEM,
     "skipped": _PROBLEM,
-    "cleared": _Checks(dict.fromkeys(("key", "job"), is_text)),
+    "cleared": _Checks(dict.fromkeys(("key", "job"), is_line)),
 }
 
 _OPTIONAL_OF_TRAINING: dict[str, Check] = {
-    **dict.fromkeys(("task", "source", "features", "split", "precision", "tap", "probe", "metric", "error"), is_text),
+    **dict.fromkeys(("task", "source", "features", "split", "precision", "tap", "probe", "metric"), is_line),
+    "error": is_text,
     **dict.fromkeys(("spread_ratio", "first_ratio", "effective_rank", "macro_accuracy", "seconds"), is_number),
     "collapsed": list_of(is_text),
     "chosen": dict_of(_is_figure),
     "is_trained": lambda value: isinstance(value, bool),
 }
 _NEEDED_OF_TRAINING: dict[str, dict[str, Check]] = {
-    "probe": {**dict.fromkeys(("task", "features", "tap", "probe"), is_text), "metric": is_metric},
-    "health": dict.fromkeys(("features", "tap"), is_text),
-    "error": dict.fromkeys(("features", "error"), is_text),
+    "probe": {**dict.fromkeys(("task", "features", "tap", "probe"), is_line), "metric": is_metric},
+    "health": dict.fromkeys(("features", "tap"), is_line),
+    "error": {"features": is_line, "error": is_text},
     "skipped": dict.fromkeys(("what", "reason"), is_text),
 }
 _OF_TRAINING = {

@@ -37,6 +37,7 @@ __all__ = [
     "Record",
     "add_to_plan",
     "append",
+    "count_lines",
     "has_results",
     "key_of",
     "key_of_job",
@@ -93,6 +94,11 @@ def append(folder: Path, records: Sequence[Record]) -> None:
 def has_results(folder: Path) -> bool:
     """Whether `ssl-eo eval` wrote results to it."""
     return (folder / RESULTS).is_file()
+
+
+def count_lines(folder: Path) -> int:
+    """The lines of the results of `folder` that hold anything, whatever that is."""
+    return sum(not line.isspace() for line in (folder / RESULTS).read_bytes().splitlines(keepends=True))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

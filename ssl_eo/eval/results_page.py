@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ssl_eo
 from ssl_eo.eval.aggregates import Ranges, by_dataset, has_mean, read_ranges, tasks_of_mean, tasks_of_rank
 from ssl_eo.eval.bootstrap import FEWEST_SEEDS
 from ssl_eo.eval.citing import dates_of, facts_of_models, facts_of_software, facts_of_tasks
 from ssl_eo.eval.comparison import Comparison, probe_shown
 from ssl_eo.eval.comparison_charts import bar_chart, charts_of_runs, color_of, confusion_of, cost_charts, curve_charts
 from ssl_eo.eval.comparison_tables import (
+    MOST_DUELLISTS,
     axis_table,
     class_table,
+    duel_table,
     interquartile_table,
     margin_table,
     mean_table,
@@ -26,7 +29,7 @@ from ssl_eo.eval.entrants import Entrant
 from ssl_eo.eval.experiments import CONDITIONS, Score
 from ssl_eo.eval.metrics import metric_text
 from ssl_eo.eval.page import check_written, render
-from ssl_eo.eval.records import read_plan, write_csv
+from ssl_eo.eval.records import count_lines, read_plan, write_csv
 from ssl_eo.eval.result_figures import draw_confusion, short
 from ssl_eo.eval.result_tables import Table, as_latex, as_markdown, with_numbers
 from ssl_eo.eval.shortfalls import coverage_text, failed_tasks, failure_alerts, shortfalls_of
@@ -71,13 +74,16 @@ def write_results_page(
     check_written(files.all, folders)
     comparison = Comparison.read(folders)
     if not comparison.results and not comparison.problems:
-        raise ValueError(f"{', '.join(map(str, folders))}: nothing was measured, there is nothing to report")
+        raise ValueError(f"{', '.join(map(str, folders))}: {_why_nothing(folders)}")
     ranges = read_ranges(normalizer, comparison.metrics) if normalizer and comparison.results else None
     means = with_numbers(
         [interquartile_table(comparison, ranges), mean_table(comparison, ranges), rank_table(comparison)]
     )
     scores = with_numbers([score_table(comparison, probe) for probe in comparison.probes])
-    margins = {task: with_numbers([margin_table(comparison, task)]) for task in comparison.tasks}
+    margins, duels = (
+        {task: with_numbers([table(comparison, task)]) for task in comparison.tasks}
+        for table in (margin_table, duel_table)
+    )
     lacking = shortfalls_of(comparison.problems)
     coverage = coverage_text(comparison, [asked for folder in folders for asked in read_plan(folder)])
     notes = _notes(comparison, ranges, normalizer)
@@ -90,15 +96,28 @@ def write_results_page(
         notes=notes,
         costs=cost_charts(comparison, ranges),
         scores=scores,
-        tasks=[_task(comparison, task, margins[task], f"task{i}") for i, task in enumerate(comparison.tasks)],
+        tasks=[
+            _task(comparison, task, margins[task], duels[task], f"task{i}") for i, task in enumerate(comparison.tasks)
+        ],
         training=charts_of_runs(runs),
         problems=lacking,
         setup=_setup(comparison),
     )
     flags = [f"{task}: {flag}" for task in comparison.tasks for flag in comparison.flags(task)]
     said = [*filter(None, [coverage]), *notes, *flags, *failed_tasks(comparison, lacking)]
-    _write(files, page, comparison, [*means, *scores, *(table for of in margins.values() for table in of)], said)
+    paired = [table for of in (margins, duels) for tables in of.values() for table in tables]
+    _write(files, page, comparison, [*means, *scores, *paired], said)
     return files.all
+
+
+def _why_nothing(folders: Sequence[Path]) -> str:
+    n_lines = sum(map(count_lines, folders))
+    if n_lines == 0:
+        return "nothing was measured, there is nothing to report"
+    return (
+        f"none of {n_lines:,} lines is a result that ssl_eo {ssl_eo.__version__} knows: they are of another version,"
+        " damaged, or of errors that are no more"
+    )
 
 
 def _write(files: Files, page: str, comparison: Comparison, tables: Sequence[Table], said: Sequence[str]) -> None:
@@ -165,14 +184,18 @@ def _notes(comparison: Comparison, ranges: Ranges | None, normalizer: Sequence[P
         " of a column, whether or not intervals overlap; an encoder that is read at other depths on some tasks than on"
         " others is never bold."
     )
+    if len(comparison.models) > MOST_DUELLISTS:
+        said.append(f"Model against model is shown of up to {MOST_DUELLISTS} models: report fewer folders for it.")
     codes = {" ".join(str(r[k]) for k in ("version", "code") if r.get(k)) for r in comparison.results}
     if len(codes) > 1:
         said.append(f"Results are of {len(codes)} versions of the code ({', '.join(sorted(codes))}).")
     return [*said, f"Where not said otherwise: {settings_text(comparison, comparison.tasks)}."]
 
 
-def _task(comparison: Comparison, task: str, margins: Sequence[Table], name: str) -> dict[str, Any]:
-    """All that the page shows of one task, with the table of its `margins`; `name` is for identifiers."""
+def _task(
+    comparison: Comparison, task: str, margins: Sequence[Table], duels: Sequence[Table], name: str
+) -> dict[str, Any]:
+    """All that the page shows of one task, with tables of its `margins` and `duels`; `name` is for identifiers."""
     scored = {p: _scores(comparison, task, p) for p in comparison.probes}
     scored = {p: of for p, of in scored.items() if of}
     axes = [axis for axis in _TITLES if _is_varied(comparison, task, axis)]
@@ -187,6 +210,7 @@ def _task(comparison: Comparison, task: str, margins: Sequence[Table], name: str
         "absent": _absent(comparison, task, list(scored)),
         "bars": [bar_chart(comparison, task, p, of, f"{name}-bars{i}") for i, (p, of) in enumerate(scored.items())],
         "margins": margins,
+        "duels": duels,
         "curves": curve_charts(comparison, task, list(scored), name) if "partition" in axes else [],
         "axes": [(_TITLES[axis], of, axis == "partition") for axis, of in tables.items() if of],
         "confusions": [

@@ -302,14 +302,14 @@ def _stacked_labels(samples: Sequence[Sample], shown: Shown) -> Tensor:
 def _class_problem(label: Any, shown: Shown) -> str | None:
     if isinstance(label, (int, np.integer)) and 0 <= label < shown.n_classes:
         return None
-    return f"a label from 0 to {shown.n_classes - 1}, got {label!r}"
+    return f"a label from 0 to {shown.n_classes - 1}, got {_single(label)}"
 
 
 def _classes_problem(label: Any, shown: Shown) -> str | None:
     values = np.asarray(label)
     if values.shape == (shown.n_classes,) and np.isin(values, (0, 1)).all():
         return None
-    return f"{shown.n_classes} labels of 0 or 1, got {_short(values)}"
+    return f"{shown.n_classes} labels of 0 or 1, got {_short(values)}{_kind_hint(values) if values.ndim == 2 else ''}"
 
 
 def _map_problem(label: Any, shown: Shown) -> str | None:
@@ -329,7 +329,7 @@ def _number_problem(label: Any, shown: Shown) -> str | None:
     value = label.item() if isinstance(label, np.generic) else label
     if isinstance(value, (int, float)) and abs(value) <= _LARGEST_NUMBER:
         return None
-    return f"a finite number, got {label!r:.80} (single precision holds up to {_LARGEST_NUMBER:.4g})"
+    return f"a finite number, got {_single(label)} (single precision holds up to {_LARGEST_NUMBER:.4g})"
 
 
 _LABEL_PROBLEMS = {
@@ -342,6 +342,18 @@ _LABEL_PROBLEMS = {
 
 def _short(values: NDArray[Any]) -> str:
     return f"{values.dtype} of shape {list(values.shape)}"
+
+
+def _single(label: Any) -> str:
+    """What stands where one value is needed."""
+    values = np.asarray(label)
+    return f"{_short(values)}{_kind_hint(values)}" if values.ndim else f"{label!r:.80}"
+
+
+def _kind_hint(values: NDArray[Any]) -> str:
+    """Which kind has labels of such a form."""
+    kind = {1: "multilabel", 2: "segmentation"}.get(values.ndim) if np.issubdtype(values.dtype, np.integer) else None
+    return "" if kind is None else f": labels of this form need kind: {kind} in the task"
 
 
 def _at(column: Sequence[str], rows: Sequence[int]) -> list[str]:

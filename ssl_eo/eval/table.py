@@ -125,5 +125,6 @@ def _at_edges(summary: Summary, records: Iterable[Record]) -> list[str]:
     for probe in summary.probes:
         rows = [row for row in summary.rows if (row.title, row.tap, probe) in found]
         places = [f"{row.title} at {value_text('tap', row.tap)}" for row in rows]
-        remarks += [f"{probe} chose the end of its grid for {', '.join(places)}"] if places else []
+        told = f"{probe} took the first or the last option of its grid (beyond it may be a slightly better score) for"
+        remarks += [f"{told} {', '.join(places)}"] if places else []
     return remarks

@@ -5,6 +5,7 @@ K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ssl_eo.eval.bootstrap import FEW_GROUPS, FEWEST_GROUPS
@@ -59,8 +60,13 @@ def flags_of_scores(scores: Sequence[tuple[Entrant, str, Score]], metric: str, p
 def _leaked(records: Sequence[Record], key: str) -> tuple[float, str]:
     """The greatest share of test samples that are in another split too, and what to say of it; `key` counts them."""
     ratio, n, n_test = max((int(r.get(key) or 0) / r["n_test"], int(r.get(key) or 0), r["n_test"]) for r in records)
-    text = f"{n} of {n_test:,} test samples ({100 * ratio:.2g} %) have the content of a {_LEAKS[key]} sample"
+    text = f"{n} of {n_test:,} test samples ({_percent(ratio)} %) have the content of a {_LEAKS[key]} sample"
     return ratio, text if n else ""
+
+
+def _percent(ratio: float) -> str:
+    """With two digits; 100 of all alone."""
+    return f"{100 * ratio:.2g}" if ratio < 0.99 else f"{math.floor(100 * ratio)}"
 
 
 def _meaningless(records: Sequence[Record]) -> list[str]:

@@ -22,6 +22,7 @@ from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.metrics import HEADLINE, METRICS
 from ssl_eo.eval.probes import check_probe, kinds_of
 from ssl_eo.eval.splits import UNREADABLE, Shown, Split
+from ssl_eo.eval.value_checks import is_line
 
 __all__ = ["Task", "TaskConfig"]
 
@@ -219,6 +220,8 @@ def _class_names(cfg: TaskConfig, source: Source) -> tuple[str, ...]:
         return ()
     if not source.label_names:
         raise ValueError(f"task {cfg.name}: the source {cfg.train.name} names no classes, and {cfg.kind} needs some")
+    if odd := [name for name in source.label_names if not is_line(name)]:
+        raise ValueError(f"task {cfg.name}: a class is called {odd[0]!a:.80}, which cannot be printed in a table")
     n, fewest = len(source.label_names), _FEWEST_CLASSES[cfg.kind]
     if n < fewest:
         raise ValueError(

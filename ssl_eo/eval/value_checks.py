@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, is_possible
 
-__all__ = ["Check", "dict_of", "is_count", "is_metric", "is_number", "is_text", "list_of", "or_none"]
+__all__ = [
+    "Check",
+    "are_intervals",
+    "are_scores",
+    "dict_of",
+    "is_count",
+    "is_line",
+    "is_metric",
+    "is_number",
+    "is_text",
+    "list_of",
+    "or_none",
+]
 
 Check = Callable[[Any], bool]
 
 _LARGEST = 1e300  # of a number that is still one after a sum
+_NO_CHARACTER = re.compile("[\ud800-\udfff]")  # halves of pairs, which no file can hold
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Text that a file can hold."""
+    return isinstance(value, str) and not _NO_CHARACTER.search(value)
+
+
+def is_line(value: Any) -> bool:
+    """Text of one line, as all names are: it stands in tables."""
+    return is_text(value) and not _CONTROL.search(value)
 
 
 def is_number(value: Any) -> bool:
@@ -31,6 +52,19 @@ def is_count(value: Any) -> bool:
 def is_metric(value: Any) -> bool:
     """The name of a metric."""
     return isinstance(value, str) and value in HIGHER_IS_BETTER
+
+
+def are_scores(value: Any) -> bool:
+    """Numbers by metric, none of which its metric cannot be."""
+    return dict_of(is_number)(value) and all(is_possible(metric, score) for metric, score in value.items())
+
+
+def are_intervals(value: Any) -> bool:
+    """Two such numbers by metric."""
+    pairs = list_of(is_number)
+    return dict_of(lambda bounds: pairs(bounds) and len(bounds) == 2)(value) and all(
+        is_possible(metric, bound) for metric, bounds in value.items() for bound in bounds
+    )
 
 
 def or_none(check: Check) -> Check:

@@ -20,6 +20,7 @@ from ssl_eo.hub import (
     BundleEncoder,
     BundlePair,
     SensorInput,
+    check_finite,
     check_free,
     load_bundle,
     write_bundle,
@@ -33,7 +34,7 @@ from ssl_eo.train.checkpoint import load_weights
 from ssl_eo.train.initial import licences_of_init
 from ssl_eo.train.parallel import build_objective
 from ssl_eo.train.run_dir import read_environment, read_schemas
-from ssl_eo.train.sealing import locate
+from ssl_eo.train.sealing import holds_checkpoints, locate
 
 __all__ = [
     "PairedObjective",
@@ -72,8 +73,10 @@ class PairedObjective(Protocol):
 def load_encoder(path: Path) -> Trained:
     """The published encoder of a run directory (its newest whole checkpoint) or of one `step_` directory of a run.
 
-    Raises `ValueError` when `path` is neither, `CheckpointError` when the checkpoint is damaged.
+    Raises `ValueError` when `path` is neither, or its weights are not finite, `CheckpointError` when the checkpoint is
+    damaged.
     """
+    _check_saved(path)
     checkpoint = locate(path)
     run = checkpoint.parent.parent
     if not (run / "config.yaml").is_file():
@@ -85,7 +88,21 @@ def load_encoder(path: Path) -> Trained:
         lambda: method(config.objective.options, config.model, schemas), config.run.seed, torch.device("cpu")
     )
     seal = load_weights(checkpoint, objective)
-    return Trained(objective.published_encoder().eval(), seal["step"], run, config, objective)
+    encoder = objective.published_encoder().eval()
+    check_finite(str(checkpoint), encoder)
+    return Trained(encoder, seal["step"], run, config, objective)
+
+
+def _check_saved(path: Path) -> None:
+    """Raise `ValueError` where `path` is a run that has only begun."""
+    if not (path / "config.yaml").is_file() or holds_checkpoints(path / "checkpoints"):
+        return
+    config = build(Config, read_yaml(path / "config.yaml"), "")
+    first = min(config.checkpoint.every_n_steps, config.train.total_steps)
+    raise ValueError(
+        f"{path}: this run has saved no checkpoint yet; the first comes after step {first:,}"
+        " (checkpoint.every_n_steps), or where the run is stopped (Ctrl-C)"
+    )
 
 
 def open_pair(path: Path) -> BundlePair:
@@ -104,7 +121,9 @@ def open_pair(path: Path) -> BundlePair:
     if not isinstance(paired, PairedObjective):
         raise ValueError(f"{trained.run}: objective {trained.config.objective.name} has one encoder; export that")
     inputs = {group: _inputs_of(tiles) for group, tiles in paired.shown.items()}
-    return BundlePair(paired.whole(), inputs, {**_facts(trained), "published": paired.published}).eval()
+    whole = paired.whole()
+    check_finite(str(path), whole)
+    return BundlePair(whole, inputs, {**_facts(trained), "published": paired.published}).eval()
 
 
 def open_encoder(path: Path) -> BundleEncoder:

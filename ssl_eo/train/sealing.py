@@ -131,7 +131,10 @@ def locate(path: Path) -> Path:
             raise CheckpointError(f"checkpoint {path} is damaged: {problem}")
         return path
     if (found := newest(path / "checkpoints")) is None:
-        raise ValueError(f"{path}: no run with a whole checkpoint here; give a run directory or one of its checkpoints")
+        raise ValueError(
+            f"{path}: no run with a whole checkpoint here, and no bundle (encoder.json); give a run directory, one of"
+            " its checkpoints, or a bundle"
+        )
     return found
 
 

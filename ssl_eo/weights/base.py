@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssl_eo.components import available, one_line, suggest
 from ssl_eo.files import atomic_file
-from ssl_eo.hub import UNSAID, SensorInput, check_free, write_bundle
+from ssl_eo.hub import UNSAID, SensorInput, check_finite, check_free, write_bundle
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.tensor_files import write_tensors
 from ssl_eo.weights._reading import find_encoder, read_state_dict
@@ -103,8 +103,8 @@ def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str)
     """The encoder `released` with the weights `tensors`, in float32 and eval mode.
 
     What its name leaves open is read off the tensors: the native size of the position table, the kind of MLP, and
-    whether there is a mask token. Raises `ValueError` that starts with `where` for any tensor missing, left over, or
-    of another shape.
+    whether there is a mask token. Raises `ValueError` that starts with `where` for any tensor missing, left over, of
+    another shape, or not finite.
     """
     try:
         found = released.adapt(tensors)
@@ -116,6 +116,7 @@ def build_encoder(tensors: Mapping[str, Tensor], released: Released, where: str)
         raise ValueError(f"{where}: not the weights of {released.name}: {'; '.join(problems)}{_hint(tensors)}")
     encoder = _on_meta(config, released.n_channels).to_empty(device="cpu")
     encoder.load_state_dict(found)
+    check_finite(where, encoder)
     return encoder.eval()
 
 

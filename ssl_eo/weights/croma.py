@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssl_eo.files import atomic_file
-from ssl_eo.hub import SensorInput, check_free, write_pair_bundle
+from ssl_eo.hub import SensorInput, check_finite, check_free, write_pair_bundle
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import EncoderConfig
 from ssl_eo.sensors import load_sensor
@@ -227,6 +227,7 @@ def build_pair(theirs: Mapping[str, Tensor], pair: ReleasedPair, where: str) -> 
     if problems:
         raise ValueError(f"{where}: not the weights of {pair.name}: {len(problems)} tensors do not fit: {problems[0]}")
     model.to_empty(device="cpu").load_state_dict(ours)
+    check_finite(where, model)
     return model.eval()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,10 +87,14 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path, capsys: pytest.Cap
     out, likely = tmp_path / "classes.tif", tmp_path / "likely.tif"
     command = ["predict", str(tmp_path / "scene.tif"), "--model", str(model), "--out", str(out), *names]
     assert main([*command, "--probabilities", str(likely), "--window", "44", "--overlap", "0"]) == 0
-    assert capsys.readouterr().out == f"wrote {out}, {likely}\n"
+    n, what = len(load_model(model).classes), ", ".join(load_model(model).classes)
+    of = f"{n} classes of 41 x 41 pixels ({what}; windows of 44 pixels)"
+    assert capsys.readouterr().out == f"wrote {out}, {likely}: {of}\n"
     with rasterio.open(out) as file, rasterio.open(likely) as other:
         assert (file.tags()["model"], file.tags()["sensor"]) == (model.name, SENSOR)
         assert file.tags()["bands"].split() == names[1:]
+        (record,) = [json.loads(line) for line in (studied / "out" / "study.jsonl").read_text().splitlines()]
+        assert file.tags()["record"] == record["key"]
         assert file.tags()["weights"] == other.tags()["weights"] == load_model(model).weights
         assert len({file.colormap(1)[i] for i in range(len(load_model(model).classes))}) > 1
         classes, probabilities = file.read(1), other.read()
@@ -116,6 +122,7 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path, capsys: pytest.Cap
         (["--out", "map.png"], "map.png: maps are written to a .tif file"),
         (["--bands", "1", "2", "3", "1"], "band 1 of"),
         (["--model", "gone"], "gone: not a trained model"),
+        (["--decoder", "my.own"], "its decoder is 'linear', and 'my.own' was given"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -126,11 +133,85 @@ def test_wrong_options_are_one_line(
     if "--model" in options:
         model = []
     bands = [] if "--bands" in options else ["--bands", "4", "3", "2", "1"]
-    command = ["predict", str(tmp_path / "scene.tif"), *model, "--out", str(tmp_path / "out.tif"), *bands, *options]
+    out = [] if "--out" in options else ["--out", str(tmp_path / "out.tif")]
+    command = ["predict", str(tmp_path / "scene.tif"), *model, *out, *bands, *options]
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "out.tif").exists()
+
+
+def test_a_folder_is_no_scene(studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(studied / "out" / "models" / "scenes-tiny-frozen-linear-default-0")
+    assert main(["predict", str(tmp_path), "--model", model, "--out", str(tmp_path / "out.tif")]) == 2
+    assert capsys.readouterr().err == f"ssl-eo: {tmp_path} is a folder, and a scene is one GeoTIFF: give its file\n"
+
+
+def test_a_shipped_study_is_cut_by_overrides(studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an override sets to null is left out; others are added to what is there."""
+    raw = yaml.safe_load((studied / "my_study.yaml").read_text())
+    raw["decoders"] = {"linear": {}, "fcn": {"channels": 8}, "segformer": {"channels": 8}}
+    config = tmp_path / "large.yaml"
+    config.write_text(yaml.safe_dump({**raw, "save_models": False}))
+    short = ["trainings.default.n_steps=1", "unet=false", "--out", str(tmp_path / "out")]
+    command = ["study", str(config), "decoders.fcn=null", "decoders={segformer: null}", *short]
+    assert main(command) == 0
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "study.jsonl").read_text().splitlines()]
+    assert record["cell"]["decoder"] == "linear"
+    capsys.readouterr()
+    for override, message in (
+        (
+            "decoders.fnc=null",
+            "decoders.fnc=null: the study has no 'fnc'; did you mean 'fcn'? (fcn, linear, segformer)",
+        ),
+        ("encoders.tiny=null", "encoders must name at least one"),
+        ("samples=null", "samples: expected a mapping of keys, got None"),
+    ):
+        assert main(["study", str(config), override, *short]) == 2
+        assert message in capsys.readouterr().err
+    config.write_text(yaml.safe_dump({**raw, "decoders": {"linear": None}}))  # in a file it is a mistake
+    assert main(["study", str(config), *short]) == 2
+    assert "decoders.linear: expected a mapping, got None" in capsys.readouterr().err
+
+
+def test_whoever_is_told_to_end_has_not_died_at_its_cell(
+    studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However often: the claim is given back, and the same command trains the cell."""
+    config = tmp_path / "stopped.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load((studied / "my_study.yaml").read_text()), "n_resamples": 5}))
+    command = ["study", str(config), "trainings.default.n_steps=1", "--out", str(tmp_path / "out")]
+
+    def told_by(name: signal.Signals) -> Callable[..., None]:
+        def told(*_: object) -> None:
+            os.kill(os.getpid(), name)
+            raise AssertionError("it goes on")
+
+        return told
+
+    for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        with monkeypatch.context() as patch:
+            patch.setattr("ssl_eo.adapt.study_run.fit", told_by(name))
+            assert main(command) == 75
+            assert capsys.readouterr().err.endswith("ssl-eo: stopped on request; the same command goes on\n")
+    assert (tmp_path / "out" / "study.jsonl").read_text() == ""
+    assert main(command) == 0
+
+
+def test_a_model_that_was_not_saved_is_told_of(
+    studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    command = ["study", str(studied / "my_study.yaml"), "trainings.default.n_steps=1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("ssl_eo.adapt.study_models.save_model", full)
+        assert main(command) == 1
+    folder = tmp_path / "models" / "scenes-tiny-frozen-linear-default-0"
+    assert f"not saved: {folder}; the same command trains it again" in capsys.readouterr().out
+    assert main(command) == 0
+    assert load_model(folder).classes
 
 
 def test_what_is_no_study_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -260,6 +261,31 @@ def test_pixels_that_a_mask_hides_were_not_measured(tmp_path: Path) -> None:
         np.testing.assert_array_equal(scene.read((0, 0, 40, 50)), values[:3])
 
 
+def test_a_mask_of_each_band_hides_its_own_pixels(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Beside the file, as GDAL writes it; one that cannot be read is refused, where GDAL would go on without."""
+    path, beside = write_scene(tmp_path / "scene.tif", values_of((3, 40, 50), "uint8")), tmp_path / "scene.tif.msk"
+    shown = np.full((3, 40, 50), 255, "uint8")
+    shown[0, :5] = shown[2, :, :7] = 0
+    with Scene(path) as scene:
+        before = scene.digest()
+    write_scene(beside, shown)
+    with rasterio.open(beside, "r+") as file:
+        file.update_tags(**{f"INTERNAL_MASK_FLAGS_{i}": "0" for i in (1, 2, 3)})
+    for bands in ([1, 2, 3], [3, 2], [2]):
+        with Scene(path, bands) as scene:
+            hidden = scene.read((0, 0, 40, 50)).isnan().numpy()
+            assert scene.digest() != before
+        np.testing.assert_array_equal(hidden, shown[[band - 1 for band in bands]] == 0)
+    capfd.readouterr()
+    for junk in (b"junk" * 100, b"II*\0junkjunkjunk"):
+        beside.write_bytes(junk)
+        with pytest.raises(
+            OSError, match=r"scene\.tif\.msk cannot be read as the mask of scene\.tif: mend it, or move"
+        ):
+            Scene(path)
+    assert capfd.readouterr().err == ""
+
+
 def test_what_speaks_against_the_values(tmp_path: Path) -> None:
     sensor = load_sensor("sentinel2_l2a")
     values = values_of((2, 9, 9))
@@ -275,6 +301,11 @@ def test_what_speaks_against_the_values(tmp_path: Path) -> None:
     assert doubts(values, sensor.scale, sensor.offset) == []
     (narrow,) = doubts(values.astype("uint8"))
     assert "scene.tif holds uint8, and sentinel2_l2a is stored as uint16" in narrow
+    (wide,) = doubts(values.astype("int32"))
+    assert "scene.tif holds int32, and sentinel2_l2a is stored as uint16" in wide
+    with Scene(write_scene(tmp_path / "scene.tif", values)) as scene:
+        (pictures,) = scene.doubts(load_sensor("rgb"), 10.0)
+    assert "scene.tif holds uint16, and rgb is stored as uint8" in pictures
     (tagged,) = doubts(values, 0.5, -1000.0)
     assert "scaled by 0.5, with an offset of -1000; sentinel2_l2a has 0.0001 and" in tagged
     assert len(doubts(values.astype("float32"), 0.5)) == 2
@@ -389,6 +420,22 @@ def test_a_scene_without_a_reference_system(tmp_path: Path) -> None:
         file = rasterio.open(tmp_path / "o.tif")
     with file:
         assert (file.crs, file.transform) == (None, Affine.identity())
+
+
+@pytest.mark.parametrize("transform", [None, Affine(math.nan, 0, math.nan, 0, -10, 1), Affine(math.inf, 0, 0, 0, 1, 0)])
+def test_pixels_without_a_place_in_the_reference_system(transform: Affine | None, tmp_path: Path) -> None:
+    """Nothing is written of a place that is no number, nor of a system in which nothing has a place."""
+    path = write_scene(tmp_path / "scene.tif", values_of((2, 20, 20)), transform=transform)
+    with pytest.warns(UserWarning, match="does not say where in its coordinate reference system its pixels lie"):
+        scene = Scene(path)
+    with scene, warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was told once
+        predict_scene(scene, three_classes, NAMES, tmp_path / "o.tif", TILING, RUN)
+        assert scene.doubts(load_sensor("sentinel2_l2a"), 10.0) == []
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(tmp_path / "o.tif") as file:
+            assert file.crs is None
+            assert file.transform.is_identity
 
 
 def test_bands_are_chosen_by_name_or_number(tmp_path: Path) -> None:
@@ -639,7 +686,7 @@ def test_panels_of_something_else_are_refused(stopped: tuple[Path, Path, SceneRu
         ("inputs.json", '{"mine": 1}', r"inputs\.json was not written by a run of this command"),
         ("inputs.json", "[1]", "was not written by a run"),
         ("inputs.json", '{"format": "panels 2", "token": "/../../mine"}', r"inputs\.json is damaged \(token"),
-        ("0_000000.npy", "precious", r"inputs\.json cannot be read"),
+        ("0_000000.npy", "precious", r"o\.tif\.panels holds panels, and no inputs\.json that says of which run"),
     ],
 )
 def test_a_folder_that_is_not_of_a_run_stays_as_it_is(tmp_path: Path, name: str, content: str, match: str) -> None:

@@ -17,6 +17,7 @@ from toy_study import bundle, encoder, opened_task, study, task
 from ssl_eo.adapt.backbone import EncoderBackbone, FixedBands
 from ssl_eo.adapt.examples import Examples
 from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.opened_task import OpenedTask
 from ssl_eo.adapt.saved import load_model, save_model
 from ssl_eo.adapt.study_page import (
     _charts,
@@ -29,6 +30,7 @@ from ssl_eo.adapt.study_page import (
 )
 from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.study_run import RECORDS, _Results, read_study, run_study
+from ssl_eo.adapt.workbench import Workbench
 from ssl_eo.bundles import BundleEncoder
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.hub import load_bundle
@@ -123,15 +125,13 @@ def test_a_model_that_is_damaged_is_refused(done: tuple[Any, Path, list[dict[str
         shutil.copytree(done[1] / "models" / "scenes-tiny-frozen-linear-default-0", tmp_path / name)
         return tmp_path / name
 
-    with pytest.raises(ValueError, match=r"not a trained model \(task\.json"):
-        load_model(tmp_path)
     cut = copy_of("cut") / "decoder.safetensors"
     cut.write_bytes(cut.read_bytes()[:-7])
     with pytest.raises(ValueError, match=r"decoder\.safetensors"):
         load_model(cut.parent)
     page = json.loads(((other := copy_of("other")) / "task.json").read_text())
     for change, message in (
-        ({"format": 9}, "format 9, this version reads 1"),
+        ({"format": 9}, "format 9, this version reads 2"),
         ({"decoder": "linaer"}, "did you mean 'linear'"),
         ({"n_outputs": 3}, "tensors do not fit the decoder linear"),
         ({"taps": [2.0]}, "taps are ratios of the depth"),
@@ -190,13 +190,49 @@ def test_what_fails_is_a_record_and_is_tried_again(tiny: Path, tmp_path: Path, c
     records = run_study(cfg, tmp_path)
     assert [r["kind"] for r in records] == ["error", "result"]
     assert "gone" in records[0]["error"]
-    told = [line for line in capsys.readouterr().err.splitlines() if re.match(r"\d/", line)]
-    assert [line.split("-")[0] for line in told] == ["1/2 gone", "2/2 scenes"]
+    first, *told = capsys.readouterr().err.splitlines()
+    assert first == "2 models to train"
+    told = [line for line in told if re.match(r"\d/", line)]
+    assert [line.split("-")[0] for line in told] == ["1/2 gone", "1/2 gone", "2/2 scenes", "2/2 scenes"]
+    ends = [re.sub(r"\d+ s$", "N s", line.split("-0")[1]) for line in told]
+    assert ends == [" ...", ": failed, N s", " ...", ": trained, N s"]
     assert len(run_study(cfg, tmp_path)) == 2
     assert [r["kind"] for r in read_jsonl(tmp_path / RECORDS)] == ["error", "result", "error"]
     assert [r["kind"] for r in read_study(tmp_path).values()].count("error") == 1
     write_study_page(records, tmp_path, "a study", "ssl-eo study x")
     assert "gone" in (tmp_path / "study.html").read_text()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_split_without_labels_is_found_before_anything_is_trained(
+    split: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_by = Workbench._open
+
+    def opened(bench: Workbench, name: str) -> OpenedTask:
+        found = opened_by(bench, name)
+        found.splits[split].labels = torch.full_like(found.splits[split].labels, 7)
+        return found
+
+    def trained(*_: Any) -> None:
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(Workbench, "_open", opened)
+    monkeypatch.setattr("ssl_eo.adapt.study_run.fit", trained)
+    (record,) = run_study(study(tiny, tasks=[task(ignore=7)]), tmp_path)
+    assert f"task scenes: no pixel of {split} has a label: all are 7, which stand for unknown" in record["error"]
+
+
+def test_a_study_says_what_there_is_to_do(
+    done: tuple[Any, Path, list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, out, records = done
+    run_study(cfg, out)
+    first, second = capsys.readouterr().err.splitlines()
+    n_unets = sum(record["cell"]["encoder"] == "unet" for record in records)
+    of_unet = f"{n_unets} of them are a UNet from scratch (unet=false leaves it out)"
+    assert first == f"{len(records)} models to train, of which {len(records)} are trained already; {of_unet}"
+    assert second == "save_models: models of the UNet are not saved; those of single encoders are"
 
 
 def test_an_architecture_without_weights_is_for_random_protocols(tmp_path: Path) -> None:

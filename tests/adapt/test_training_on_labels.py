@@ -18,7 +18,18 @@ from ssl_eo.adapt.examples import Examples, Features
 from ssl_eo.adapt.losses import LossConfig
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.protocols import PROTOCOLS, apply_protocol
-from ssl_eo.adapt.training import Fitted, Labels, Samples, TrainingConfig, _optimizer, autocast, fit, predict
+from ssl_eo.adapt.training import (
+    Fitted,
+    Labels,
+    Samples,
+    TrainingConfig,
+    _batches,
+    _optimizer,
+    autocast,
+    check_labelled,
+    fit,
+    predict,
+)
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.tasks import Task
 from ssl_eo.models.vit import EncoderInput
@@ -235,6 +246,59 @@ def test_pixels_alone_are_a_backbone_without_weights() -> None:
     (found,) = backbone(EncoderInput(pixels, None)).maps  # type: ignore[arg-type]
     assert torch.equal(found, pixels)
     assert list(backbone.parameters()) == []
+
+
+def test_labels_that_are_all_unknown_are_refused(task: Task) -> None:
+    """The loss of none is 0: the decoder would stay as it was drawn, and be scored."""
+    labels, samples = of(task)
+    unknown = replace(labels, shown=replace(labels.shown, ignore=7))
+    for split in ("train", "val"):
+        examples = copy.copy(samples[split].examples)
+        examples.labels = torch.full_like(examples.labels, 7)
+        some = {**samples, split: Samples(examples)}
+        with pytest.raises(ValueError, match=f"no pixel of {split} has a label: all are 7, which stand for unknown"):
+            fit(maker(task, "frozen"), unknown, some["train"], some["val"], SHORT)
+        examples.labels[0, 0, 0] = 1
+        assert fit(maker(task, "frozen"), unknown, some["train"], some["val"], SHORT).curves
+    numbers = copy.copy(samples["train"].examples)
+    numbers.labels = torch.full((8,), math.nan)
+    of_numbers = Labels(replace(labels.shown, kind="regression"), "rmse")
+    with pytest.raises(ValueError, match="no sample of train has a label; look at"):
+        check_labelled(of_numbers, "train", numbers)
+    valid = replace(labels, headline="miou_valid", no_data=(3,))
+    numbers.labels = torch.full((8, 4, 4), 3)
+    with pytest.raises(ValueError, match="all are 3, which stand for unknown"):
+        check_labelled(valid, "test", numbers)
+    check_labelled(replace(valid, headline="miou_present"), "test", numbers)  # a class like others
+
+
+def test_a_batch_holds_no_sample_twice(task: Task) -> None:
+    """However large it is asked to be: memory is bounded by the samples there are."""
+    labels, samples = of(task)
+    train = samples["train"].examples
+    for size, sampling in ((10**9, "natural"), (5, "natural"), (10**9, "balanced")):
+        cfg = replace(SHORT, batch_size=size, sampling=sampling)
+        batches = list(_batches(train, labels, cfg, 0))
+        assert [len(rows) for rows in batches] == [min(size, len(train))] * SHORT.n_steps
+    whole = list(_batches(train, labels, replace(SHORT, batch_size=len(train)), 0))
+    many = list(_batches(train, labels, replace(SHORT, batch_size=10**9), 0))
+    assert all(torch.equal(a, b) for a, b in zip(whole, many, strict=True))
+    assert all(sorted(rows.tolist()) == list(range(len(train))) for rows in many)
+
+
+def test_training_tells_how_far_it_is(task: Task) -> None:
+    labels, samples = of(task)
+    told: list[tuple[int, int]] = []
+    cfg = replace(SHORT, lrs=[1e-2, 1e-3])
+    fit(
+        maker(task, "frozen"),
+        labels,
+        samples["train"],
+        samples["val"],
+        cfg,
+        tell=lambda done, n: told.append((done, n)),
+    )
+    assert told == [(step, 8) for step in range(1, 9)]
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,9 @@ def test_labels_from_folders_a_table_or_maps(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             make(tmp_path, {"sensor": "naip"}, **options)
+    (tmp_path / "labels.csv").write_text("key,cover\na,7\nb,3\na,7\nb,4\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"labels\.csv, line 5: 'b' has two labels, '3' and '4'"):
+        make(tmp_path, {"sensor": "naip"}, label_csv="labels.csv", label_column="cover")
 
 
 def test_dates_from_the_name_or_a_tag(tmp_path: Path) -> None:

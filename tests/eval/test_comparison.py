@@ -46,6 +46,30 @@ def test_margins_of_errors_are_gains() -> None:
     assert margin.interval.low > 0
 
 
+def test_a_model_against_another_is_on_the_same_resamples() -> None:
+    first, second = outcome(48), outcome(40)
+    comparison = Comparison([record("encoder", first), record("encoder", second, "b"), record("encoder", first, "c")])
+    duels = comparison.duels("scenes", "ridge")
+    assert [(d.model.title, d.rival.title) for d in duels] == [("a", "b"), ("a", "c"), ("b", "c")]
+    ours, theirs = (resampled_scores(of, None, N_RESAMPLES)["accuracy"] for of in (first, second))
+    interval = interval_of(ours - theirs)
+    one, same, reverse = duels
+    assert one.margin.gain == pytest.approx(8 / N_TEST) == -reverse.margin.gain
+    assert one.interval is not None
+    assert (one.interval.low, one.interval.high) == pytest.approx((interval.low, interval.high), abs=1e-6)
+    assert same.interval is not None
+    assert (same.margin.gain, same.interval.low, same.interval.high) == (0.0, 0.0, 0.0)
+    assert one.reading == ""
+
+
+def test_a_duel_needs_the_same_test_samples_and_says_where_readings_differ() -> None:
+    other = record("encoder", outcome(30), "b", content={"train": "x", "test": "z"})
+    assert Comparison([record("encoder", outcome(40)), other]).duels("scenes", "ridge") == []
+    deeper = record("encoder", outcome(30), "b", tap="depth_0.50")
+    (duel,) = Comparison([record("encoder", outcome(40)), deeper]).duels("scenes", "ridge")
+    assert duel.reading == "read at the last block, mean against read at depth 0.50, mean"
+
+
 def test_the_interquartile_mean_is_of_all_tasks_or_absent() -> None:
     n_right = {"p": 6, "q": 12, "r": 36, "s": 54}  # accuracies of 0.1, 0.2, 0.6, 0.9
     records = [record("encoder", outcome(n), task=task) for task, n in n_right.items()]
@@ -95,9 +119,10 @@ def test_what_is_no_ratio_stays_out_of_a_plain_mean() -> None:
 
 
 def test_the_setting_compared_is_the_richest() -> None:
-    variants = {"1.00x": 50, "0.10x": 20, "nested_1.00x": 10}
+    variants = {"0.50x": 50, "0.10x": 20, "nested_0.50x": 10}
     records = [record("encoder", outcome(n), partition=part) for part, n in variants.items()]
-    records += [record("encoder", outcome(5), subset="rgb"), record("encoder", outcome(7), tap="depth_0.50")]
+    others: list[dict[str, Any]] = [{"subset": "rgb"}, {"tap": "depth_0.50"}]
+    records += [record("encoder", outcome(5), partition="0.50x", **other) for other in others]
     comparison = Comparison(records)
     (model,) = comparison.entrants
     at = {part: comparison.score(model, "scenes", "ridge", partition=part) for part in variants}
@@ -105,7 +130,7 @@ def test_the_setting_compared_is_the_richest() -> None:
     score = comparison.score(model, "scenes", "ridge")
     assert score is not None
     assert score.value == 50 / N_TEST
-    assert comparison.steps("scenes", "partition") == ["0.10x", "1.00x", "nested_1.00x"]
+    assert comparison.steps("scenes", "partition") == ["0.10x", "0.50x", "nested_0.50x"]
 
 
 def test_what_was_measured_again_counts_once() -> None:
@@ -310,6 +335,17 @@ def test_a_task_may_leak_up_to_a_hundredth_of_its_test_samples(n_leaked: int, is
     assert comparison.left_out == ({"scenes": f"leak: {flag}"} if is_left_out else {})
 
 
+@pytest.mark.parametrize(("n_leaked", "percent"), [(60, "100"), (59, "98"), (1, "1.7")])
+def test_a_leak_of_nearly_all_is_a_plain_number(n_leaked: int, percent: str) -> None:
+    (flag,) = Comparison([record("encoder", outcome(30), n_leaked=n_leaked)]).flags("scenes")
+    assert flag == f"{n_leaked} of 60 test samples ({percent} %) have the content of a training sample"
+
+
+def test_a_leak_of_all_but_one_in_a_thousand_is_not_all() -> None:
+    (flag,) = Comparison([record("encoder", outcome(30), n_test=1000, n_leaked=999)]).flags("scenes")
+    assert "(99 %)" in flag
+
+
 def test_a_leak_that_was_mended_and_measured_anew_is_no_more() -> None:
     old = record("encoder", outcome(30), n_leaked=30, date="2026-01-01", content={"train": "1", "test": "2"})
     new = record("encoder", outcome(20), date="2026-03-01", content={"train": "3", "test": "4"})
@@ -356,7 +392,7 @@ def test_an_ignored_value_that_is_no_class_leaves_all_of_them() -> None:
 
 
 def test_parts_that_are_as_large_as_others_are_named() -> None:
-    sizes = {"0.01x": 15, "0.10x": 15, "nested_0.10x": 15, "0.50x": 60, "1.00x": 120, "nested_1.00x": 120}
+    sizes = {"0.01x": 15, "0.10x": 15, "nested_0.10x": 15, "0.50x": 60, "1.00x": 120}
     comparison = Comparison([record("encoder", outcome(9), partition=p, n_train=n) for p, n in sizes.items()])
     (flag,) = [flag for flag in comparison.flags("scenes") if "equally" in flag]
     assert flag == (

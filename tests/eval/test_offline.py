@@ -8,6 +8,8 @@ import math
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, make_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -388,6 +390,27 @@ def test_each_pass_is_told_of_and_what_was_there_already(tmp_path: Path) -> None
     said.clear()
     evaluate(Model("toy-run", tasks.encoder(), STEP), plan, out, said.append)
     assert said == ["all 10 results were there already", last]
+    said.clear()
+    more = replace(plan, tasks=[tasks.task("regression"), replace(tasks.task("regression"), name="more")])
+    evaluate(Model("toy-run", tasks.encoder(), STEP), replace(more, controls=False), out, said.append)
+    assert [line.rpartition(", ")[0] for line in said[:1]] == ["2/2 more, all, native, encoder"]
+    assert said[1:] == ["1 of 2 passes were there already", last]
+
+
+def test_how_far_a_pass_is_counts_all_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def watched(title: str, is_kept: bool) -> Iterator[Callable[[int, int], None]]:
+        assert not is_kept
+        yield lambda done, n_all: told.setdefault(title, []).append((done, n_all))
+
+    monkeypatch.setattr("ssl_eo.eval.offline.progress", watched)
+    _evaluate(tmp_path, controls=False, batch_size=32)
+    (found,) = told.values()
+    assert list(told) == ["toy, all, native, encoder"]
+    assert [done for done, _ in found] == sorted({done for done, _ in found})
+    assert found[-1] == (found[0][1],) * 2
 
 
 def test_a_record_has_a_date_and_a_commit_and_neither_makes_it_another(

@@ -192,6 +192,32 @@ def test_a_result_needs_all_its_keys_and_an_error_its_text() -> None:
     assert not is_of_evaluation({"kind": "cleared", "job": "j"})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "d\udce9mo"},  # of a folder whose name is not UTF-8
+        {"task": "two\nlines"},
+        {"classes": ["water", "\x1b[31mland"]},
+        {"partition": "0.1x"},  # is called 0.10x
+        {"scores": {"accuracy": -5.0}},
+        {"scores": {"accuracy": 0.5, "kappa": -1.5}},
+        {"scores": {"accuracy": 0.5, "rmse": -0.1}},
+        {"scores": {"accuracy": 1e300}},
+        {"intervals": {"accuracy": [0.5, 1.5]}},
+    ],
+    ids=str,
+)
+def test_names_that_no_table_can_show_and_scores_that_cannot_be_are_no_results(changes: dict[str, Any]) -> None:
+    assert not is_of_evaluation(_result(**changes))
+
+
+def test_scores_at_their_bounds_and_names_in_any_script_are_results() -> None:
+    n = len(WHOLE["classes"])
+    names = ["\u6c34", "caf\u00e9", "no\u00a0break", *(f"c{i}" for i in range(n))][:n]
+    scores = {"accuracy": 1.0 + 1e-9, "kappa": -0.5, "rmse": 1e9, "r2": -40.0, "of a newer version": 7.0}
+    assert is_of_evaluation(_result(classes=names, model="\u6a21\u578b", scores=scores))
+
+
 PROBED = {
     "step": 3,
     "kind": "probe",
@@ -224,6 +250,8 @@ def test_records_of_a_training_are_told_from_other_lines() -> None:
         assert not is_of_training({**record, "kind": None})
     for record, changes in (
         (PROBED, {"accuracy": "high"}),
+        (PROBED, {"accuracy": 1.5}),
+        (PROBED, {"task": "two\nlines"}),
         (PROBED, {"task": 3}),
         (PROBED, {"metric": "macro_f1"}),
         (PROBED, {"metric": "beauty", "beauty": 0.5}),

@@ -285,13 +285,30 @@ def test_means_are_named_for_what_they_are(tmp_path: Path) -> None:
         assert tables["Mean rank over tasks, 1 is best"] == ["| a | 1.75 of 2 |", "| b | **1.25** of 2 |"]
 
 
+def test_models_are_set_against_each_other_up_to_a_number_that_can_be_read(tmp_path: Path) -> None:
+    files = {"markdown": tmp_path / "t.md"}
+    few = [record("encoder", outcome(40 - i), name) for i, name in enumerate("abcdef")]
+    page = _Page(_write([written(tmp_path / "few", few)], tmp_path / "r.html", **files).read_text())
+    assert "Model against model" in _text(page)
+    text = files["markdown"].read_text()
+    assert "## Model against model on scenes" in text
+    assert len([line for line in text.splitlines() if re.match(r"\| [a-f] over [a-f] \| \+", line)]) == 15
+    many = [*few, record("encoder", outcome(20), "g")]
+    page = _Page(_write([written(tmp_path / "many", many)], tmp_path / "r.html", **files).read_text())
+    assert "Model against model is shown of up to 6 models" in _text(page)
+    assert "## Model against model" not in files["markdown"].read_text()
+
+
 def test_one_task_has_no_mean_over_tasks(tmp_path: Path) -> None:
     files = {"markdown": tmp_path / "t.md", "latex": tmp_path / "t.tex"}
     records = [record("encoder", outcome(40)), record("encoder", outcome(30), "b")]
     page = _Page(_write([written(tmp_path, records)], tmp_path / "r.html", **files).read_text())
-    assert "There are no two tasks of which something can be said together." in _text(page)
-    assert [line for line in files["markdown"].read_text().splitlines() if line.startswith("## ")] == ["## ridge"]
-    assert files["latex"].read_text().count(r"\begin{table}") == 1
+    assert "No means over tasks: they need tasks of two datasets that count in them." in _text(page)
+    assert [line for line in files["markdown"].read_text().splitlines() if line.startswith("## ")] == [
+        "## ridge",
+        "## Model against model on scenes",
+    ]
+    assert files["latex"].read_text().count(r"\begin{table}") == 2
 
 
 def test_tasks_of_one_dataset_are_named_and_counted(tmp_path: Path) -> None:
@@ -302,7 +319,7 @@ def test_tasks_of_one_dataset_are_named_and_counted(tmp_path: Path) -> None:
     assert ["features", "ridge, 3 tasks of 2 datasets"] in page.rows
     one = [r for r in records if "dataset" in r]
     page = _Page(_write([written(tmp_path / "one", one)], tmp_path / "r.html").read_text())
-    assert "There are no two tasks of which something can be said together." in _text(page)
+    assert "No means over tasks: they need tasks of two datasets that count in them." in _text(page)
 
 
 def test_classes_are_of_all_seeds_by_a_probe_that_no_test_score_chose(tmp_path: Path) -> None:
@@ -465,8 +482,11 @@ def test_the_command_tells_folders_apart(
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no results\.jsonl"):
         _write([tmp_path], tmp_path / "r.html")
-    with pytest.raises(ValueError, match="nothing was measured"):
+    with pytest.raises(ValueError, match=r"nothing was measured, there is nothing to report$"):
         _write([written(tmp_path, [])], tmp_path / "r.html")
+    newer = {**record("encoder", outcome(30)), "metric": "beauty"}
+    with pytest.raises(ValueError, match=r"none of 2 lines is a result that ssl_eo \S+ knows: .* another version"):
+        _write([written(tmp_path, [newer, newer])], tmp_path / "r.html")
 
 
 # --- what is missing --------------------------------------------------------------------------------------------------
@@ -695,7 +715,7 @@ def test_a_caption_of_means_names_the_tasks_that_they_are_of(tmp_path: Path) -> 
 def test_notes_speak_of_means_where_a_probe_has_one(tmp_path: Path) -> None:
     records = [record("encoder", outcome(40), task=task, probe=probe) for task, probe in (("p", "knn"), ("q", "ridge"))]
     text = _text(_Page(_write([written(tmp_path, records)], tmp_path / "r.html").read_text()))
-    assert "There are no two tasks of which something can be said together." in text
+    assert "No means over tasks: they need tasks of two datasets that count in them." in text
     assert "The interquartile mean leaves out" not in text
 
 

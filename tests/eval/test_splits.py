@@ -125,6 +125,14 @@ def test_equal_pixels_and_no_others_have_one_digest() -> None:
 
 WRONG: list[tuple[Kind, Any, str]] = [
     ("classification", 3, "classification needs a label from 0 to 2, got 3"),
+    (
+        "classification",
+        np.ones((64, 64), dtype=np.uint8),
+        "a label from 0 to 2, got uint8 of shape [64, 64]: labels of this form need kind: segmentation in the task",
+    ),
+    ("classification", np.ones(3, dtype=np.uint8), "of shape [3]: labels of this form need kind: multilabel"),
+    ("multilabel", np.ones((8, 8), dtype=np.uint8), "of shape [8, 8]: labels of this form need kind: segmentation"),
+    ("regression", np.ones((8, 8), dtype=int), "got int64 of shape [8, 8]: labels of this form need kind: segmenta"),
     ("classification", -1, "from 0 to 2, got -1"),
     ("classification", 1.0, "from 0 to 2, got 1.0"),
     ("classification", None, "from 0 to 2, got None"),
@@ -141,7 +149,7 @@ WRONG: list[tuple[Kind, Any, str]] = [
     ("regression", "warm", "a finite number, got 'warm'"),
     ("regression", 10**400, "a finite number, got 1000"),
     ("regression", 1e300, "got 1e+300 (single precision holds up to 3.403e+38)"),
-    ("regression", np.zeros(2), "a finite number, got array"),
+    ("regression", np.zeros(2), "a finite number, got float64 of shape [2] (single"),
 ]
 RIGHT = {"classification": 1, "multilabel": np.array([1, 0, 1]), "segmentation": np.full((8, 8), 2), "regression": 0.5}
 

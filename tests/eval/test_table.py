@@ -81,7 +81,10 @@ def test_a_choice_at_the_end_of_a_grid_is_remarked(tmp_path: Path) -> None:
     )
     text, complete = _summary(records)
     assert complete
-    remark = "  ridge chose the end of its grid for encoder, step 20 at depth 0.50, texture statistics at pixels\n"
+    remark = (
+        "  ridge took the first or the last option of its grid (beyond it may be a slightly better score) for encoder,"
+        " step 20 at depth 0.50, texture statistics at pixels\n"
+    )
     assert remark in text
     assert "step 10 at" not in text
 

@@ -19,6 +19,8 @@ from ssl_eo.hub import UNSAID, load_bundle, write_bundle, write_pair_bundle
 from ssl_eo.jsonl import JsonLines
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
+from ssl_eo.train import export
+from ssl_eo.train.checkpoint import load_weights
 from ssl_eo.train.export import _inputs, _licence, export_encoder, open_encoder, open_pair
 
 DEBUG = str(ROOT / "configs" / "debug" / "mae.yaml")
@@ -60,6 +62,21 @@ def test_a_bundle_is_read_as_its_run_was(bundle: Path) -> None:
     assert of_bundle.facts == of_run.facts
     assert (of_run.facts["step"], of_run.facts["features"]) == (2, {"pool": "mean_std", "taps": [0.5, 1.0]})
     assert of_bundle.inputs == of_run.inputs
+
+
+def test_a_run_whose_weights_are_not_finite_is_not_opened(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is damaged: training may have diverged."""
+
+    def load(checkpoint: Path, objective: Any) -> Any:
+        seal = load_weights(checkpoint, objective)
+        objective.published_encoder().norm.weight.data[1] = torch.nan
+        return seal
+
+    monkeypatch.setattr(export, "load_weights", load)
+    run = bundle.parent / "debug_mae"
+    step = run / "checkpoints" / "step_00000002"
+    with pytest.raises(ValueError, match=rf"^{step}: 1 tensors have values that are NaN .* first is norm\.weight:"):
+        open_encoder(run)
 
 
 def test_a_bundle_says_where_it_is_from(bundle: Path) -> None:

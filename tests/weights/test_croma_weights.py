@@ -230,6 +230,8 @@ def test_files_that_do_not_fit_are_refused(file: Path, tiny: ReleasedPair, tmp_p
     name = "s2_encoder.linear_input.weight"
     with pytest.raises(ValueError, match=rf"{name} is \[64, 832\] of torch.float32, expected \[64, 768\]"):
         build_pair({**tensors, name: torch.zeros(64, 13 * 64)}, tiny, "x")
+    with pytest.raises(ValueError, match=r"^x: \d+ tensors have values that are NaN .* first is optical\."):
+        build_pair({**tensors, name: torch.full_like(tensors[name], torch.inf)}, tiny, "x")
     with pytest.raises(ValueError, match=r"not the weights of croma_base"):
         load_pair(file, PAIRS["croma_base"])
     model = build_pair(tensors, tiny, "x")

@@ -192,6 +192,14 @@ def test_what_does_not_fit_is_named(
     assert str(caught.value) == f"weights.pth: not the weights of {TINY}: {problem}"
 
 
+def test_weights_that_are_not_finite_are_refused(tensors: dict[str, Tensor]) -> None:
+    name = "blocks.1.attn.proj.bias"
+    broken = tensors[name].clone()
+    broken[3] = torch.nan
+    with pytest.raises(ValueError, match=rf"^weights\.pth: 1 tensors have values that are NaN .* first is {name}:"):
+        build_encoder({**tensors, name: broken}, find_released(TINY), "weights.pth")
+
+
 def test_registers_make_another_model() -> None:
     tensors = weights(shapes_of("dinov2_vits14_reg"))
     for name in ("dinov2_vits14", "panopticon_vitb14"):

@@ -69,7 +69,10 @@ class PlaceLabels:
 
 
 def read_label_table(path: Path, column: str) -> Mapping[str, str]:
-    """The texts of `column` of a CSV file by those of its column `key`. Raises `ValueError` that names the file."""
+    """The texts of `column` of a CSV file by those of its column `key`.
+
+    Raises `ValueError` that names the file, also for a key that has two of them.
+    """
     try:
         lines = read_lines(path, _MAX_CSV_BYTES, "a CSV file")
     except ValueError as error:
@@ -80,7 +83,13 @@ def read_label_table(path: Path, column: str) -> Mapping[str, str]:
         for name in ("key", column):
             if name not in columns:
                 raise ValueError(f"label_csv: {path} has no column {name!r}{suggest(name, columns)} (has {columns})")
-        return {row["key"]: row[column] or "" for row in rows}
+        found: dict[str, str] = {}
+        for row in rows:
+            text = row[column] or ""
+            if found.setdefault(row["key"], text) != text:
+                both = f"{found[row['key']]!r:.40} and {text!r:.40}"
+                raise ValueError(f"label_csv: {path}, line {rows.line_num}: {row['key']!r:.80} has two labels, {both}")
+        return found
     except csv.Error as error:
         raise ValueError(f"label_csv: {path}, line {rows.line_num}: {error}") from None
 

@@ -85,20 +85,28 @@ class Problem:
         return self._point(weights, weights @ self._x.T)
 
     def minimise(
-        self, at: Point, shrinkage: Tensor, memory: Curvatures, tolerance: float, max_steps: int
+        self,
+        at: Point,
+        shrinkage: Tensor,
+        memory: Curvatures,
+        tolerance: float,
+        max_steps: int,
+        is_exact: bool = False,
     ) -> tuple[Point, float]:
         """The minimum of the sum of losses + (shrinkage * weights^2) / 2 from `at` on, and what is left to gain there.
 
         `shrinkage [P]` is the penalty of each coordinate. Preconditioned L-BFGS. What a Newton step with the diagonal
         of the Hessian would gain is a part of the loss; it ends where that is at most `tolerance`, after `max_steps`,
-        or where rounding hides any gain.
+        or where rounding hides any gain. That diagonal is an estimate unless it `is_exact`: the more samples are sure
+        of their class, the less they bend the likelihood, and the more is left to gain than it seems.
         """
-        # A class that is rare or sure bends the likelihood less (Boehning 1992 bounds it by the worst case instead).
-        spread = (at.probabilities * (1 - at.probabilities)).mean(1, keepdim=True).clamp_min(1 / len(self._x))
-        diagonal = spread * self._squares + shrinkage  # [K, P]
+        diagonal, is_of_here = self._usual_bend(at) + shrinkage, not is_exact  # [K, P]
         gradient = self._gradient(at, shrinkage)
         gain = self._gain(at, gradient, diagonal, shrinkage)
         for _ in range(max_steps):
+            if gain <= tolerance and not is_of_here:
+                diagonal, is_of_here = self._bend_at(at) + shrinkage, True
+                gain = self._gain(at, gradient, diagonal, shrinkage)
             if gain <= tolerance:
                 break
             reached = self._search(at, -memory.solve(gradient, diagonal), gradient, shrinkage)
@@ -108,9 +116,24 @@ class Problem:
             step, change = reached.weights - at.weights, new_gradient - gradient
             if float((step * change).sum()) > 0:
                 memory.remember(step, change)
-            at, gradient = reached, new_gradient
+            at, gradient, is_of_here = reached, new_gradient, not is_exact
             gain = self._gain(at, gradient, diagonal, shrinkage)
+        if not is_of_here:
+            gain = self._gain(at, gradient, self._bend_at(at) + shrinkage, shrinkage)
         return at, gain
+
+    def _usual_bend(self, at: Point) -> Tensor:
+        """About the diagonal `[K, P]` of the likelihood's Hessian: as if all samples were as sure of a class.
+
+        A class that is rare or sure bends the likelihood less (Boehning 1992 bounds it by the worst case instead).
+        """
+        spread = (at.probabilities * (1 - at.probabilities)).mean(1, keepdim=True).clamp_min(1 / len(self._x))
+        return spread * self._squares
+
+    def _bend_at(self, at: Point) -> Tensor:
+        """The diagonal `[K, P]` of the likelihood's Hessian."""
+        bend = (at.probabilities * (1 - at.probabilities)) @ self._x.square()
+        return bend.clamp_min(torch.finfo(bend.dtype).tiny)  # all sure: the intercept has no penalty to divide by
 
     @staticmethod
     def _gain(at: Point, gradient: Tensor, diagonal: Tensor, shrinkage: Tensor) -> float:

@@ -67,7 +67,8 @@ def fit(train: Labelled, val: Labelled | None, cfg: Config | None = None) -> Fit
 
 
 def _unit_rows(features: Tensor) -> Tensor:
-    return functional.normalize(features.double(), dim=1)
+    x = features.double()
+    return functional.normalize(x, dim=1, eps=torch.finfo(x.dtype).tiny)  # however small features are
 
 
 def _first_of_the_nearest(cosine: Tensor, n_neighbors: int) -> tuple[Tensor, Tensor]:

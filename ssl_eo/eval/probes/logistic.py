@@ -2,8 +2,7 @@
 
 The path of penalties goes from strong to weak, each fit starting from the last one with what that has learned about
 curvature, and ends when the validation set says so. Its fits are near enough to their optima to choose by; the chosen
-one is then brought to its optimum in float64, which probabilities depend on where the penalty is weak: what a diagonal
-Newton step could still gain is but a small part of what a whole one could.
+one is then brought to its optimum in float64, which probabilities depend on where the penalty is weak.
 
 N training samples, V validation samples, M test samples, D features, R rank of the features, K classes, F of which are
 fitted.
@@ -51,8 +50,8 @@ class Config:
     patience: int = 2  # penalties worse than the best on val before the path ends; 0 for all of them
     # Part of the loss that a further step could gain, where a fit ends: of the path, and of the penalty it has chosen.
     path_tolerance: float = 1e-5
-    tolerance: float = 1e-9
-    max_steps: int = 1000  # of a fit
+    tolerance: float = 1e-8
+    max_steps: int = 2000  # of a fit
     seed: int = 0  # of the tenth of train that is held out where there is no val
 
     def __post_init__(self) -> None:
@@ -149,7 +148,9 @@ class _Path:
         """Move from there to the optimum of lambda `value`, in float64. The path goes no further."""
         problem, cfg = self._problem_in(torch.float64), self._cfg
         near, shrinkage = problem.at(self._at.weights.double()), self._shrinkage_by(value).double()
-        self._at, self.gain = problem.minimise(near, shrinkage, Curvatures(), cfg.tolerance, cfg.max_steps)
+        self._at, self.gain = problem.minimise(
+            near, shrinkage, Curvatures(), cfg.tolerance, cfg.max_steps, is_exact=True
+        )
 
     def _shrinkage_by(self, value: float) -> Tensor:
         shrinkage = torch.full_like(self._shrinkage, value * self._n)
