@@ -102,6 +102,8 @@ def train(config: str | Path | Mapping[str, Any], *overrides: str) -> TrainedRun
         raise RuntimeError("ssl_eo.train must be called in the main thread, which alone is sent signals")
     from ssl_eo.train.trainer import train as run
 
+    if wrong := [override for override in overrides if not isinstance(override, str)]:
+        raise ValueError(f"an override is text, key=value, got {wrong[0]!r:.80}")
     loaded = _load_config(config, overrides)
     status = run(loaded)
     log = loaded.run_dir / "metrics.jsonl"

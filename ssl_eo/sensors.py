@@ -10,6 +10,7 @@ C channels, B batch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = ["KINDS", "ORBITS", "POLARIZATIONS", "Band", "ChannelMeta", "Sensor", 
 KINDS = ("optical", "thermal", "sar", "elevation", "categorical")
 POLARIZATIONS = ("VV", "VH", "HH", "HV")
 ORBITS = ("ascending", "descending")
+_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64")
 _TABLES = Path(__file__).with_name("sensor_tables.json")  # of tests/make_sensor_tables.py
 
 # Plausible centre wavelengths in micrometres. Outside them a number is almost surely in another unit.
@@ -143,6 +145,14 @@ class Sensor:
     true_color: tuple[str, str, str] | None = None  # bands shown as red, green, blue
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isprintable() or "/" in self.name:
+            raise ValueError(f"name must be a printable word without /, got {self.name!r:.80}")
+        _one_of(f"sensor {self.name}: dtype", self.dtype, _DTYPES)
+        for key in ("scale", "offset"):
+            if type(value := getattr(self, key)) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"sensor {self.name}: {key} must be a finite number, got {value!r:.80}")
+        if self.scale == 0:
+            raise ValueError(f"sensor {self.name}: scale must not be 0: all values would mean the same")
         names = self.band_names
         if not names:
             raise ValueError(f"sensor {self.name}: bands is empty")
@@ -231,11 +241,16 @@ class Sensor:
 
         Raises `ValueError` that starts with `where` and the key for anything unknown, missing or in the wrong unit.
         """
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"{where}: a sensor is one mapping, got a {type(raw).__name__}")
         data = dict(raw)
         defaults = dict(data.pop("band_defaults", {}))
         _check_keys(where, data, cls)
         bands = []
-        for i, entry in enumerate(data.pop("bands", [])):
+        entries = data.pop("bands", [])
+        if not isinstance(entries, list | tuple) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise ValueError(f"{where}: bands must be a list of mappings, one a band, got {entries!r:.80}")
+        for i, entry in enumerate(entries):
             label = f"{where}: bands[{i}] ({entry.get('name', '?')})"
             merged = {**defaults, **entry}
             _check_keys(label, merged, Band)
@@ -259,6 +274,8 @@ def load_sensor(name: str) -> Sensor:
 
     Without PyYAML the former are read from a copy as JSON, for torch.hub needs torch alone.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a sensor is named, or given by the path of its file, as text, got {name!r:.80}")
     try:
         import yaml
     except ModuleNotFoundError:

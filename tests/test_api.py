@@ -235,6 +235,9 @@ def test_what_cannot_be_trained(run: ssl_eo.TrainedRun, tmp_path: Path) -> None:
         ssl_eo.train({"include": "debug/mae", "run": {"seed": 1j}})
     with pytest.raises(ValueError, match="write key=value"):
         ssl_eo.train("debug/mae", "optim.lr")
+    for wrong in (3, ["optim.lr=0.1"]):
+        with pytest.raises(ValueError, match=r"an override is text, key=value, got (3|\['optim)"):
+            ssl_eo.train("debug/mae", wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"holds a run of another config .*optim\.lr"):
         ssl_eo.train("debug/mae", *SHORT, f"run.out_dir={run.folder.parent}", "optim.lr=0.5")
     (tmp_path / "file").write_text("")

@@ -197,6 +197,34 @@ def test_missing_duplicated_and_unknown_entries_are_refused():
         Sensor.from_dict({**raw, "bands": [{k: v for k, v in band.items() if k != "gsd_m"}]}, where="s.yaml")
 
 
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
+        ({"scale": "a"}, "scale must be a finite number, got 'a'"),
+        ({"scale": 0}, "scale must not be 0"),
+        ({"offset": float("inf")}, "offset must be a finite number"),
+        ({"dtype": "uint7"}, "dtype must be one of uint8, .*, got 'uint7'"),
+        ({"dtype": ["uint8"]}, "dtype must be one of"),
+        ({"name": "a/../b"}, "name must be a printable word without /"),
+        ({"name": 5}, "name must be a printable word without /"),
+        ({"bands": {"B02": {}}}, "bands must be a list of mappings, one a band"),
+        ({"bands": ["red"]}, "bands must be a list of mappings, one a band"),
+    ],
+)
+def test_values_that_no_sensor_has_are_refused(changes, hint):
+    raw = load_sensor("naip").to_dict()
+    with pytest.raises(ValueError, match=rf"^mine: .*{hint}"):
+        Sensor.from_dict({**raw, **changes}, "mine")
+
+
+def test_what_is_no_sensor_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"^sensor: a sensor is one mapping, got a NoneType$"):
+        Sensor.from_dict(None)
+    with pytest.raises(ValueError, match=r"as text, got 3$"):
+        load_sensor(3)
+
+
 def test_defaults_of_all_bands_are_overridden_by_a_band():
     raw = optical(gsd_m=20.0)
     del raw["bands"][0]["kind"]

@@ -286,6 +286,8 @@ class _Panels:
             path = self._path(output, i)
             try:
                 values: NDArray[Any] = np.load(path, allow_pickle=False)
+                if values.shape[-2:] != tuple(box[2:]):
+                    raise ValueError(f"its shape is {values.shape}, expected {tuple(box[2:])} at its end")
             except (ValueError, EOFError) as error:
                 raise ValueError(f"{path} is damaged ({one_line(error)}): remove it, and run again") from None
             yield box, values

@@ -219,7 +219,10 @@ def _class_names(cfg: TaskConfig, source: Source) -> tuple[str, ...]:
     if cfg.kind == "regression":
         return ()
     if not source.label_names:
-        raise ValueError(f"task {cfg.name}: the source {cfg.train.name} names no classes, and {cfg.kind} needs some")
+        raise ValueError(
+            f"task {cfg.name}: the source {cfg.train.name} names no classes, and {cfg.kind} needs some: give its labels"
+            " as names, not as numbers"
+        )
     if odd := [name for name in source.label_names if not is_line(name)]:
         raise ValueError(f"task {cfg.name}: a class is called {odd[0]!a:.80}, which cannot be printed in a table")
     n, fewest = len(source.label_names), _FEWEST_CLASSES[cfg.kind]

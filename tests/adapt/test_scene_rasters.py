@@ -668,6 +668,9 @@ def test_panels_of_something_else_are_refused(stopped: tuple[Path, Path, SceneRu
     kept[0].write_bytes(content[:-100])
     with pytest.raises(ValueError, match=r"0_000000\.npy is damaged \(.*\): remove it, and run again"):
         embed()
+    np.save(kept[0], np.load(kept[1])[..., 1:])
+    with pytest.raises(ValueError, match=r"0_000000\.npy is damaged \(its shape is .*\): remove it, and run again"):
+        embed()
     kept[0].unlink()
     (tmp_path / "o.tif.panels" / "inputs.json").write_text("{")
     with pytest.raises(ValueError, match=r"inputs\.json cannot be read .*, or remove .*o\.tif\.panels"):
