@@ -25,7 +25,7 @@ import yaml
 from doc_commands import check_command, commands_of, known_options, make_targets, our_commands
 from doc_tables import PAGES, ROOT, keys_of, sections, write_tables
 
-from ssl_eo.adapt.study import StudyConfig
+from ssl_eo.adapt.study import StudyConfig, leave_out
 from ssl_eo.cli import _parsed, main
 from ssl_eo.cli_eval import _listed
 from ssl_eo.cli_eval_tasks import known_tasks
@@ -155,7 +155,8 @@ def _check_ours(words: list[str]) -> None:
     if words[0] in ("train", "config"):
         load(arguments.config, arguments.overrides)
     if words[0] == "study":
-        build(StudyConfig, read_yaml(find_config(arguments.config), arguments.overrides), "")
+        path, some = find_config(arguments.config), arguments.overrides
+        build(StudyConfig, leave_out(read_yaml(path, some), read_overrides(some), read_yaml(path)), "")
     if words[0] == "eval":
         for task in known_tasks(_listed(arguments.tasks)):
             find_resource("datasets_meta/benchmarks", task)
