@@ -31,7 +31,7 @@ from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
 from ssl_eo.files import atomic_write, check_regular
-from ssl_eo.hub import load_bundle, write_bundle
+from ssl_eo.hub import check_finite, load_bundle, write_bundle
 from ssl_eo.sensors import Sensor
 from ssl_eo.tensor_files import read_tensors, write_tensors
 
@@ -156,11 +156,7 @@ def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
             f" {wrong[0]}"
         )
     model.load_state_dict(tensors, strict=False)
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise ValueError(
-                f"{folder}: {name} holds values that are not finite, so it predicts nothing; train it again"
-            )
+    check_finite(str(folder), model)
     return SavedModel(model.requires_grad_(False).eval(), bundle, page)
 
 
