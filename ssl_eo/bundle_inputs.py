@@ -14,7 +14,15 @@ from torch import Tensor
 from ssl_eo.models.vit import EncoderConfig, EncoderInput
 from ssl_eo.sensors import KINDS, ChannelMeta, Sensor
 
-__all__ = ["SensorInput", "check_when_and_where", "doubt_of", "normalised", "of_wavelengths", "with_bands"]
+__all__ = [
+    "SensorInput",
+    "StoredValuesWarning",
+    "check_when_and_where",
+    "doubt_of",
+    "normalised",
+    "of_wavelengths",
+    "with_bands",
+]
 
 _WAVELENGTHS_UM = (0.2, 20.0)  # of optical and thermal bands
 _LARGEST = 3e38  # float32 ends beyond it
@@ -61,6 +69,10 @@ class SensorInput:
 def _is_within(value: object, low: float, high: float) -> bool:
     """Whether `value` is a number from `low` to `high`; no truth value, which torch does not count as one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+class StoredValuesWarning(UserWarning):
+    """Images can hardly be the values that their sensor stores."""
 
 
 def doubt_of(images: Tensor, sensor: Sensor) -> str:

@@ -12,7 +12,15 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from ssl_eo.bundle_inputs import SensorInput, check_when_and_where, doubt_of, normalised, of_wavelengths, with_bands
+from ssl_eo.bundle_inputs import (
+    SensorInput,
+    StoredValuesWarning,
+    check_when_and_where,
+    doubt_of,
+    normalised,
+    of_wavelengths,
+    with_bands,
+)
 from ssl_eo.models.cross_encoder import OpticalRadar, PoolHead
 from ssl_eo.models.panopticon_dict import open_dictionary, published_features, published_layers
 from ssl_eo.models.vit import Encoder, EncoderInput, Tokens
@@ -191,7 +199,7 @@ class BundleEncoder(nn.Module):
             return
         self._looked_at.add(known.sensor.name)
         if doubt := doubt_of(images, known.sensor):
-            warnings.warn(doubt, stacklevel=3)
+            warnings.warn(doubt, StoredValuesWarning, stacklevel=3)
 
     def _described(
         self, sensor: str | None, bands: str | Sequence[str] | None, wavelengths_um: Sequence[float] | None

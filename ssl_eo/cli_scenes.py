@@ -49,12 +49,14 @@ def tiling_of(arguments: argparse.Namespace, window: int, patch_px: int, cell_px
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
     """Those of this package, each time, as the command's other warnings; what is warned of elsewhere as ever."""
+    from ssl_eo.bundle_inputs import StoredValuesWarning
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         _warn(str(message))
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning, module="ssl_eo")
+        warnings.filterwarnings("ignore", category=StoredValuesWarning)  # the file has been doubted already
         warnings.showwarning = show
         yield
 
