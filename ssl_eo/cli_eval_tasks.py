@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ssl_eo.components import MissingExtraError, one_line, told_of
+
 if TYPE_CHECKING:
     from ssl_eo.eval.tasks import TaskConfig
 
@@ -42,10 +44,8 @@ def read_task(name: str) -> TaskConfig:
     if files and name not in _shipped():
         path = files[0] if Path(files[0]).is_absolute() else f"./{files[0]}"
         raise ValueError(f"--tasks {name}: no shipped task; did you mean {path}?")
-    try:
+    with told_of(f"--tasks {name}"):
         return build(TaskConfig, name, "")
-    except ValueError as error:
-        raise ValueError(f"--tasks {name}: {error}") from None
 
 
 def print_tasks(stream: TextIO) -> None:
@@ -88,7 +88,6 @@ def _facts(name: str) -> tuple[str, str, str, str]:
 
 def _opened(name: str) -> tuple[Sequence[str], str]:
     """The classes of a task as far as its data tell them, and whether all of its splits are found, or what is wrong."""
-    from ssl_eo.components import MissingExtraError, one_line
     from ssl_eo.data.opening import open_source
 
     cfg = read_task(name)

@@ -200,10 +200,7 @@ def test_and_whether_their_data_are_there(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SSL_EO_SAMPLES", str(folder))
-    for name in ("a", "b"):
-        (folder / "resisc45" / name).mkdir(parents=True)
-        for number in range(30):
-            (folder / "resisc45" / name / f"{number}.jpg").write_bytes(_JPEG)
+    _write_resisc45(folder, n_of_each=30)
     listed = _listed(capsys)
     assert listed["resisc45"] == ["classification", "2", "accuracy", "$SSL_EO_SAMPLES/resisc45 (found)"]
     assert listed["eurosat_ms"][3].startswith("$SSL_EO_SAMPLES/eurosat_ms (train cannot be read: ")
@@ -213,12 +210,17 @@ def test_data_of_which_a_split_is_empty_are_not_found(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SSL_EO_SAMPLES", str(folder))
-    for name in ("a", "b"):
-        (folder / "resisc45" / name).mkdir(parents=True)
-        (folder / "resisc45" / name / "0.jpg").write_bytes(_JPEG)
+    _write_resisc45(folder, n_of_each=1)
     _, n_classes, _, where = _listed(capsys)["resisc45"]
     assert n_classes == "2"
     assert where.startswith("$SSL_EO_SAMPLES/resisc45 (val cannot be read: split: no image of ")
+
+
+def _write_resisc45(folder: Path, n_of_each: int) -> None:
+    for name in ("a", "b"):
+        (folder / "resisc45" / name).mkdir(parents=True)
+        for number in range(n_of_each):
+            (folder / "resisc45" / name / f"{number}.jpg").write_bytes(_JPEG)
 
 
 def _jpeg() -> bytes:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssl_eo.adapt.backbone import Backbone, EncoderBackbone, clip_of
 from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
+from ssl_eo.components import told_of
 from ssl_eo.eval.decoders import TapMaps, TapShape
 from ssl_eo.files import atomic_write, check_regular
 from ssl_eo.hub import (
@@ -196,10 +197,8 @@ def _specialists_of(path: Path, bundle: BundleEncoder | BundlePair) -> list[Spec
         parts = {f"{name}-optical": bundle.optical, f"{name}-radar": bundle.radar}
     else:
         parts = {name: bundle}
-    try:
+    with told_of(str(path)):
         return [specialist_of(part, found.encoder, found.inputs, found.facts) for part, found in parts.items()]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _load_specialist(folder: Path, entry: Mapping[str, Any]) -> Specialist:

@@ -12,7 +12,7 @@ import contextlib
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from ssl_eo.components import check_names, suggest
+from ssl_eo.components import check_names, suggest, told_of
 from ssl_eo.data.opening import SourceConfig, open_source
 from ssl_eo.data.plans import whole
 from ssl_eo.data.stacking import check_sample
@@ -70,12 +70,10 @@ class TaskConfig:
             raise ValueError(f"name must be text that can be printed, got {self.name!a}; it is that of the task's file")
         if self.dataset is not None and not (self.dataset and self.dataset.isprintable()):
             raise ValueError(f"task {self.name}: dataset must be text that can be printed, got {self.dataset!a}")
-        try:
+        with told_of(f"task {self.name}"):
             self._check_view()
             self._check_probes()
             self._check_labels()
-        except ValueError as error:
-            raise ValueError(f"task {self.name}: {error}") from None
 
     def _check_view(self) -> None:
         for key in ("max_train", "max_val", "max_test"):
