@@ -65,11 +65,16 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def _live_on(folder: Path) -> None:
+    """Say that this child runs, so has let go of what its parent holds, and outlive the parent."""
+    (folder / "held").touch()
+    time.sleep(8)
+
+
 def _hold_beside_a_child(folder: Path) -> None:
     """Hold the folder and fork a child that lives on, until killed."""
     with locked_folder(folder, "another"):
-        multiprocessing.get_context("fork").Process(target=time.sleep, args=(8,)).start()
-        (folder / "held").touch()
+        multiprocessing.get_context("fork").Process(target=_live_on, args=(folder,)).start()
         time.sleep(60)
 
 
