@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
 from ssl_eo.components import one_line
-from ssl_eo.files import atomic_write, check_regular
+from ssl_eo.files import atomic_write
+from ssl_eo.json_page import read_page
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import Encoder, EncoderConfig
 from ssl_eo.sensors import Sensor
-from ssl_eo.tensor_files import read_tensors, write_tensors
+from ssl_eo.tensor_files import check_fit, read_tensors, write_tensors
 
 __all__ = [
     "FORMAT",
@@ -61,7 +62,6 @@ _GROUPS = ("optical", "radar")
 # Of a page, all that is needed to build what the bundle holds, and to read its images; the rest are facts.
 _NO_FACTS = {"format", "kind", "sha256", "encoder", "encoders", "n_channels", "cross_depth", "inputs"}
 _OF_RUNS = ("checkpoints", "complete.json")  # what a run has, and what a checkpoint
-_MOST_PAGE_BYTES = 64 << 20  # of encoder.json, of which a long config and many scores take a hundredth
 
 
 def write_bundle(folder: Path, encoder: Encoder, inputs: Mapping[str, SensorInput], facts: Mapping[str, Any]) -> None:
@@ -184,7 +184,7 @@ def check_blocks(n_blocks: int, tensors: Mapping[str, Tensor]) -> None:
 
 def fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """The module, built on meta, with `tensors` on the CPU."""
-    _check_fit(folder, module, tensors)
+    check_fit(folder, "the encoder", module.state_dict(), tensors)
     module.to_empty(device="cpu").load_state_dict(tensors)
     check_finite(str(folder), module)
 
@@ -213,13 +213,10 @@ def _read_page(folder: Path) -> dict[str, Any]:
             f" --checkpoint {folder} --out FOLDER"
         )
     try:
-        check_regular(folder / "encoder.json", _MOST_PAGE_BYTES)
-        page = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        page = read_page(folder / "encoder.json")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{folder}: not an encoder bundle (encoder.json: {reason})") from None
-    if not isinstance(page, dict):
-        raise ValueError(f"{folder}: not an encoder bundle (encoder.json holds no object)")
     # Format 1 called itself "pair 1" where it was one of two encoders.
     found = 1 if page.get("format") == "pair 1" else page.get("format")
     if type(found) is not int or found < 1:
@@ -253,19 +250,6 @@ def faults_of(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: key {error} is missing") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
-
-
-def _check_fit(folder: Path, encoder: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The names and shapes are the encoder's, and the values are floating point, of whatever precision."""
-    expected = {name: list(value.shape) for name, value in encoder.state_dict().items()}
-    found = {name: list(value.shape) if value.is_floating_point() else value.dtype for name, value in tensors.items()}
-    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
-    if wrong:
-        first = wrong[0]
-        raise ValueError(
-            f"{folder}: {len(wrong)} tensors do not fit the encoder, the first is {first}: expected"
-            f" {expected.get(first, 'none')}, found {found.get(first, 'none')}"
-        )
 
 
 def input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:

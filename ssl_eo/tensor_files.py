@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssl_eo.files import atomic_file, check_regular
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["check_fit", "read_tensors", "write_tensors"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -99,6 +99,21 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     body = memoryview(data)[8 + n_header :]
     _check_places(path, places, len(body))
     return {name: _tensor(place, body) for name, place in places.items()}
+
+
+def check_fit(where: str | Path, of: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless `found` has the names and shapes of `expected` in floating point, however precise.
+
+    The message begins with `where`, and `of` says what they do not fit.
+    """
+    shapes = {name: list(value.shape) for name, value in expected.items()}
+    there = {name: list(value.shape) if value.is_floating_point() else value.dtype for name, value in found.items()}
+    wrong = [name for name in shapes | there if shapes.get(name) != there.get(name)]
+    if wrong:
+        raise ValueError(
+            f"{where}: {len(wrong)} tensors do not fit {of}, the first is {wrong[0]}: expected"
+            f" {shapes.get(wrong[0], 'none')}, found {there.get(wrong[0], 'none')}"
+        )
 
 
 def _raw_bytes(tensor: Tensor) -> bytes:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssl_eo import hub, tensor_files
+from ssl_eo import json_page, tensor_files
 from ssl_eo.bundles import BundlePair
 from ssl_eo.data.render import Renderer
 from ssl_eo.data.stacking import stack_tiles, stack_views
@@ -115,7 +115,7 @@ def test_facts_do_not_take_the_place_of_what_a_bundle_is(name: str, tmp_path: Pa
 
 def test_a_page_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(tmp_path)
-    monkeypatch.setattr(hub, "_MOST_PAGE_BYTES", 100)
+    monkeypatch.setattr(json_page, "_MOST_BYTES", 100)
     with pytest.raises(ValueError, match=r"not an encoder bundle \(encoder\.json: .* bytes, expected at most 100"):
         load_bundle(tmp_path)
 

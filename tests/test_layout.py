@@ -21,6 +21,7 @@ LAYER_0 = (
     "distributed",
     "files",
     "installation",
+    "json_page",
     "jsonl",
     "progress",
     "resources",
@@ -54,7 +55,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "opening": ("bundles", "models", "train.export", "train.sealing", "weights", *LAYER_0),
     "bundle_inputs": ("models", "sensors"),
     "bundles": ("bundle_inputs", "models", "sensors"),
-    "hub": ("hub", "bundles", "tensor_files", "models", "sensors", "components", "files"),
+    "hub": ("hub", "bundles", "tensor_files", "json_page", "models", "sensors", "components", "files"),
     "weights": ("weights", "hub", "bundles", "tensor_files", "models", "sensors", "components", "files", "resources"),
     "eval": ("eval", "models", "data", "hub", *LAYER_0),
     "adapt": (

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from ssl_eo.components import check_names, import_extra, one_line, suggest
 from ssl_eo.files import atomic_write
+from ssl_eo.json_page import read_page
 from ssl_eo.models.vit import Encoder
 from ssl_eo.seeding import derive_seed
-from ssl_eo.tensor_files import read_tensors, write_tensors
+from ssl_eo.tensor_files import check_fit, read_tensors, write_tensors
 
 __all__ = [
     "FORMAT",
@@ -205,14 +206,17 @@ def load_adapters(folder: Path, encoder: Encoder) -> LoraConfig:
     encoder that has adapters, and for one whose weights are not those that the adapters were trained on; then `encoder`
     is as before.
     """
-    cfg, sha256, base = _read_page(folder / "adapters.json")
+    cfg, sha256, base = _said_in(folder / "adapters.json")
     tensors = read_tensors(folder / "adapters.safetensors", sha256)
     if (found := base_sha256(encoder)) != base:
         raise ValueError(
             f"{folder}: these adapters belong to an encoder with weights of SHA-256 {base:.12}, not to this one"
             f" ({found:.12}); load that one first"
         )
-    _check_fit(folder, encoder, cfg, tensors)
+    with torch.device("meta"):
+        trial = Encoder(encoder.cfg, encoder.n_channels)
+        add_lora(trial, cfg)
+    check_fit(folder, "the adapters", lora_state(trial), tensors)
     add_lora(encoder, cfg)
     import_extra("lora", "peft", "LoRA").set_peft_model_state_dict(encoder, tensors, _ADAPTER)
     return cfg
@@ -229,10 +233,10 @@ def _adapted(encoder: Encoder) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in encoder.named_modules() if hasattr(module, "lora_A")]
 
 
-def _read_page(path: Path) -> tuple[LoraConfig, str, str]:
+def _said_in(path: Path) -> tuple[LoraConfig, str, str]:
     """What `adapters.json` says: the config, SHA-256 of the tensors' file and of the weights they belong to."""
     try:
-        page = json.loads(path.read_text(encoding="utf-8"))
+        page = read_page(path)
         if page["format"] != FORMAT:
             raise ValueError(f"format {page['format']!r}, this version reads {FORMAT}; update ssl_eo")
         lora = {f.name: page["lora"][f.name] for f in fields(LoraConfig)}  # a default would be other adapters
@@ -241,20 +245,5 @@ def _read_page(path: Path) -> tuple[LoraConfig, str, str]:
         raise ValueError(f"{path}: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"{path}: key {error} is missing") from None
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
-
-
-def _check_fit(folder: Path, encoder: Encoder, cfg: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """The tensors are those that `add_lora` makes, by name and shape, and of floating point."""
-    with torch.device("meta"):
-        trial = Encoder(encoder.cfg, encoder.n_channels)
-        add_lora(trial, cfg)
-    expected = {name: list(value.shape) for name, value in lora_state(trial).items()}
-    found = {name: list(value.shape) if value.is_floating_point() else value.dtype for name, value in tensors.items()}
-    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
-    if wrong:
-        raise ValueError(
-            f"{folder}: {len(wrong)} tensors do not fit the adapters, the first is {wrong[0]}: expected"
-            f" {expected.get(wrong[0], 'none')}, found {found.get(wrong[0], 'none')}"
-        )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,16 @@ from ssl_eo.adapt.model import TaskModel
 from ssl_eo.bundles import BundleEncoder, SensorInput
 from ssl_eo.components import one_line
 from ssl_eo.eval.decoders import build_decoder
+from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
 from ssl_eo.files import atomic_write, check_regular
 from ssl_eo.hub import check_finite, load_bundle, write_bundle
+from ssl_eo.json_page import read_page
 from ssl_eo.sensors import Sensor
-from ssl_eo.tensor_files import read_tensors, write_tensors
+from ssl_eo.tensor_files import check_fit, read_tensors, write_tensors
 
-__all__ = ["SavedModel", "load_model", "read_page", "save_model"]
+__all__ = ["SavedModel", "load_model", "read_facts", "save_model"]
 
 _FORMAT = 2
 _PAGE, _ENCODER, _DECODER = "task.json", "encoder.json", "decoder.safetensors"
@@ -107,8 +109,7 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
     known = SensorInput(schema.sensor, tuple(task.bands), mean, std, gsd_m, clip_std)
     (folder / _PAGE).unlink(missing_ok=True)
     write_bundle(folder, encoder, {schema.sensor.name: known}, {"step": 0, **facts})
-    decoder = {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
-    of_decoder = write_tensors(folder / _DECODER, decoder)
+    of_decoder = write_tensors(folder / _DECODER, _without_backbone(model))
     page = {
         "format": _FORMAT,
         "task": task.name,
@@ -132,7 +133,7 @@ def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
     A decoder of your own, a module of a dotted name, is imported only if it is given as `decoder`: the folder may be of
     somebody else. Raises `ValueError` for anything that is not a whole model.
     """
-    page = read_page(folder)
+    page = read_facts(folder)
     _check_decoder(folder, page["decoder"], decoder)
     _check_encoder(folder, page["sha256"])
     bundle = load_bundle(folder)
@@ -143,21 +144,25 @@ def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
         is_clipped = any(known.clip_std is not None for known in bundle.inputs.values())
         clip_std = None if is_clipped else page["clip_std"]
         backbone = EncoderBackbone(bundle.encoder, page["taps"], bands, clip_std)
-        layers: nn.Module = build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
-        model = TaskModel(backbone, layers)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder}/task.json: {one_line(error)}") from None
+        # On the meta device no size that a damaged file may state takes memory; code of your own may not know it.
+        with torch.device("meta" if decoder is None else "cpu"):
+            trial = TaskModel(backbone, _decoder_of(page, backbone))
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder}/{_PAGE}: {one_line(error)}") from None
     tensors = read_tensors(folder / _DECODER, page["sha256"][_DECODER])
-    expected = {name: value.shape for name, value in model.state_dict().items() if not name.startswith("backbone.")}
-    found = {name: value.shape for name, value in tensors.items()}
-    if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-        raise ValueError(
-            f"{folder}/{_DECODER}: {len(wrong)} tensors do not fit the decoder {page['decoder']}, the first is"
-            f" {wrong[0]}"
-        )
+    check_fit(folder / _DECODER, f"the decoder {page['decoder']}", _without_backbone(trial), tensors)
+    model = TaskModel(backbone, _decoder_of(page, backbone))
     model.load_state_dict(tensors, strict=False)
     check_finite(str(folder), model)
     return SavedModel(model.requires_grad_(False).eval(), bundle, page)
+
+
+def _decoder_of(page: Mapping[str, Any], backbone: EncoderBackbone) -> nn.Module:
+    return build_decoder(page["decoder"], page["options"], backbone.shape, page["n_outputs"])
+
+
+def _without_backbone(model: TaskModel) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("backbone.")}
 
 
 def _page_of(bands: FixedBands | None) -> dict[str, Any] | None:
@@ -181,29 +186,42 @@ def _bands_from(page: Mapping[str, Any] | None, n_shown: int) -> FixedBands | No
     return FixedBands(sensor, names, picks)
 
 
-def read_page(folder: Path) -> dict[str, Any]:
+def read_facts(folder: Path) -> dict[str, Any]:
     """What `task.json` of a saved model says. Raises `ValueError` for a folder that is none."""
     path = folder / _PAGE
     try:
-        check_regular(path)
-        page = json.loads(path.read_text(encoding="utf-8"))
+        page = read_page(path)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: not a trained model: {_what_is_there(folder)}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: not a trained model ({_PAGE}: {one_line(error)})") from None
-    if not isinstance(page, dict) or page.get("format") != _FORMAT:
-        found = page.get("format") if isinstance(page, dict) else "none"
+    except ValueError as error:
+        raise ValueError(f"{folder}: not a trained model ({_PAGE}: {error})") from None
+    if page.get("format") != _FORMAT:
         raise ValueError(
-            f"{path}: format {found!r:.40}, this version reads {_FORMAT}: train it again (ssl-eo study), or take the"
-            " version of ssl_eo that wrote it"
+            f"{path}: format {page.get('format', 'none')!r:.40}, this version reads {_FORMAT}: train it again (ssl-eo"
+            " study), or take the version of ssl_eo that wrote it"
         )
     if missing := [key for key in _KEYS if key not in page]:
         raise ValueError(f"{path}: key {missing[0]!r} is missing")
     if type(page["size_px"]) is not int or page["size_px"] < 1:
         raise ValueError(f"{path}: size_px must be a whole number and at least 1, got {page['size_px']!r}")
+    _check_outputs(path, page)
     if not isinstance(page["sha256"], dict) or page["sha256"].keys() != {_ENCODER, _DECODER}:
         raise ValueError(f"{path}: sha256 must hold those of {_ENCODER} and {_DECODER}, got {page['sha256']!r:.80}")
     return page
+
+
+def _check_outputs(path: Path, page: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless there is an output for each class, or one for numbers."""
+    kind, classes, n_outputs = page["kind"], page["classes"], page["n_outputs"]
+    if kind not in get_args(Kind):
+        raise ValueError(f"{path}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r:.40}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path}: classes must be a list of names, got {classes!r:.80}")
+    expected = 1 if kind == "regression" else len(classes)
+    if type(n_outputs) is not int or n_outputs != expected or n_outputs < 1:
+        raise ValueError(
+            f"{path}: n_outputs must be {max(expected, 1)} for its kind and classes, got {n_outputs!r:.40}"
+        )
 
 
 def _what_is_there(folder: Path) -> str:

@@ -21,7 +21,7 @@ from ssl_eo.adapt.backbone import Backbone, EncoderBackbone, clip_of
 from ssl_eo.bundles import BundleEncoder, BundlePair, SensorInput
 from ssl_eo.components import told_of
 from ssl_eo.eval.decoders import TapMaps, TapShape
-from ssl_eo.files import atomic_write, check_regular
+from ssl_eo.files import atomic_write
 from ssl_eo.hub import (
     check_blocks,
     count_or_none,
@@ -32,6 +32,7 @@ from ssl_eo.hub import (
     load_bundle,
     page_of,
 )
+from ssl_eo.json_page import read_page
 from ssl_eo.models.convnext import ConvNeXt, ConvNeXtConfig
 from ssl_eo.models.vit import Encoder, EncoderConfig, EncoderInput
 from ssl_eo.tensor_files import read_tensors, write_tensors
@@ -144,12 +145,12 @@ def load_ensemble(folder: str | Path) -> list[Specialist]:
     folder = Path(folder)
     where = folder / _PAGE
     try:
-        check_regular(where)
-        page = json.loads(where.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder}: not an ensemble ({_PAGE}: {error})") from None
-    if not isinstance(page, dict) or not isinstance(page.get("specialists"), list):
-        raise ValueError(f"{folder}: not an ensemble ({_PAGE} holds no object with a list of specialists)")
+        page = read_page(where)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{folder}: not an ensemble ({_PAGE}: {reason})") from None
+    if not isinstance(page.get("specialists"), list):
+        raise ValueError(f"{folder}: not an ensemble ({_PAGE} holds no list of specialists)")
     if type(page.get("format")) is not int or page["format"] != FORMAT:
         raise ValueError(
             f"{where}: ensemble format {page.get('format')!r:.40}, this version reads {FORMAT}; update ssl_eo"

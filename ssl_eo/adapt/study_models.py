@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_eo.adapt.model import TaskModel
-from ssl_eo.adapt.saved import read_page, save_model
+from ssl_eo.adapt.saved import read_facts, save_model
 from ssl_eo.adapt.study import Cell
 from ssl_eo.eval.tasks import Task
 
@@ -40,7 +40,7 @@ class StudyModels:
     def has(self, cell: Cell, key: str) -> bool:
         """Whether the model of the record `key` is there, whole."""
         try:
-            return bool(read_page(self._paths[cell]).get("key") == key)
+            return bool(read_facts(self._paths[cell]).get("key") == key)
         except ValueError:
             return False
 

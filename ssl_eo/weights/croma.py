@@ -22,6 +22,7 @@ from ssl_eo.hub import SensorInput, check_finite, check_free, write_pair_bundle
 from ssl_eo.models.cross_encoder import OpticalRadar
 from ssl_eo.models.vit import EncoderConfig
 from ssl_eo.sensors import load_sensor
+from ssl_eo.tensor_files import check_fit
 from ssl_eo.weights._reading import read_state_dict
 from ssl_eo.weights.base import Released, released_facts
 
@@ -263,13 +264,7 @@ def pair_state_dicts(
             if found != expected:
                 raise ValueError(f"this model is no {pair.name}: its {key} is {found}, expected {expected}")
     ours = model.state_dict()
-    expected_shapes = {name: value.shape for name, value in pair.build().state_dict().items()}
-    found_shapes = {name: value.shape for name, value in ours.items()}
-    if wrong := [n for n in expected_shapes | found_shapes if expected_shapes.get(n) != found_shapes.get(n)]:
-        raise ValueError(
-            f"this model is no {pair.name}: {len(wrong)} tensors do not fit, the first is {wrong[0]}: expected"
-            f" {expected_shapes.get(wrong[0])}, found {found_shapes.get(wrong[0])}"
-        )
+    check_fit(f"this model is no {pair.name}", "it", pair.build().state_dict(), ours)
     out: dict[str, dict[str, Tensor]] = {part: {} for part in sorted(_PARTS.values())}
     for name, tensor in ours.items():
         names = _published_names(name)

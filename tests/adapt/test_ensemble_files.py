@@ -107,7 +107,7 @@ def of_encoder(key: str, value: Any, i: int = 0) -> Change:
     [
         (lambda page: page.__setitem__("format", 2), "ensemble format 2, this version reads 1"),
         (lambda page: page.__setitem__("format", True), "ensemble format True, this version reads 1"),
-        (lambda page: page.__setitem__("specialists", {}), "no object with a list of specialists"),
+        (lambda page: page.__setitem__("specialists", {}), "no list of specialists"),
         (lambda page: page.__setitem__("specialists", []), "needs one specialist at least"),
         (lambda page: page.__setitem__("specialists", [3]), "not subscriptable"),
         (lambda page: page["specialists"][0].pop("name"), "key 'name' is missing"),

@@ -133,7 +133,12 @@ def test_a_model_that_is_damaged_is_refused(done: tuple[Any, Path, list[dict[str
     for change, message in (
         ({"format": 9}, "format 9, this version reads 2"),
         ({"decoder": "linaer"}, "did you mean 'linear'"),
-        ({"n_outputs": 3}, "tensors do not fit the decoder linear"),
+        ({"n_outputs": 3}, "n_outputs must be 12 for its kind and classes, got 3"),
+        ({"n_outputs": 13, "classes": [*page["classes"], "c"]}, "2 tensors do not fit the decoder linear, the first"),
+        ({"classes": "water"}, "classes must be a list of names, got 'water'"),
+        ({"kind": "segmentations"}, "kind must be one of .*, got 'segmentations'"),
+        ({"decoder": "fcn", "options": {"channels": 1 << 16}}, "tensors do not fit the decoder fcn"),
+        ({"decoder": "fcn", "options": {"n_convs": 1 << 40}}, "n_convs must be a whole number from 1 to 65,536, got"),
         ({"taps": [2.0]}, "taps are ratios of the depth"),
         ({"options": {"width": 3}}, "no option 'width'"),
         ({"size_px": "16"}, "size_px must be a whole number and at least 1, got '16'"),

@@ -237,7 +237,7 @@ def test_files_that_do_not_fit_are_refused(file: Path, tiny: ReleasedPair, tmp_p
     model = build_pair(tensors, tiny, "x")
     with pytest.raises(ValueError, match="its heads is 16, expected 8"):
         pair_state_dicts(model, replace(tiny, config=replace(tiny.config, n_heads=8)), pair_inputs())
-    with pytest.raises(ValueError, match=r"this model is no croma_base: .* tensors do not fit, the first is"):
+    with pytest.raises(ValueError, match=r"this model is no croma_base: .* tensors do not fit it, the first is"):
         pair_state_dicts(model, PAIRS["croma_base"], pair_inputs())
     out = tmp_path / "bundle"
     croma.import_pair(file, "croma_tiny", out)

@@ -11,12 +11,15 @@ from ssl_eo.components import suggest
 
 __all__ = ["check_options"]
 
+_MOST = 1 << 16
+
 
 def check_options(cfg: Any) -> None:
     """Raise `ValueError` unless the values of a `Config` are what their types say, and more.
 
     - `Literal[...]`: one of these
-    - `int`: whole and at least 1; `list[int]`: one such number at least
+    - `int`: whole, from 1 to 65,536 (options may come from a file of somebody else); `list[int]`: one such number at
+      least
     - `float`: a probability below 1 where the name ends in `_prob`, else positive and finite
     - `... | None`: any of these, or None
     """
@@ -33,10 +36,10 @@ def _check(key: str, value: object, hint: Any) -> None:
             raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}{near}")
     elif hint is int:
         if not _is_count(value):
-            raise ValueError(f"{key} must be a whole number and at least 1, got {value!r}")
+            raise ValueError(f"{key} must be a whole number from 1 to {_MOST:,}, got {value!r:.40}")
     elif hint == list[int]:
-        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_count, value)):
-            raise ValueError(f"{key} must be a list of whole numbers, each at least 1, got {value!r}")
+        if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= _MOST or not all(map(_is_count, value)):
+            raise ValueError(f"{key} must be a list of whole numbers, each from 1 to {_MOST:,}, got {value!r:.80}")
     elif hint is float:
         _check_float(key, value)
     else:
@@ -55,4 +58,4 @@ def _check_float(key: str, value: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST
