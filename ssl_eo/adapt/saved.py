@@ -14,10 +14,10 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,27 +25,17 @@ from torch import Tensor, nn
 from ssl_eo.adapt.backbone import EncoderBackbone, FixedBands
 from ssl_eo.adapt.lora import lora_config, merge_lora
 from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.saved_page import DECODER, ENCODER, FORMAT, PAGE, read_facts
 from ssl_eo.bundles import BundleEncoder, SensorInput
-from ssl_eo.components import one_line
 from ssl_eo.eval.decoders import build_decoder
-from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.provenance import digest_of_tensors
 from ssl_eo.eval.tasks import Task
 from ssl_eo.files import atomic_write, check_regular
-from ssl_eo.hub import check_finite, load_bundle, write_bundle
-from ssl_eo.json_page import read_page
+from ssl_eo.hub import check_finite, faults_of, load_bundle, write_bundle
 from ssl_eo.sensors import Sensor
 from ssl_eo.tensor_files import check_fit, read_tensors, write_tensors
 
-__all__ = ["SavedModel", "load_model", "read_facts", "save_model"]
-
-_FORMAT = 2
-_PAGE, _ENCODER, _DECODER = "task.json", "encoder.json", "decoder.safetensors"
-_KEYS = (
-    *("task", "kind", "classes", "bands", "size_px", "n_outputs", "decoder", "options", "taps", "fixed_bands"),
-    *("clip_std", "sha256"),
-)
-_MAX_SHOWN = 20  # folders in a message
+__all__ = ["SavedModel", "load_model", "save_model"]
 
 
 @dataclass(frozen=True)
@@ -107,11 +97,11 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
     # Where bands are found first, it is the backbone that brings them to [0, 1]: those that are missing too.
     clip_std = backbone.clip_std if backbone.bands is None else None
     known = SensorInput(schema.sensor, tuple(task.bands), mean, std, gsd_m, clip_std)
-    (folder / _PAGE).unlink(missing_ok=True)
+    (folder / PAGE).unlink(missing_ok=True)
     write_bundle(folder, encoder, {schema.sensor.name: known}, {"step": 0, **facts})
-    of_decoder = write_tensors(folder / _DECODER, _without_backbone(model))
+    of_decoder = write_tensors(folder / DECODER, _without_backbone(model))
     page = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "task": task.name,
         "kind": task.cfg.kind,
         "classes": list(task.class_names),
@@ -121,10 +111,10 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
         "fixed_bands": _page_of(backbone.bands),
         "clip_std": backbone.clip_std,
         # That of the encoder's weights is in its page.
-        "sha256": {_ENCODER: hashlib.sha256((folder / _ENCODER).read_bytes()).hexdigest(), _DECODER: of_decoder},
+        "sha256": {ENCODER: hashlib.sha256((folder / ENCODER).read_bytes()).hexdigest(), DECODER: of_decoder},
         **facts,
     }
-    atomic_write(folder / _PAGE, json.dumps(page, indent=1))
+    atomic_write(folder / PAGE, json.dumps(page, indent=1))
 
 
 def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
@@ -137,24 +127,31 @@ def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
     _check_decoder(folder, page["decoder"], decoder)
     _check_encoder(folder, page["sha256"])
     bundle = load_bundle(folder)
-    if not isinstance(bundle, BundleEncoder) or not bundle.inputs:
-        raise ValueError(f"{folder}/encoder.json: a trained model has one encoder, and statistics for its images")
-    try:
-        bands = _bands_from(page["fixed_bands"], len(page["bands"]))
-        is_clipped = any(known.clip_std is not None for known in bundle.inputs.values())
-        clip_std = None if is_clipped else page["clip_std"]
-        backbone = EncoderBackbone(bundle.encoder, page["taps"], bands, clip_std)
+    if not isinstance(bundle, BundleEncoder) or len(bundle.inputs) != 1:
+        raise ValueError(
+            f"{folder / ENCODER}: a trained model has one encoder, and statistics for images of one sensor"
+        )
+    with faults_of(folder / PAGE):
+        backbone = _backbone_of(page, bundle)
         # On the meta device no size that a damaged file may state takes memory; code of your own may not know it.
         with torch.device("meta" if decoder is None else "cpu"):
             trial = TaskModel(backbone, _decoder_of(page, backbone))
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder}/{_PAGE}: {one_line(error)}") from None
-    tensors = read_tensors(folder / _DECODER, page["sha256"][_DECODER])
-    check_fit(folder / _DECODER, f"the decoder {page['decoder']}", _without_backbone(trial), tensors)
+    tensors = read_tensors(folder / DECODER, page["sha256"][DECODER])
+    check_fit(folder / DECODER, f"the decoder {page['decoder']}", _without_backbone(trial), tensors)
     model = TaskModel(backbone, _decoder_of(page, backbone))
     model.load_state_dict(tensors, strict=False)
     check_finite(str(folder), model)
     return SavedModel(model.requires_grad_(False).eval(), bundle, page)
+
+
+def _backbone_of(page: Mapping[str, Any], bundle: BundleEncoder) -> EncoderBackbone:
+    (known,) = bundle.inputs.values()
+    if page["bands"] != list(known.bands):
+        raise ValueError(f"bands must be those of {ENCODER}, {', '.join(known.bands)}, got {page['bands']!r:.80}")
+    clip_std = replace(known, clip_std=page["clip_std"]).clip_std  # it says what that may be
+    bands = _bands_from(page["fixed_bands"], len(known.bands))
+    # Pixels come in [0, 1] already where the bundle clips them.
+    return EncoderBackbone(bundle.encoder, page["taps"], bands, clip_std if known.clip_std is None else None)
 
 
 def _decoder_of(page: Mapping[str, Any], backbone: EncoderBackbone) -> nn.Module:
@@ -186,78 +183,26 @@ def _bands_from(page: Mapping[str, Any] | None, n_shown: int) -> FixedBands | No
     return FixedBands(sensor, names, picks)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What `task.json` of a saved model says. Raises `ValueError` for a folder that is none."""
-    path = folder / _PAGE
-    try:
-        page = read_page(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{folder}: not a trained model: {_what_is_there(folder)}") from None
-    except ValueError as error:
-        raise ValueError(f"{folder}: not a trained model ({_PAGE}: {error})") from None
-    if page.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path}: format {page.get('format', 'none')!r:.40}, this version reads {_FORMAT}: train it again (ssl-eo"
-            " study), or take the version of ssl_eo that wrote it"
-        )
-    if missing := [key for key in _KEYS if key not in page]:
-        raise ValueError(f"{path}: key {missing[0]!r} is missing")
-    if type(page["size_px"]) is not int or page["size_px"] < 1:
-        raise ValueError(f"{path}: size_px must be a whole number and at least 1, got {page['size_px']!r}")
-    _check_outputs(path, page)
-    if not isinstance(page["sha256"], dict) or page["sha256"].keys() != {_ENCODER, _DECODER}:
-        raise ValueError(f"{path}: sha256 must hold those of {_ENCODER} and {_DECODER}, got {page['sha256']!r:.80}")
-    return page
-
-
-def _check_outputs(path: Path, page: Mapping[str, Any]) -> None:
-    """Raise `ValueError` unless there is an output for each class, or one for numbers."""
-    kind, classes, n_outputs = page["kind"], page["classes"], page["n_outputs"]
-    if kind not in get_args(Kind):
-        raise ValueError(f"{path}: kind must be one of {', '.join(get_args(Kind))}, got {kind!r:.40}")
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError(f"{path}: classes must be a list of names, got {classes!r:.80}")
-    expected = 1 if kind == "regression" else len(classes)
-    if type(n_outputs) is not int or n_outputs != expected or n_outputs < 1:
-        raise ValueError(
-            f"{path}: n_outputs must be {max(expected, 1)} for its kind and classes, got {n_outputs!r:.40}"
-        )
-
-
-def _what_is_there(folder: Path) -> str:
-    """What to give instead of a folder without `task.json`."""
-    how = "one is what ssl-eo study leaves with save_models=true, in STUDY/models"
-    inside = sorted(path.parent for at in ("", "models") for path in (folder / at).glob(f"*/{_PAGE}"))
-    if inside:
-        more = f" and {len(inside) - _MAX_SHOWN} more" if len(inside) > _MAX_SHOWN else ""
-        return f"in it are {', '.join(map(str, inside[:_MAX_SHOWN]))}{more}; give one of them"
-    if not folder.exists():
-        return f"there is no such folder; {how}"
-    if (folder / "config.yaml").exists() or (folder / _ENCODER).exists():
-        return f"it is an encoder alone, with no decoder that was trained on labels; {how}"
-    return f"it holds no {_PAGE}; {how}"
-
-
 def _check_decoder(folder: Path, named: Any, given: str | None) -> None:
     """Raise `ValueError` unless the decoder that the folder names may be built: shipped, or the one that was given."""
     if given is not None and named != given:
-        raise ValueError(f"{folder}/{_PAGE}: its decoder is {named!r:.100}, and {given!r} was given")
+        raise ValueError(f"{folder / PAGE}: its decoder is {named!r:.100}, and {given!r} was given")
     if not isinstance(named, str) or ("." in named and given is None):
         raise ValueError(
-            f"{folder}/{_PAGE}: its decoder is {named!r:.100}, which is none of this package, and to import it runs its"
+            f"{folder / PAGE}: its decoder is {named!r:.100}, which is none of this package, and to import it runs its"
             " code; if you trust it, give it by its name (--decoder, decoder= of load_model)"
         )
 
 
 def _check_encoder(folder: Path, expected: Mapping[str, Any]) -> None:
     """Raise `ValueError` for the encoder of another model: a decoder fits any of its width."""
-    path = folder / _ENCODER
+    path = folder / ENCODER
     try:
         check_regular(path)
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    if found != expected[_ENCODER]:
+    if found != expected[ENCODER]:
         raise ValueError(
-            f"{path}: its SHA-256 is not that in {_PAGE}: it is of another model, or was changed; train it again"
+            f"{path}: its SHA-256 is not that in {PAGE}: it is of another model, or was changed; train it again"
         )

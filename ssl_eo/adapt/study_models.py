@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_eo.adapt.model import TaskModel
-from ssl_eo.adapt.saved import read_facts, save_model
+from ssl_eo.adapt.saved import save_model
+from ssl_eo.adapt.saved_page import read_facts
 from ssl_eo.adapt.study import Cell
 from ssl_eo.eval.tasks import Task
 

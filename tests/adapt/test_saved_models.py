@@ -54,7 +54,7 @@ def test_no_module_is_imported_that_a_folder_names(task: Task, tmp_path: Path, m
     (tmp_path / "strange" / "payload.py").write_text(LINEAR)
     monkeypatch.syspath_prepend(tmp_path)
     folder = save(tmp_path / "model", task)
-    for name in ("strange.payload", "os.path", "ssl_eo.eval.decoders.linear", 3, ["linear"]):
+    for name in ("strange.payload", "os.path", "ssl_eo.eval.decoders.linear"):
         change(folder, decoder=name)
         with pytest.raises(ValueError, match=r"task\.json: its decoder is .* none of this package.*\(--decoder, "):
             load_model(folder)
@@ -150,5 +150,7 @@ def test_a_folder_that_is_no_model_says_where_one_is(task: Task, tmp_path: Path)
     with pytest.raises(ValueError, match=r"not a trained model \(task\.json: Expecting"):
         load_model(models[0])
     change(models[1], sha256="ab")
-    with pytest.raises(ValueError, match=r"sha256 must hold those of encoder\.json and decoder\.safetensors, got 'ab'"):
+    with pytest.raises(
+        ValueError, match=r"sha256 must be an object with those of encoder\.json and decoder\.safetensors, got 'ab'"
+    ):
         load_model(models[1])
