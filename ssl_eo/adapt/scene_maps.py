@@ -122,7 +122,8 @@ def map_scene(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: 
     """Write all `outputs` from the values that a model of windows gives for each cell of `scene`.
 
     Raises `ValueError` for paths that are taken, a model that gives something else, too little memory, and panels of a
-    killed run with another scene, model, tiling or memory, or a folder of panels that holds something else; `OSError`
+    killed run with another scene, model, tiling or memory, a folder of panels that holds something else, or a scene
+    that is changed meanwhile, of which nothing is kept; `OSError`
     for a scene that cannot be read and a disk that is full. Finished panels stay then, and the same call goes on with
     them. Warns where nothing of the scene was measured.
     """
@@ -134,8 +135,12 @@ def map_scene(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: 
     kept.check()
     with locked_folder(folder, "write to another path"):
         try:
+            stamp = scene.stamp()
             token = kept.begin(_inputs(scene, windowed, outputs, run, side))
             _make_panels(kept, scene, windowed, outputs, run)
+            if scene.stamp() != stamp:
+                kept.remove()
+                raise ValueError(f"{scene.path} was changed while it was read, so the map would be of two: run again")
             if not any(outputs[0].has_values(stored) for _, stored in kept.load(0)):
                 warnings.warn(
                     f"{scene.path}: nothing of it was measured, so there are no values to write", stacklevel=3

@@ -213,6 +213,11 @@ class Scene:
                         found.update(chunk)
         return found.hexdigest()
 
+    def stamp(self) -> tuple[tuple[int, ...], ...]:
+        """What changes when somebody writes to the file, or the mask beside it, or puts another in its place."""
+        stats = [path.stat() for path in (self.path, _mask_file(self.path)) if path.is_file()]
+        return tuple((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
     def close(self) -> None:
         self._file.close()
 

@@ -606,6 +606,22 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / f"{name}.panels").exists()
 
 
+@pytest.mark.parametrize("changed", ["scene.tif", "scene.tif.msk"])
+def test_a_scene_that_is_changed_meanwhile_gives_no_map(tmp_path: Path, changed: str) -> None:
+    path = write_scene(tmp_path / "scene.tif", values_of((2, 150, 203)))
+
+    def write_more() -> None:
+        with (tmp_path / changed).open("ab") as file:
+            file.write(b"more")
+
+    with Scene(path) as scene:
+        run = small_panels(scene, PATCHES, 6)
+        model, _ = counting(patch_means, 3, write_more)
+        with pytest.raises(ValueError, match=r"scene\.tif was changed while it was read, so .* of two: run again"):
+            embed_scene(scene, model, 6, tmp_path / "o.tif", PATCHES, run)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"scene.tif", changed}
+
+
 def predict_and_die(path: Path, out: Path, stop_after: int) -> None:
     model, _ = counting(three_classes, stop_after, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with Scene(path) as scene:
