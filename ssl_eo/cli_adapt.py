@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ssl_eo.cluster import EXIT_DONE, EXIT_FAILURE, read_launch
 
 if TYPE_CHECKING:
+    from ssl_eo.adapt.saved import SavedModel
     from ssl_eo.adapt.study import StudyConfig
 
 __all__ = ["add_export_ensemble", "add_predict", "add_study"]
@@ -129,14 +130,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             tiling,
             SceneRun(saved.identity, arguments.overwrite, tell),
             outputs[1] if outputs[1:] else None,
-            {
-                "model": Path(arguments.model).resolve().name,
-                "weights": saved.weights,
-                "record": str(saved.facts.get("key", "")),  # its key in study.jsonl
-                "task": str(saved.facts["task"]),
-                "sensor": known.sensor.name,
-                "bands": " ".join(known.bands),
-            },
+            _tags(saved, Path(arguments.model).resolve().name),
         )
     n = len(saved.classes)
     print(
@@ -144,6 +138,18 @@ def _predict(arguments: argparse.Namespace) -> int:
         f" ({', '.join(saved.classes[:_MAX_SHOWN])}{', ...' if n > _MAX_SHOWN else ''}; windows of {window} pixels)"
     )
     return EXIT_DONE
+
+
+def _tags(saved: SavedModel, name: str) -> dict[str, str]:
+    """What a map says of the model in the folder `name` that made it."""
+    return {
+        "model": name,
+        "weights": saved.weights,
+        "record": str(saved.facts.get("key", "")),  # its key in study.jsonl
+        "task": str(saved.facts["task"]),
+        "sensor": saved.input.sensor.name,
+        "bands": " ".join(saved.input.bands),
+    }
 
 
 def _export_ensemble(arguments: argparse.Namespace) -> int:

@@ -182,11 +182,11 @@ def check_blocks(n_blocks: int, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the encoder has {n_blocks} blocks, too many for a file of {len(tensors)} tensors")
 
 
-def fill(folder: Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The module, built on meta, with `tensors` on the CPU."""
-    check_fit(folder, "the encoder", module.state_dict(), tensors)
+def fill(where: str | Path, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The module, built on meta, with `tensors` on the CPU. Errors begin with `where`."""
+    check_fit(where, "the encoder", module.state_dict(), tensors)
     module.to_empty(device="cpu").load_state_dict(tensors)
-    check_finite(str(folder), module)
+    check_finite(str(where), module)
 
 
 def check_finite(where: str, module: nn.Module) -> None:
@@ -242,14 +242,14 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _upgrade_
 
 
 @contextmanager
-def faults_of(path: Path) -> Iterator[None]:
-    """Whatever a wrong value in the file `path` leads to is one `ValueError` that names it."""
+def faults_of(where: str | Path) -> Iterator[None]:
+    """Whatever a wrong value in the file `where` leads to is one `ValueError` that names it."""
     try:
         yield
     except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing") from None
+        raise ValueError(f"{where}: key {error} is missing") from None
     except (TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        raise ValueError(f"{where}: {one_line(error)}") from error
 
 
 def input_from(name: str, raw: Mapping[str, Any]) -> SensorInput:

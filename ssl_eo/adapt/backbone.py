@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ssl_eo.adapt.band_matching import BandMismatchError, match_bands
+from ssl_eo.adapt.band_matching import AmbiguousBandError, BandMismatchError, match_bands
 from ssl_eo.bundles import SensorInput
 from ssl_eo.eval.decoders import TapMaps, TapShape
 from ssl_eo.eval.features import check_taps, tap_layers
@@ -26,6 +26,7 @@ __all__ = [
     "EncoderBackbone",
     "FixedBands",
     "PixelBackbone",
+    "check_rising_taps",
     "clip_of",
     "fixed_bands",
     "padded_to",
@@ -77,12 +78,17 @@ class FixedBands:
 
 
 def fixed_bands(known: SensorInput, channels: ChannelMeta) -> FixedBands:
-    """The channels of an image that stand for the bands of `known`, by what they measure."""
+    """The channels of an image that stand for the bands of `known`, by what they measure; one may stand for two.
+
+    Raises `AmbiguousBandError` where two fit a band equally: it would pass for one that the image lacks.
+    """
     bands = [known.sensor.bands[i] for i in known.sensor.index(known.bands)]
     picks: list[int | None] = []
     for band in bands:
         try:
             picks.append(match_bands([band], channels)[0])
+        except AmbiguousBandError as error:
+            raise AmbiguousBandError(f"{error}; name one of them in the task (bands)") from None
         except BandMismatchError:
             picks.append(None)
     return FixedBands(known.sensor, known.bands, tuple(picks))
@@ -92,6 +98,13 @@ def clip_of(inputs: Mapping[str, SensorInput]) -> float | None:
     """How the authors of an encoder bring pixels to [0, 1], where they do and say one thing of all its sensors."""
     clips = {known.clip_std for known in inputs.values()}
     return clips.pop() if len(clips) == 1 else None
+
+
+def check_rising_taps(taps: Sequence[float]) -> None:
+    """Raise `ValueError` unless `taps` are ratios of the depth that rise: decoders take them for a pyramid's order."""
+    check_taps(taps)
+    if sorted(taps) != list(taps):
+        raise ValueError(f"taps must rise with the depth, got {list(taps)}")
 
 
 class EncoderBackbone(Backbone):
@@ -115,9 +128,7 @@ class EncoderBackbone(Backbone):
         super().__init__()
         self.bands, self.clip_std = bands, clip_std
         self.missing_bands = () if bands is None else bands.missing
-        check_taps(taps)
-        if sorted(taps) != list(taps):
-            raise ValueError(f"taps must rise with the depth, got {list(taps)}")
+        check_rising_taps(taps)
         self.depth = encoder.cfg.n_blocks
         self.encoder = encoder
         self._tapped = tap_layers(taps, self.depth)

@@ -14,7 +14,7 @@ import torch
 
 from ssl_eo.sensors import KINDS, ORBITS, POLARIZATIONS, Band, ChannelMeta
 
-__all__ = ["COUNT_RULES", "TOLERANCE", "BandMismatchError", "match_bands", "picks_by_count"]
+__all__ = ["COUNT_RULES", "TOLERANCE", "AmbiguousBandError", "BandMismatchError", "match_bands", "picks_by_count"]
 
 TOLERANCE = 0.05  # of the wavelength: the near infrared of any sensor fits, red edge does not stand for red
 
@@ -23,6 +23,10 @@ Picks = tuple[int, ...]  # for each band of an encoder, the channel of the image
 
 class BandMismatchError(ValueError):
     """The channels of an image cannot stand for the bands of an encoder; the message says which and why."""
+
+
+class AmbiguousBandError(BandMismatchError):
+    """Several channels of an image stand for one band equally well: which is meant is not known."""
 
 
 def _cyclic(required: int, available: int) -> Picks:
@@ -102,7 +106,7 @@ def _nearest(band: Band, channels: ChannelMeta, tolerance: float) -> int:
         )
     equal = [i for d, other, i in ranked if (d, other) == (distance, is_other_orbit)]
     if len(equal) > 1:
-        raise BandMismatchError(f"band {band.name}: channels {equal[0]} and {equal[1]} fit equally well")
+        raise AmbiguousBandError(f"band {band.name}: channels {equal[0]} and {equal[1]} fit equally well")
     return best
 
 

@@ -41,8 +41,8 @@ class Energy:
     co2_kg: float | None = None
 
 
-def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int]) -> StepCost:
-    """The cost of training `model` on `inputs`, backbone included, whether or not its features were kept.
+def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int], cfg: TrainingConfig) -> StepCost:
+    """The cost of training `model` on `inputs` as `cfg` has it, backbone included, whether or not features were kept.
 
     One step runs, of which nothing is left: no gradients, no statistics of norms. Attention is taken apart into its
     products, so memory is an upper bound where a fused kernel would do it.
@@ -53,7 +53,7 @@ def step_cost(model: TaskModel, inputs: EncoderInput, size: tuple[int, int]) -> 
     statistics = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), Ledger() as ledger:
         ledger.leave_out([*weights, *model.buffers(), inputs.pixels])
-        with ledger.phase("forward"):
+        with ledger.phase("forward"), autocast(inputs.pixels.device, cfg):
             logits = model(inputs, size)
         with ledger.phase("backward"):
             logits.float().square().mean().backward()

@@ -24,7 +24,7 @@ from ssl_eo.adapt.protocols import trains_encoder
 from ssl_eo.adapt.selection import GatedDecoder, TopKGate, select_greedily
 from ssl_eo.adapt.specialists import Specialist
 from ssl_eo.adapt.study import Cell, EnsembleChoice, StudyConfig
-from ssl_eo.adapt.training import Labels, Samples, TrainingConfig, fit
+from ssl_eo.adapt.training import Labels, Samples, TrainingConfig, autocast, fit
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.dense import class_fractions
 from ssl_eo.eval.probes.base import Labelled
@@ -147,7 +147,9 @@ def _pooled(ensemble: Ensemble, samples: Samples, labels: Labels, cfg: TrainingC
     model = TaskModel(ensemble, nn.Identity()).eval()
     parts: dict[str, list[Tensor]] = {name: [] for name in ensemble.names}
     for rows in torch.split(torch.arange(len(samples.examples)), cfg.batch_size):
-        for name, values in ensemble.pooled(samples.taps(model, rows)).items():
+        with autocast(samples.examples.device, cfg):  # as features are that are kept
+            taps = samples.taps(model, rows)
+        for name, values in ensemble.pooled(taps).items():
             parts[name].append(values.float())
     shown, targets = labels.shown, samples.examples.labels
     labelled = torch.ones(len(targets), dtype=torch.bool, device=targets.device)

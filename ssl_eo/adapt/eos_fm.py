@@ -109,7 +109,7 @@ def _specialist(path: Path, name: str, entry: Any, known: SensorInput | None) ->
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not is_plain(tensor):
             raise ValueError(f"{path}: {key} of encoder {name} is no plain tensor, but {type(tensor).__name__}")
-    where = Path(f"{path}, encoder {name}")
+    where = f"{path}, encoder {name}"
     with faults_of(where), torch.device("meta"):
         encoder = ConvNeXt(ConvNeXtConfig(), n_channels)
     fill(where, encoder, from_timm({str(key): tensor for key, tensor in tensors.items()}))

@@ -60,7 +60,8 @@ def gigabytes_of_features(model: TaskModel, examples: Examples) -> float:
     model.eval()
     with torch.no_grad():
         taps = model.taps(examples.batch(torch.zeros(1, dtype=torch.long))[0])
-    return sum(maps.numel() * maps.element_size() for maps in taps.maps) * len(examples) / 1e9
+    kept = [*taps.maps, *([] if taps.cls is None else [taps.cls])]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept) * len(examples) / 1e9
 
 
 class Examples:

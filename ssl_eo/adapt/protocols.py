@@ -70,5 +70,5 @@ def apply_protocol(backbone: Backbone, protocol: str, lora: LoraConfig | None = 
         encoder.patch_embed.requires_grad_(True)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "init"))
+            torch.default_generator.manual_seed(derive_seed(seed, "init"))  # that of a GPU stays as it is
             encoder.init_weights()

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssl_eo.eval.kinds import Kind
-from ssl_eo.eval.probes.base import Labelled, hold_out
+from ssl_eo.eval.probes.base import held_out
 from ssl_eo.eval.tasks import Task
 from ssl_eo.seeding import derive_seed, torch_generator
 
@@ -115,15 +114,9 @@ def _thinned(task: Task, rows: SampleRows, cfg: SamplesConfig) -> SampleRows:
 
 def _held_out(task: Task, seed: int) -> tuple[Tensor, Tensor]:
     """Rows for training, and a tenth for validation, as probes hold it out: of places of its own, of each class."""
-    split, is_of_classes = task.train, task.cfg.kind == "classification"
-    numbers: dict[str, int] = {}
-    places = torch.tensor([numbers.setdefault(group, len(numbers)) for group in split.groups])
-    rows = torch.arange(len(split), dtype=torch.float64)[:, None]
-    targets = split.labels if is_of_classes else torch.zeros(len(split))
-    kind: Kind = "classification" if is_of_classes else "regression"
-    n_classes = task.n_classes if is_of_classes else 1
-    train, val = hold_out(Labelled(rows, targets, kind, n_classes, places), seed)
-    return train.features[:, 0].long(), val.features[:, 0].long()
+    split = task.train
+    held = held_out(split.groups, split.labels if task.cfg.kind == "classification" else None, seed)
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
 
 
 def _counts(n: int, parts: Sequence[float]) -> list[int]:

@@ -56,17 +56,15 @@ def drawn_classes(labels: Tensor, kind: Kind, n_classes: int, ignore: int | None
     return torch.where(found.any(1), order[found.int().argmax(1)], -1)
 
 
-def balanced_rows(
-    labels: Tensor, kind: Kind, n_classes: int, ignore: int | None, seed: int, n_rows: int | None = None
-) -> Tensor:
-    """Rows of `labels` for an epoch in which each class is shown equally often, in random order, `[n_rows]` int64.
+def balanced_rows(classes: Tensor, seed: int, n_rows: int | None = None) -> Tensor:
+    """Rows for an epoch in which each of `classes [N]` is shown equally often, in random order, `[n_rows]` int64.
 
-    Samples go by `drawn_classes`; those without any label are left out. Classes that occur differ by at most one row,
-    and so do the samples of one class: those of rare classes come again and again, those of frequent ones may be left
-    out. By default there are as many rows as samples with a label. The rows are a function of the labels and `seed`,
-    which is to differ from epoch to epoch (`seeding.derive_seed`). Raises `ValueError` where no sample has a label.
+    `classes` are those of `drawn_classes`, on the CPU; samples of -1 are left out. Classes that occur differ by at most
+    one row, and so do the samples of one class: those of rare classes come again and again, those of frequent ones may
+    be left out. By default there are as many rows as samples with a label. The rows are a function of the classes and
+    `seed`, which is to differ from epoch to epoch (`seeding.derive_seed`). Raises `ValueError` where no sample has a
+    label.
     """
-    classes = drawn_classes(labels, kind, n_classes, ignore).cpu()
     n_labelled = int((classes >= 0).sum())
     n_rows = n_labelled if n_rows is None else n_rows
     if n_labelled == 0 or n_rows < 1:

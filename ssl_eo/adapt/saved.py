@@ -107,7 +107,7 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
         "classes": list(task.class_names),
         "bands": list(task.bands),
         "size_px": plan.size[0],
-        "n_outputs": 1 if task.cfg.kind == "regression" else task.n_classes,
+        "n_outputs": task.n_classes,
         "fixed_bands": _page_of(backbone.bands),
         "clip_std": backbone.clip_std,
         # That of the encoder's weights is in its page.

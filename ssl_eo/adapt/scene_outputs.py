@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssl_eo.adapt.scenes import Grid
-from ssl_eo.adapt.tiling import Box
+from ssl_eo.adapt.tiling import BLOCK_SIDES, Box
 from ssl_eo.components import import_extra, one_line
 from ssl_eo.data.sources._rasters import check_utf8
 
@@ -31,7 +31,6 @@ Dtype = Literal["uint8", "uint16", "float16", "float32"]
 Colour = tuple[int, int, int, int]  # red, green, blue and opacity, from 0 to 255
 Panels = Callable[[], Iterable[tuple[Box, NDArray[Any]]]]  # each call gives all panels, row by row
 
-_BLOCKS = (256, 128, 64, 32, 16)  # sides of blocks; GDAL wants multiples of 16
 _CACHE_BYTES = 64 << 20  # of GDAL's blocks
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are spread over a circle, however many there are
 _SHADES = ((0.65, 0.85), (0.85, 0.6), (0.45, 0.95))  # saturation and value
@@ -106,7 +105,7 @@ class RasterOutput:
         self._check(path, panels)
 
     def _profile(self, grid: Grid, side: int) -> dict[str, Any]:
-        block = next(size for size in _BLOCKS if side % size == 0)
+        block = next(size for size in BLOCK_SIDES if side % size == 0)
         is_float = self.dtype.startswith("float")
         return {
             "driver": "GTiff",

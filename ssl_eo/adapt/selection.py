@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssl_eo.eval.decoders import TapMaps
 from ssl_eo.eval.probes import ridge
-from ssl_eo.eval.probes.base import Labelled, hold_out, indicators, selection_score
+from ssl_eo.eval.probes.base import Labelled, indicators, selection_score
 from ssl_eo.seeding import torch_generator
 
 __all__ = ["GATE_LR_RATIO", "GatedDecoder", "Selection", "TopKGate", "select_greedily"]
@@ -31,25 +31,17 @@ class Selection:
 
 
 def select_greedily(
-    train: Mapping[str, Labelled],
-    val: Mapping[str, Labelled] | None,
-    k: int,
-    cfg: ridge.Config | None = None,
-    seed: int = 0,
+    train: Mapping[str, Labelled], val: Mapping[str, Labelled], k: int, cfg: ridge.Config | None = None
 ) -> Selection:
     """The `k` specialists that ridge regression on their pooled features, side by side, predicts the targets best from.
 
     `train` and `val` hold the features `[N, D]` of each specialist, by name, for the same samples. One specialist after
     the other is added, always the one with which the score on `val` is best; of equal ones the one with the smaller
-    squared error, then the one whose name comes first. Without `val` a tenth of `train` is held out. Each fit is solved
-    exactly, with the penalty that its own cross-validation chooses. Raises `ValueError` for a `k` that is not from 1 to
-    E, and for samples that differ.
+    squared error, then the one whose name comes first. Each fit is solved exactly, with the penalty that its own
+    cross-validation chooses. Raises `ValueError` for a `k` that is not from 1 to E, and for samples that differ.
     """
     if not 1 <= k <= len(train):
         raise ValueError(f"k must be from 1 to {len(train)}, the number of specialists, got {k}")
-    if val is None:
-        halves = {name: hold_out(labelled, seed) for name, labelled in train.items()}
-        train, val = ({name: pair[i] for name, pair in halves.items()} for i in range(2))
     _check_same("train", train)
     _check_same("val", val)
     if set(train) != set(val):
@@ -101,7 +93,6 @@ class TopKGate(nn.Module):
     and the number of calls; in eval mode there is none, and equal scores are in an order that the seed draws.
     """
 
-    n_calls: Tensor
     order: Tensor
 
     def __init__(self, n_specialists: int, k: int, seed: int = 0, noise: float = 1.0) -> None:
@@ -112,17 +103,17 @@ class TopKGate(nn.Module):
             raise ValueError(f"noise must not be negative, got {noise}")
         self.k, self.seed, self.noise = k, seed, noise
         self.scores = nn.Parameter(torch.zeros(n_specialists))
-        self.register_buffer("n_calls", torch.zeros((), dtype=torch.int64))
+        self._n_calls = 0  # a number of the host: one on the device would be waited for in every step
         self.register_buffer("order", torch.randperm(n_specialists, generator=torch_generator(seed, "gate order")))
 
     def forward(self) -> Tensor:
         """The gates `[E]`, with a gradient for each score."""
         scores: Tensor = self.scores
         if self.training and self.noise:
-            generator = torch_generator(self.seed, "gate", int(self.n_calls))
+            generator = torch_generator(self.seed, "gate", self._n_calls)
             uniform = torch.rand(len(scores), generator=generator).clamp_(1e-9, 1 - 1e-7)
             scores = scores - self.noise * torch.log(-torch.log(uniform)).to(scores)
-            self.n_calls += 1
+            self._n_calls += 1
         ranked = self._ranked(scores.detach())
         hard = torch.zeros_like(scores).index_fill(0, ranked[: self.k], 1.0)
         edge = scores.detach()[ranked[self.k - 1 : self.k + 1]].mean()  # between the last selected and the next

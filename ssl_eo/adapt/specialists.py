@@ -94,10 +94,7 @@ class Specialist:
     @property
     def n_channels(self) -> int | None:
         """How many channels it takes; None for an encoder of any sensor."""
-        encoder = self.encoder
-        if isinstance(encoder, Encoder) and encoder.cfg.patch_embed != "conv":
-            return None
-        return encoder.n_channels
+        return self.encoder.n_channels
 
 
 def specialist_of(

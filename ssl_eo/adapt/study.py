@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from ssl_eo.adapt.backbone import check_rising_taps
 from ssl_eo.adapt.ensemble import Adaptation, Norm
 from ssl_eo.adapt.lora import LoraConfig
 from ssl_eo.adapt.protocols import check_protocol
@@ -14,7 +15,6 @@ from ssl_eo.adapt.samples import SamplesConfig
 from ssl_eo.adapt.training import TrainingConfig
 from ssl_eo.components import check_names, suggest
 from ssl_eo.eval.decoders import decoder_config, kinds_of
-from ssl_eo.eval.features import check_taps
 from ssl_eo.eval.tasks import TaskConfig
 
 __all__ = ["UNET", "Cell", "EncoderChoice", "EnsembleChoice", "StudyConfig", "leave_out"]
@@ -57,9 +57,7 @@ class EncoderChoice:
 
     def __post_init__(self) -> None:
         if self.taps is not None:
-            check_taps(self.taps)
-            if sorted(self.taps) != self.taps:
-                raise ValueError(f"taps must rise with the depth, got {self.taps}")
+            check_rising_taps(self.taps)
 
 
 @dataclass

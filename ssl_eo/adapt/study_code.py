@@ -17,7 +17,7 @@ _PARTS = ("adapt/*.py", "eval/decoders/*.py", "models/convnext.py", "train/optim
 # Ensembles of others, which code counts, tables, which lines are records.
 _OF_OTHERS = ("eos_fm", "study_code", "study_page", "study_records")
 # What becomes of a model once it is trained.
-_OF_TRAINED = ("saved", "scene_maps", "scene_outputs", "scenes", "study_models", "tiling")
+_OF_TRAINED = ("saved", "saved_page", "scene_maps", "scene_outputs", "scenes", "study_models", "tiling")
 _TELLS_NOTHING = frozenset(f"adapt/{name}.py" for name in (*_OF_OTHERS, *_OF_TRAINED))  # no score comes of it
 
 

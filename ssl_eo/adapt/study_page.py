@@ -15,6 +15,7 @@ import numpy as np
 
 from ssl_eo.adapt.protocols import draws_encoder
 from ssl_eo.adapt.study import UNET
+from ssl_eo.adapt.study_records import class_measure
 from ssl_eo.eval.bootstrap import FEWEST_GROUPS, Interval, interval_of
 from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, has_intervals, in_unit, metric_text, number_text
 from ssl_eo.eval.page import render
@@ -44,7 +45,6 @@ _COSTS: dict[str, Callable[[Record], float | None]] = {
     "g CO2": lambda r: None if r["co2_kg"] is None else 1000 * r["co2_kg"],
 }
 _PAGES = ("study.html", "study.md", "study.tex")
-_CLASS_MEASURE = {"segmentation": "iou"}  # of others: recall
 _MAX_CONFUSIONS = 4
 _CLOSE_ACROSS, _CLOSE_UP = 0.08, 0.07  # shares of the width and height of a chart, within which labels would overlap
 
@@ -220,7 +220,7 @@ def _side_by_side(task: str, models: Sequence[Model]) -> Table:
 
 def _classes(task: str, models: Sequence[Model]) -> Table:
     record = models[0].records[0]
-    measure = _CLASS_MEASURE.get(str(record["asked"]["task"]["kind"]), "recall")
+    measure = class_measure(record["asked"]["task"]["kind"])
     columns = [
         f"{name} ({n:,})" for name, n in zip(record["classes"], record["per_class"].get("support", []), strict=False)
     ]

@@ -17,7 +17,7 @@ from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.records import key_of
 from ssl_eo.eval.value_checks import Check, dict_of, is_count, is_metric, is_number, is_text, list_of, or_none
 
-__all__ = ["is_of_study"]
+__all__ = ["class_measure", "is_of_study"]
 
 _SPLITS = ("train", "val", "test")
 _LEAKS = ("n_leaked", "n_leaked_val", "n_shared_groups")
@@ -31,6 +31,11 @@ def is_of_study(record: Mapping[str, Any]) -> bool:
     return record["kind"] == "error" or _is_whole(record)
 
 
+def class_measure(kind: str) -> str:
+    """The column of `per_class` by which the classes of a task of `kind` are shown."""
+    return "iou" if kind == "segmentation" else "recall"
+
+
 def _is_whole(result: Mapping[str, Any]) -> bool:
     """Whether it is of what its key stands for, and nothing is told of some classes alone, or of some resamples."""
     asked, columns, confusion = result["asked"], result["per_class"], result["confusion"]
@@ -41,7 +46,7 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
         return False
     if not all(is_count(result.get(key, 0)) for key in _LEAKS):
         return False
-    measure = "iou" if asked["task"]["kind"] == "segmentation" else "recall"
+    measure = class_measure(asked["task"]["kind"])
     if columns and not (measure in columns and list_of(is_count)(columns.get("support"))):
         return False
     of_classes = [*columns.values(), *([] if confusion is None else [confusion, *confusion])]

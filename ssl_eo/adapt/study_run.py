@@ -256,7 +256,7 @@ class _Runner:
         opened.check_labelled()
         leaks = opened.leaks  # splits that share samples are refused before anything is trained
         make_model = bench.maker_of(cell)
-        samples = bench.samples_of(cell, make_model(), training)
+        samples = bench.samples_of(cell, make_model, training)
         with energy_of(self._cfg.country) as energy:
             fitted = fit(make_model, opened.labels, samples["train"], samples["val"], training, cell.seed, tell)
         outcome = predict(fitted.model, opened.labels, samples["test"], training)
@@ -266,7 +266,7 @@ class _Runner:
         return fitted, {
             **self._scored(opened, outcome),
             **_trained(fitted),
-            **asdict(step_cost(fitted.model, inputs, train.size)),
+            **asdict(step_cost(fitted.model, inputs, train.size, training)),
             "energy_kwh": energy.kwh,
             "co2_kg": energy.co2_kg,
             "missing_bands": list(fitted.model.backbone.missing_bands),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BLOCK_SIDES",
     "Blend",
     "Box",
     "ReadPixels",
@@ -40,7 +41,8 @@ ReadPixels = Callable[[Box], Tensor]  # a box of pixels within the image -> [C, 
 WindowModel = Callable[[Tensor], Tensor]  # [B, C, s, s] float32 -> [B, K, c, c], of each window by itself
 
 _PANEL_PX = 2048  # side of a panel, where memory allows: windows that two panels share are seen twice, one in ten here
-_SIDES = (256, 128, 64, 32, 16)  # of the blocks of a GeoTIFF, which are to be written once each
+# Of the blocks of a GeoTIFF, for which GDAL wants multiples of 16: each is to be written once, by one panel.
+BLOCK_SIDES = (256, 128, 64, 32, 16)
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def panel_side(shape: tuple[int, int], tiling: Tiling, n_channels: int, n_output
     """
     least = -(-2 * tiling.size_px // tiling.cell_px)
     most = max(least, _PANEL_PX // tiling.cell_px)
-    step = next((side for side in _SIDES if side <= least), _SIDES[-1])
+    step = next((side for side in BLOCK_SIDES if side <= least), BLOCK_SIDES[-1])
     needed = 0
     for side in range(-(-most // step) * step, 0, -step):
         if side < least:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ssl_eo.adapt.examples import Examples, Features
 from ssl_eo.adapt.losses import LossConfig, LossName, build_loss
 from ssl_eo.adapt.model import TaskModel
-from ssl_eo.adapt.sampling import balanced_rows, class_counts
+from ssl_eo.adapt.sampling import balanced_rows, class_counts, drawn_classes
 from ssl_eo.adapt.scoring import Scorer
 from ssl_eo.adapt.selection import GATE_LR_RATIO, GatedDecoder
 from ssl_eo.eval.decoders import TapMaps
@@ -120,8 +120,8 @@ class Samples:
         """Those of the samples `rows`, and their labels."""
         examples = self.examples
         if self.features is not None and symmetries is None:
-            labels = examples.labels[rows.to(examples.labels.device)]
-            return model.decode(self.features.at(rows), examples.shown, examples.size), labels
+            rows = rows.to(examples.device)  # once, for features and labels
+            return model.decode(self.features.at(rows), examples.shown, examples.size), examples.labels[rows]
         inputs, labels = examples.batch(rows, symmetries)
         return model(inputs, examples.size), labels
 
@@ -162,13 +162,14 @@ def fit(
     kept: dict[str, Tensor] = {}
     curves: dict[float, list[float]] = {}
     sign = 1 if HIGHER_IS_BETTER[labels.headline] else -1
+    trial = _Trial(labels, train, val, cfg, seed)
     for n_before, lr in enumerate(cfg.lrs):
         advance = _advance(tell, n_before * cfg.n_steps, len(cfg.lrs) * cfg.n_steps)
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, "adapt", labels.shown.task))
             model = make_model()
             curves[lr] = []
-            for step, score in _evaluated(model, labels, train, val, cfg, lr, seed, advance):
+            for step, score in trial.evaluated(model, lr, advance):
                 curves[lr].append(score)
                 if math.isfinite(score) and sign * score > best[0]:
                     best, kept = (sign * score, lr, step), _changed_state(model)
@@ -220,68 +221,79 @@ def _advance(tell: Callable[[int, int], None] | None, n_before: int, n_all: int)
     return advance
 
 
-def _evaluated(
-    model: TaskModel,
-    labels: Labels,
-    train: Samples,
-    val: Samples,
-    cfg: TrainingConfig,
-    lr: float,
-    seed: int,
-    advance: Callable[[int], None],
-) -> Iterator[tuple[int, float]]:
-    """Train, and give (steps done, headline on `val`) at each evaluation; the weights are those of that step then."""
-    shown, truth = labels.shown, train.examples.labels
-    optimizer, parameters = _optimizer(model, cfg)
-    schedule = WarmupCosine(lr, 0.0, cfg.n_steps, round(_WARMUP_RATIO * cfg.n_steps))
-    counts = None
-    if shown.kind == "regression":
-        model.measure_outputs(truth)
-    else:
-        counts = class_counts(truth, shown.kind, shown.n_classes, shown.ignore)
-    loss = LossConfig(_USUAL_LOSS[shown.kind]) if cfg.loss is None else cfg.loss
-    loss_of = build_loss(loss, shown.kind, labels.n_outputs, counts, shown.ignore).to(truth.device)
-    due = {round(cfg.n_steps * (i + 1) / cfg.n_evaluations) for i in range(cfg.n_evaluations)}
-    is_finite = torch.ones((), device=truth.device, dtype=torch.bool)
-    model.train()
-    for step, rows in enumerate(_batches(train.examples, labels, cfg, seed), start=1):
-        set_hyper_parameters(optimizer, schedule(step - 1), cfg.weight_decay, step)
-        symmetries = None
-        if cfg.symmetries:
-            generator = torch_generator(seed, "symmetries", shown.task, step)
-            symmetries = train.examples.drawn_symmetries(len(rows), generator)
-        with autocast(train.examples.device, cfg):
-            logits, some = train.logits(model, rows, symmetries)
-        value = loss_of(logits.float(), model.targets(some))
-        is_finite &= value.isfinite()
-        value.backward()
-        if cfg.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, cfg.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        advance(step)
-        if step in due:
-            if not bool(is_finite):  # read here alone: it waits for the device
-                logger.warning("task %s: training diverged at lr %g before step %d", shown.task, lr, step)
-                yield step, math.nan
-                return
-            yield step, predict(model, labels, val, cfg).scores().get(labels.headline, math.nan)
-            model.train()
+@dataclass(frozen=True)
+class _Trial:
+    """What the learning rates of one `fit` share."""
+
+    labels: Labels
+    train: Samples
+    val: Samples
+    cfg: TrainingConfig
+    seed: int
+
+    def evaluated(self, model: TaskModel, lr: float, advance: Callable[[int], None]) -> Iterator[tuple[int, float]]:
+        """Train, and give (steps done, headline on `val`) at each evaluation, when weights are those of that step."""
+        cfg, labels, device = self.cfg, self.labels, self.train.examples.device
+        optimizer, parameters = _optimizer(model, cfg)
+        schedule = WarmupCosine(lr, 0.0, cfg.n_steps, round(_WARMUP_RATIO * cfg.n_steps))
+        loss_of = self._loss(model).to(device)
+        due = {round(cfg.n_steps * (i + 1) / cfg.n_evaluations) for i in range(cfg.n_evaluations)}
+        is_finite = torch.ones((), device=device, dtype=torch.bool)
+        model.train()
+        for step, rows in enumerate(_batches(self.train.examples, labels, cfg, self.seed), start=1):
+            set_hyper_parameters(optimizer, schedule(step - 1), cfg.weight_decay, step)
+            with autocast(device, cfg):
+                logits, some = self.train.logits(model, rows, self._symmetries(len(rows), step))
+            value = loss_of(logits.float(), model.targets(some))
+            is_finite &= value.isfinite()
+            value.backward()
+            if cfg.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, cfg.clip_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(step)
+            if step in due:
+                if not bool(is_finite):  # read here alone: it waits for the device
+                    logger.warning("task %s: training diverged at lr %g before step %d", labels.shown.task, lr, step)
+                    yield step, math.nan
+                    return
+                yield step, predict(model, labels, self.val, cfg).scores().get(labels.headline, math.nan)
+                model.train()
+
+    def _loss(self, model: TaskModel) -> nn.Module:
+        """The loss on the training labels, whose spread `model` is told where they are numbers."""
+        shown, truth = self.labels.shown, self.train.examples.labels
+        counts = None
+        if shown.kind == "regression":
+            model.measure_outputs(truth)
+        else:
+            counts = class_counts(truth, shown.kind, shown.n_classes, shown.ignore)
+        loss = LossConfig(_USUAL_LOSS[shown.kind]) if self.cfg.loss is None else self.cfg.loss
+        return build_loss(loss, shown.kind, self.labels.n_outputs, counts, shown.ignore)
+
+    def _symmetries(self, n: int, step: int) -> Tensor | None:
+        """Of the samples of a step, the same at every learning rate."""
+        if not self.cfg.symmetries:
+            return None
+        generator = torch_generator(self.seed, "symmetries", self.labels.shown.task, step)
+        return self.train.examples.drawn_symmetries(n, generator)
 
 
 def _batches(examples: Examples, labels: Labels, cfg: TrainingConfig, seed: int) -> Iterator[Tensor]:
     """Rows of each step, epoch after epoch, each in an order of its own; the rest of an epoch begins the next batch."""
     shown, size = labels.shown, min(cfg.batch_size, len(examples))
+    classes = None  # that balanced epochs show each sample for
+    if cfg.sampling == "balanced":
+        classes = drawn_classes(examples.labels, shown.kind, shown.n_classes, shown.ignore).cpu()
     left = torch.empty(0, dtype=torch.long)
     epoch = 0
     for _ in range(cfg.n_steps):
         while len(left) < size:
             address = (seed, "adapt", shown.task, epoch)
-            if cfg.sampling == "balanced":
-                truth = examples.labels.cpu()
-                rows = balanced_rows(truth, shown.kind, shown.n_classes, shown.ignore, derive_seed(*address))
-            else:
+            if classes is None:
                 rows = torch.randperm(len(examples), generator=torch_generator(*address))
+            else:
+                rows = balanced_rows(classes, derive_seed(*address))
             left, epoch = torch.cat([left, rows]), epoch + 1
         rows, left = left[:size], left[size:]
         yield rows

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,15 +31,22 @@ from ssl_eo.adapt.study import UNET, Cell, EncoderChoice, EnsembleChoice, StudyC
 from ssl_eo.adapt.training import Labels, Samples, TrainingConfig
 from ssl_eo.bundles import SensorInput
 from ssl_eo.components import told_of
-from ssl_eo.data.opening import open_source
+from ssl_eo.data.types import Source
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.eval.provenance import digest_of_tensors
-from ssl_eo.eval.tasks import Task
+from ssl_eo.eval.tasks import Task, open_sources
 from ssl_eo.opening import OpenedEncoder, open_model
 
 __all__ = ["Workbench"]
 
 Opened = OpenedEncoder | list[Specialist]  # an encoder, or those of an ensemble
+
+
+class _Sources(NamedTuple):
+    """Those of a task by split, and what each holds."""
+
+    opened: dict[str, Source]
+    content: dict[str, str]
 
 
 class Workbench:
@@ -55,7 +61,7 @@ class Workbench:
         self._samples: tuple[tuple[Any, ...], dict[str, Samples]] | None = None
         self._ensembles = EnsembleBench(cfg, self.device)
         self._facts: dict[str, dict[str, Any]] = {}
-        self._contents: dict[str, dict[str, str] | None] = {}
+        self._sources: dict[str, _Sources | Exception] = {}
 
     def facts_of(self, encoder: str) -> dict[str, Any]:
         """What is asked of an encoder: its weights, none where only its architecture is known, and how it is read.
@@ -92,14 +98,9 @@ class Workbench:
         return is_ensemble(Path(self._cfg.encoders[encoder].model))
 
     def content_of(self, task: str) -> dict[str, str] | None:
-        """What the sources of a task hold, by split, wherever they lie; None where one of them cannot be opened."""
-        if task not in self._contents:
-            splits = {name: getattr(self._tasks[task], name) for name in ("train", "val", "test")}
-            found: dict[str, str] | None = None
-            with suppress(Exception):  # cells of this task will say why, and those of others go on
-                found = {name: open_source(cfg).fingerprint() for name, cfg in splits.items() if cfg is not None}
-            self._contents[task] = found
-        return self._contents[task]
+        """What the sources of a task hold, by split, wherever they lie; None where `task` raises why it cannot say."""
+        found = self._sources_of(task)
+        return None if isinstance(found, Exception) else found.content
 
     def model(self, encoder: str) -> Opened:
         """The encoder that the study calls so, or the ensemble. Raises `ValueError` where there is none."""
@@ -112,7 +113,7 @@ class Workbench:
         return self._model[1]
 
     def task(self, name: str) -> OpenedTask:
-        """The task with the samples that the study chooses of it."""
+        """The task with the samples that the study chooses of it. Raises what opening its sources raised."""
         if self._task is None or self._task[0] != name:
             self._task = self._samples = None
             self._ensembles.forget()
@@ -135,10 +136,10 @@ class Workbench:
 
         return make
 
-    def samples_of(self, cell: Cell, model: TaskModel, cfg: TrainingConfig) -> dict[str, Samples]:
+    def samples_of(self, cell: Cell, make_model: Callable[[], TaskModel], cfg: TrainingConfig) -> dict[str, Samples]:
         """The splits of a cell's task, with features of its backbone where these stay the same while it is trained."""
         opened = self.task(cell.task)
-        if trains_encoder(cell.protocol) or cfg.symmetries or cell.encoder == UNET:
+        if trains_encoder(cell.protocol) or cfg.symmetries:
             return opened.samples()
         if (chosen := self.chosen(cell)) is not None:
             return chosen.samples
@@ -146,7 +147,7 @@ class Workbench:
         key = (cell.task, cell.encoder, cell.protocol, seed, cfg.precision, cfg.features_gb)
         if self._samples is None or self._samples[0] != key:
             self._samples = None
-            self._samples = key, opened.kept_samples(model, cfg, self.device, cell.name)
+            self._samples = key, opened.kept_samples(make_model(), cfg, self.device, cell.name)
         return self._samples[1]
 
     def chosen(self, cell: Cell) -> Chosen | None:
@@ -158,11 +159,24 @@ class Workbench:
         self._samples = None
         return self._ensembles.chosen(cell, model, self.task(cell.task))
 
+    def _sources_of(self, task: str) -> _Sources | Exception:
+        """The sources of a task, opened once, or why they cannot be: a result is of the content that its key names."""
+        if task not in self._sources:
+            try:
+                opened = open_sources(self._tasks[task])
+                content = {name: source.fingerprint() for name, source in opened.items()}
+                self._sources[task] = _Sources(opened, content)
+            except Exception as error:  # of any kind: each cell of this task records it, and those of others go on
+                self._sources[task] = error
+        return self._sources[task]
+
     def _open(self, name: str) -> OpenedTask:
-        cfg = self._tasks[name]
+        cfg, found = self._tasks[name], self._sources_of(name)
+        if isinstance(found, Exception):
+            raise found
         # All are held in memory, as every epoch takes them in another order.
         limits = [sys.maxsize if n is None else n for n in (cfg.max_train, cfg.max_val, cfg.max_test)]
-        task = Task(replace(cfg, max_train=limits[0], max_val=limits[1], max_test=limits[2]))
+        task = Task(replace(cfg, max_train=limits[0], max_val=limits[1], max_test=limits[2]), sources=found.opened)
         rows = choose_rows(task, self._cfg.samples)
         sources = {"train": task.train, "val": task.val, "test": task.test}
         splits = {}

@@ -9,6 +9,7 @@ C bands of the tile, c bands shown, H W tile pixels.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -24,7 +25,7 @@ from ssl_eo.eval.probes import check_probe, kinds_of
 from ssl_eo.eval.splits import UNREADABLE, Shown, Split
 from ssl_eo.eval.value_checks import is_line
 
-__all__ = ["Task", "TaskConfig"]
+__all__ = ["Task", "TaskConfig", "open_sources"]
 
 _USUAL_PROBES = ("knn", "ridge")
 _FEWEST_CLASSES: dict[Kind, int] = {"classification": 2, "multilabel": 1, "segmentation": 2}
@@ -126,14 +127,15 @@ class TaskConfig:
 class Task:
     """The splits of a task, rendered alike and normalised with the statistics of the training source."""
 
-    def __init__(self, cfg: TaskConfig, patch_px: int = 1) -> None:
-        """Open the sources; nothing is read yet, unless statistics are to be measured. Raises `ValueError` where the
-        sources do not fit the task or each other.
+    def __init__(self, cfg: TaskConfig, patch_px: int = 1, sources: Mapping[str, Source] | None = None) -> None:
+        """Open the sources, unless they are given as `open_sources` has them; nothing is read yet, unless statistics
+        are to be measured. Raises `ValueError` where the sources do not fit the task or each other.
 
         A tile that is shown at its own size is enlarged to the next multiple of `patch_px`, the side of a patch.
         """
         self.cfg = cfg
-        train = open_source(cfg.train)
+        sources = open_sources(cfg) if sources is None else sources
+        train = sources["train"]
         self.class_names = _class_names(cfg, train)
         tile = _choose_tile(cfg, train)
         self.schema = train.schema[tile] if cfg.statistics == "stated" else _measured(cfg.name, train, tile)
@@ -148,8 +150,8 @@ class Task:
             cfg.seed,
         )
         self.train = Split("train", train, self.shown, cfg.max_train, is_balanced=True)
-        self.val = None if cfg.val is None else self._other("val", cfg.val, cfg.max_val)
-        self.test = self._other("test", cfg.test, cfg.max_test)
+        self.val = None if cfg.val is None else self._other("val", sources["val"], cfg.max_val)
+        self.test = self._other("test", sources["test"], cfg.max_test)
 
     @property
     def name(self) -> str:
@@ -170,8 +172,8 @@ class Task:
         chosen = self.shown.plan.bands
         return self.schema.bands if chosen is None else tuple(self.schema.bands[i] for i in chosen)
 
-    def _other(self, name: str, cfg: SourceConfig, n_max: int | None) -> Split:
-        source, tile = open_source(cfg), self.shown.tile
+    def _other(self, name: str, source: Source, n_max: int | None) -> Split:
+        tile = self.shown.tile
         if _class_names(self.cfg, source) != self.class_names:
             raise ValueError(
                 f"task {self.name}: all sources must name the same classes, found {list(self.class_names)} in train and"
@@ -181,6 +183,12 @@ class Task:
         if other is None or _layout(other) != _layout(self.schema):
             raise ValueError(f"task {self.name}: train and {name} differ in bands, dtype or shape of tile {tile!r}")
         return Split(name, source, self.shown, n_max)
+
+
+def open_sources(cfg: TaskConfig) -> dict[str, Source]:
+    """The sources of a task by split: `train`, `val` where it has one, and `test`."""
+    splits = {"train": cfg.train, "val": cfg.val, "test": cfg.test}
+    return {name: open_source(of) for name, of in splits.items() if of is not None}
 
 
 def _usual_probes(kind: Kind) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ssl_eo.adapt.cost import energy_of, step_cost
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.saved import load_model, save_model
 from ssl_eo.adapt.study_run import run_study
+from ssl_eo.adapt.training import TrainingConfig
 from ssl_eo.bundles import SensorInput
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.hub import write_bundle
@@ -38,6 +40,12 @@ def test_bands_of_a_fixed_encoder_are_found_by_what_they_measure() -> None:
     assert torch.equal(shown.pixels[:, [0, 2, 3]], pixels[:, [2, 3, 0]])
     assert not shown.pixels[:, 1].any()
     assert shown.channels.n_channels == 4
+
+
+def test_a_band_that_two_channels_fit_is_not_taken_for_one_that_is_missing() -> None:
+    twice = load_sensor("sentinel2_l2a").channel_meta(("B08", "B08"))
+    with pytest.raises(ValueError, match=r"band B08: channels 0 and 1 fit equally well; name one of them in the task"):
+        fixed_bands(known_of("sentinel2_l2a", "B08"), twice)
 
 
 def test_what_authors_bring_to_0_and_1_is_brought_there() -> None:
@@ -97,12 +105,20 @@ def test_a_saved_model_shows_its_encoder_the_same_bands(tmp_path: Path) -> None:
         load_model(tmp_path / "model")
 
 
-def test_an_encoder_of_any_sensor_is_shown_all_bands_of_a_task() -> None:
-    """Whatever number of bands it was trained on."""
-    from ssl_eo.models.vit import Encoder, EncoderConfig
+def test_an_encoder_of_any_sensor_is_shown_all_bands_of_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever bands it was trained on: here others than those of the task, and of another number."""
+    write_bundle(tmp_path / "any", encoder(), {"sentinel2_l2a": known_of("sentinel2_l2a", "B02", "B03")}, {"step": 0})
+    seen: set[int] = set()
+    forward = EncoderBackbone.forward
 
-    cfg = EncoderConfig(embed_dim=16, depth=1, n_heads=2, patch_size=4, patch_embed="channel_attention")
-    assert Encoder(cfg, 12).n_channels is None
+    def looked_at(self: EncoderBackbone, inputs: EncoderInput) -> Any:
+        seen.add(inputs.pixels.shape[1] if self.bands is None else -1)
+        return forward(self, inputs)
+
+    monkeypatch.setattr(EncoderBackbone, "forward", looked_at)
+    encoders = {"any": {"model": str(tmp_path / "any"), "taps": [1.0]}}
+    (record,) = run_study(study(tmp_path, encoders=encoders, tasks=[task(n=4)]), tmp_path / "out")
+    assert (record["kind"], record["missing_bands"], seen) == ("result", [], {4})
 
 
 def test_the_cost_of_a_step_is_that_of_its_products() -> None:
@@ -111,7 +127,8 @@ def test_the_cost_of_a_step_is_that_of_its_products() -> None:
     backbone = EncoderBackbone(encoder(depth=1), (1.0,))
     model = TaskModel(backbone, build_decoder("linear", {"norm": "layer"}, backbone.shape, opened.n_classes))
     meta = opened.schema.sensor.channel_meta(opened.bands)
-    few, more = (step_cost(model, EncoderInput(torch.randn(n, 4, 16, 16), meta), (16, 16)) for n in (1, 4))
+    cfg = TrainingConfig()
+    few, more = (step_cost(model, EncoderInput(torch.randn(n, 4, 16, 16), meta), (16, 16), cfg) for n in (1, 4))
     # By hand: the head on 16 patches, the block on 17 tokens of width 16, the embedding of 4 bands of 16 pixels.
     head = 2 * 16 * 16 * opened.n_classes
     block = 2 * 16 * 17 * (3 * 16 + 16 + 4 * 16 + 4 * 16) + 2 * 2 * 17 * 17 * 16
@@ -120,7 +137,7 @@ def test_the_cost_of_a_step_is_that_of_its_products() -> None:
     assert 1e9 * (4 * more.forward_gflop - few.forward_gflop) == pytest.approx(3 * (head + block + embedding), rel=0.01)
     assert 2.4 < more.step_gflop / more.forward_gflop < 3.2
     backbone.requires_grad_(False)
-    frozen = step_cost(model, EncoderInput(torch.randn(4, 4, 16, 16), meta), (16, 16))
+    frozen = step_cost(model, EncoderInput(torch.randn(4, 4, 16, 16), meta), (16, 16), cfg)
     assert frozen.forward_gflop == more.forward_gflop
     assert frozen.step_gflop < 1.5 * frozen.forward_gflop
     assert frozen.memory_gb < more.memory_gb

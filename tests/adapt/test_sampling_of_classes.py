@@ -45,7 +45,7 @@ def test_a_map_is_drawn_for_its_rarest_class() -> None:
 @settings(deadline=None)
 @given(labels_of_samples, st.integers(1, 100), st.integers(0, 2**62))
 def test_classes_and_samples_of_a_class_come_equally_often(labels: list[int], n_rows: int, seed: int) -> None:
-    rows = balanced_rows(torch.tensor(labels), "classification", 5, None, seed, n_rows)
+    rows = balanced_rows(torch.tensor(labels), seed, n_rows)
     assert rows.shape == (n_rows,)
     by_class = Counter(labels[i] for i in rows.tolist())
     of_each = [by_class[c] for c in set(labels)]
@@ -63,7 +63,7 @@ def test_maps_are_balanced_by_their_rarest_class(seed: int) -> None:
     maps = (torch.rand(20, 3, 3, generator=generator) ** 6 * 4).to(torch.int16)  # class 0 is in most of them
     maps[0] = 255
     classes = drawn_classes(maps, "segmentation", 4, 255)
-    rows = balanced_rows(maps, "segmentation", 4, 255, seed, 50)
+    rows = balanced_rows(classes, seed, 50)
     counts = classes[rows].bincount(minlength=4)[classes[1:].unique()]
     assert 0 not in rows
     assert counts.max() - counts.min() <= 1
@@ -71,7 +71,7 @@ def test_maps_are_balanced_by_their_rarest_class(seed: int) -> None:
 
 def test_an_epoch_is_as_long_as_the_labels_and_a_function_of_its_seed() -> None:
     labels = torch.tensor([0] * 90 + [1] * 10)
-    epochs = [balanced_rows(labels, "classification", 2, None, seed) for seed in (5, 5, 6)]
+    epochs = [balanced_rows(labels, seed) for seed in (5, 5, 6)]
     assert len(epochs[0]) == 100
     assert labels[epochs[0]].bincount().tolist() == [50, 50]
     assert torch.equal(epochs[0], epochs[1])
@@ -81,7 +81,7 @@ def test_an_epoch_is_as_long_as_the_labels_and_a_function_of_its_seed() -> None:
 
 def test_what_is_left_over_goes_to_no_class_in_particular() -> None:
     labels = torch.tensor([0, 1, 2])
-    drawn = [int(balanced_rows(labels, "classification", 3, None, seed, 1)[0]) for seed in range(60)]
+    drawn = [int(balanced_rows(labels, seed, 1)[0]) for seed in range(60)]
     assert min(Counter(drawn)[c] for c in range(3)) >= 8
 
 
@@ -108,8 +108,8 @@ def test_labels_that_are_no_classes_are_refused() -> None:
 
 def test_what_cannot_be_balanced_is_refused() -> None:
     with pytest.raises(ValueError, match="balanced sampling is for classification and segmentation, got multilabel"):
-        balanced_rows(torch.ones(2, 3), "multilabel", 3, None, 0)
+        drawn_classes(torch.ones(2, 3), "multilabel", 3)
     with pytest.raises(ValueError, match="needs a labelled sample and a row at least, got 0 and 0"):
-        balanced_rows(torch.full((2, 4, 4), 255), "segmentation", 3, 255, 0)
+        balanced_rows(drawn_classes(torch.full((2, 4, 4), 255), "segmentation", 3, 255), 0)
     with pytest.raises(ValueError, match="got 1 and 0"):
-        balanced_rows(torch.tensor([0]), "classification", 3, None, 0, n_rows=0)
+        balanced_rows(torch.tensor([0]), 0, n_rows=0)

@@ -32,6 +32,7 @@ from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.study_run import RECORDS, _Results, read_study, run_study
 from ssl_eo.adapt.workbench import Workbench
 from ssl_eo.bundles import BundleEncoder
+from ssl_eo.data.opening import open_source
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.hub import load_bundle
 from ssl_eo.jsonl import read_jsonl
@@ -214,6 +215,28 @@ def test_what_fails_is_a_record_and_is_tried_again(tiny: Path, tmp_path: Path, c
     assert [r["kind"] for r in read_study(tmp_path).values()].count("error") == 1
     write_study_page(records, tmp_path, "a study", "ssl-eo study x")
     assert "gone" in (tmp_path / "study.html").read_text()
+
+
+def test_a_result_is_of_the_content_that_its_key_names(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that cannot be opened at first fails its cells, whatever it does later; sources are opened once."""
+    opened: list[str] = []
+
+    def flaky(cfg: Any) -> Any:
+        opened.append(cfg.name)
+        if len(opened) == 1:
+            raise OSError("stale file handle")
+        return open_source(cfg)
+
+    monkeypatch.setattr("ssl_eo.eval.tasks.open_source", flaky)
+    (failed,) = run_study(study(tiny), tmp_path)
+    assert (failed["kind"], failed["error"]) == ("error", "OSError: stale file handle")
+    assert len(opened) == 1
+    (result,) = run_study(study(tiny), tmp_path)
+    assert result["kind"] == "result"
+    assert set(result["asked"]["content"]) == {"train", "val", "test"}
+    assert len(opened) == 1 + 3
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

@@ -136,8 +136,8 @@ def test_no_others_are_run_and_kept_features_are_those_of_the_model(folder: Path
     calls: Counter[str] = Counter()
     for specialist in whole.ensemble.specialists:
         specialist.backbone.register_forward_hook(lambda *_, who=specialist.name: calls.update([who]))
-    model = bench.maker_of(cell)()
-    samples = bench.samples_of(cell, model, cfg.trainings["default"])
+    make = bench.maker_of(cell)
+    model, samples = make(), bench.samples_of(cell, make, cfg.trainings["default"])
     assert not calls  # kept
     rows = torch.arange(3)
     taps = model.taps(samples["test"].examples.batch(rows)[0])

@@ -15,7 +15,7 @@ N training samples, V validation samples, M test samples, D features, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "Prediction",
     "Standardiser",
     "check_inputs",
+    "held_out",
     "hold_out",
     "indicators",
     "is_at_edge",
@@ -182,16 +183,23 @@ def mean_response(kind: Kind, scores: Tensor) -> Tensor:
 
 
 def hold_out(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
-    """(nine tenths, the tenth that is held out), a random one of the address `seed`; of each class its share.
+    """(nine tenths, the tenth that is `held_out`), of the address `seed`."""
+    groups = range(len(train)) if train.groups is None else train.groups.tolist()
+    classes = train.targets.cpu() if train.kind == "classification" else None
+    held = held_out(groups, classes, seed).to(train.features.device)
+    return train.rows(~held), train.rows(held)
 
-    A tenth of the places, where samples share them: what chooses is not to know the neighbour. The class of a place is
-    then that of one of its samples.
+
+def held_out(groups: Sequence[Hashable], classes: Tensor | None, seed: int) -> Tensor:
+    """Which samples are held out, `[N]` bool: a random tenth of the address `seed`; of each of `classes [N]` its share.
+
+    A tenth of the places, `groups` of N samples, where samples share them: what chooses is not to know the neighbour.
+    The class of a place is then that of one of its samples. Raises `ValueError` where there is one place alone.
     """
-    n = len(train)
+    n = len(groups)
     if n < 2:
         raise ValueError("train has one sample, of which nothing can be held out: give val")
-    places: dict[int, int] = {}
-    groups = range(n) if train.groups is None else train.groups.tolist()
+    places: dict[Hashable, int] = {}
     place_of = torch.tensor([places.setdefault(group, len(places)) for group in groups])  # [N]
     n_places = len(places)
     if n_places < 2:
@@ -199,11 +207,10 @@ def hold_out(train: Labelled, seed: int) -> tuple[Labelled, Labelled]:
     order = torch.randperm(n, generator=torch_generator(seed, "held out"))
     turns = torch.full((n_places,), n).scatter_reduce(0, place_of[order], torch.arange(n), "amin")
     first = order[turns.sort().values]  # the sample of each place that comes first
-    if train.kind == "classification":
-        first = first[train.targets.cpu()[first].argsort(stable=True)]
+    if classes is not None:
+        first = first[classes[first].argsort(stable=True)]
     chosen = first[min(_HELD_OUT_EVERY, n_places) // 2 :: _HELD_OUT_EVERY]
-    held = torch.isin(place_of, place_of[chosen]).to(train.features.device)
-    return train.rows(~held), train.rows(held)
+    return torch.isin(place_of, place_of[chosen])
 
 
 def is_at_edge(value: float, grid: Sequence[float]) -> float:
