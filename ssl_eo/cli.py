@@ -50,11 +50,11 @@ def _main(argv: Sequence[str] | None) -> int:
         status: int = arguments.run(arguments)
     except (ValueError, MissingExtraError) as error:
         return _fail(str(error), EXIT_USAGE, _is_told_elsewhere(error))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         if os.environ.get("SSL_EO_TRACEBACK") or (isinstance(error, BrokenPipeError) and _is_unread()):
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        message = f"{error}{notes} (set SSL_EO_TRACEBACK=1 for the traceback)"
+        message = f"{str(error) or 'out of memory'}{notes} (set SSL_EO_TRACEBACK=1 for the traceback)"
         return _fail(message, EXIT_FAILURE, _is_told_elsewhere(error))
     except StoppedEarlyError:
         return _fail("stopped on request before training began; the same command goes on", STOPPED_EARLY)

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_export_ensemble", "add_predict", "add_study"]
 
-_MAX_SHOWN = 12  # classes in a line
+_MAX_SHOWN = 5  # classes in a line
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,8 @@ def add_study(parser: argparse.ArgumentParser) -> None:
 def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add what `ssl-eo predict` takes."""
     parser.add_argument("scene", metavar="SCENE.tif", help="a GeoTIFF of any size")
-    parser.add_argument("--model", required=True, help="folder of a model of a study (STUDY/models/...)")
+    of_maps = "folder of a model of a study (STUDY/models/...), trained on segmentation"
+    parser.add_argument("--model", required=True, help=of_maps)
     yours = "a decoder of your own, pkg.module, which the model was trained with: its code is run"
     parser.add_argument("--decoder", default=None, help=yours)
     parser.add_argument("--out", required=True, metavar="CLASSES.tif", help="the class of every pixel")
@@ -77,10 +79,11 @@ def _work_on_study(arguments: argparse.Namespace) -> int:
     records = run_study(_on_own_gpu(cfg), out)
     if read_launch(os.environ).rank != 0:
         return EXIT_DONE
-    print_study(records, sys.stdout)
     command = shlex.join(["ssl-eo", "study", arguments.config, *overrides, "--out", arguments.out])
-    for written in write_study_page(records, out, path.stem.replace("_", " "), command):
-        print(written)
+    pages = write_study_page(records, out, path.stem.replace("_", " "), command)  # first: who reads may stop early
+    print_study(records, sys.stdout)
+    for page in pages:
+        print(page)
     unsaved = [record["unsaved"] for record in records if "unsaved" in record]
     for folder in unsaved:
         print(f"not saved: {folder}; the same command trains it again")
@@ -100,6 +103,12 @@ def _on_own_gpu(cfg: StudyConfig) -> StudyConfig:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from ssl_eo.cli_stopping import until_stopped
+
+    return until_stopped(lambda: _map_scene(arguments))
+
+
+def _map_scene(arguments: argparse.Namespace) -> int:
     import torch
 
     from ssl_eo.adapt.saved import load_model
@@ -107,22 +116,22 @@ def _predict(arguments: argparse.Namespace) -> int:
     from ssl_eo.cli_scenes import opened_scene, tiling_of
     from ssl_eo.progress import progress
 
-    saved = load_model(Path(arguments.model), arguments.decoder)
-    if saved.facts["kind"] != "segmentation":
+    saved = load_model(arguments.model, arguments.decoder)
+    if (kind := saved.facts["kind"]) != "segmentation":
         raise ValueError(
-            f"--model: {arguments.model} was trained on {saved.facts['kind']}, and predict needs segmentation"
+            f"--model: {arguments.model} was trained on {kind}, and a map needs segmentation; in Python it takes"
+            f" images: ssl_eo.adapt.saved.load_model({arguments.model!r}).logits(images)"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     saved.model.to(device)
-    known = saved.input
     patch_px = max(saved.model.backbone.shape.strides_px)
     default = -(-saved.facts["size_px"] // patch_px) * patch_px
     window = default if arguments.window is None else arguments.window
     tiling = tiling_of(arguments, window, patch_px, 1, arguments.blend)
     outputs = [Path(arguments.out), *([] if arguments.probabilities is None else [Path(arguments.probabilities)])]
-    with opened_scene(Path(arguments.scene), arguments.bands, known) as scene, progress("windows") as tell:
+    with opened_scene(Path(arguments.scene), arguments.bands, saved.input) as scene, progress("windows") as tell:
         height, width = scene.shape
-        predict_scene(
+        counts = predict_scene(
             scene,
             lambda images: saved.logits(images.to(device)).cpu(),
             saved.classes,
@@ -132,12 +141,26 @@ def _predict(arguments: argparse.Namespace) -> int:
             outputs[1] if outputs[1:] else None,
             _tags(saved, Path(arguments.model).resolve().name),
         )
-    n = len(saved.classes)
-    print(
-        f"wrote {', '.join(map(str, outputs))}: {n} classes of {height} x {width} pixels"
-        f" ({', '.join(saved.classes[:_MAX_SHOWN])}{', ...' if n > _MAX_SHOWN else ''}; windows of {window} pixels)"
-    )
+    print(f"wrote {', '.join(map(str, outputs))}: {height} x {width} pixels (windows of {window} pixels)")
+    print(_shares(saved.classes, counts))
     return EXIT_DONE
+
+
+def _shares(classes: Sequence[str], counts: Sequence[int]) -> str:
+    """What a map holds, the most frequent first; `counts` are pixels of each class and at last those without one."""
+    *of_classes, n_without = counts
+    n_pixels = sum(counts)
+    found = sorted((c for c, n in enumerate(of_classes) if n), key=lambda c: -of_classes[c])
+    shown = [f"{classes[c]} {_percent(of_classes[c], n_pixels)}" for c in found[:_MAX_SHOWN]]
+    more = [f"{len(found) - _MAX_SHOWN} more"] if len(found) > _MAX_SHOWN else []
+    return f"{', '.join([*shown, *more]) or 'no class'}; no data {_percent(n_without, n_pixels)}"
+
+
+def _percent(n: int, of: int) -> str:
+    """A part in percent, to one place, where none and all are none and all alone."""
+    if n in (0, of):
+        return "0 %" if n == 0 else "100 %"
+    return f"{min(max(round(100 * n / of, 1), 0.1), 99.9)} %"
 
 
 def _tags(saved: SavedModel, name: str) -> dict[str, str]:

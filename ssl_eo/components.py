@@ -88,8 +88,8 @@ def _plain(name: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error, for a message of one line."""
-    return " ".join(str(error).split())
+    """The text of an error, for a message of one line, without the frames of C++ that torch may put behind it."""
+    return " ".join(str(error).partition("\nException raised from ")[0].split())
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ssl_eo.train.export import open_encoder
 from ssl_eo.train.sealing import holds_checkpoints, name_of
 from ssl_eo.weights._downloads import unpacked_bundle
 from ssl_eo.weights._named import is_published, known_names, named
+from ssl_eo.weights._recipes import RECIPES
 from ssl_eo.weights.base import released_names
 
 __all__ = ["OpenedEncoder", "open_model"]
@@ -140,4 +141,8 @@ def _advice(text: str, path: Path, or_random: bool) -> str:
     if is_published(text):
         return f"; of released weights, give the file: {text}=FILE"
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    return suggest(path.name, [*beside, *known_names()] if or_random else beside)
+    is_name = or_random and path.name == text
+    if found := suggest(path.name, [*beside, *(name for name in known_names() if is_name and name not in beside)]):
+        return found
+    is_recipe = path.name in RECIPES
+    return f"; a run of this recipe comes of: ssl-eo train --config pretrain/{path.name}" if is_recipe else ""

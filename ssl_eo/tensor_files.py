@@ -6,11 +6,12 @@ import ctypes
 import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,29 +77,40 @@ def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """
     try:
         check_regular(path)
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            head, places = _read_header(path, file)
+            body = file.read()  # of the size that the header states, which is that of the file
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+    digest = hashlib.sha256(head)
+    digest.update(body)
+    if sha256 is not None and digest.hexdigest() != sha256:
         raise ValueError(
             f"{path}: its SHA-256 is not that of the JSON file beside it, one of the two was changed; write both again"
         )
-    if len(data) < 8:
-        raise ValueError(f"{path}: {len(data)} bytes are too few for a safetensors file")
-    (n_header,) = struct.unpack("<Q", data[:8])
-    if n_header > min(_MAX_HEADER_BYTES, len(data) - 8):
+    return {name: _tensor(place, memoryview(body)) for name, place in places.items()}
+
+
+def _read_header(path: Path, file: IO[bytes]) -> tuple[bytes, dict[str, _Place]]:
+    """The bytes before the body of an open file, and where its tensors are. They fill the rest of the file."""
+    n_bytes = os.fstat(file.fileno()).st_size
+    if n_bytes < 8:
+        raise ValueError(f"{path}: {n_bytes} bytes are too few for a safetensors file")
+    length = file.read(8)
+    (n_header,) = struct.unpack("<Q", length)
+    if n_header > min(_MAX_HEADER_BYTES, n_bytes - 8):
         raise ValueError(f"{path}: header length {n_header} exceeds the file; truncated, or not a safetensors file")
+    text = file.read(n_header)
     try:
-        header = json.loads(data[8 : 8 + n_header])
+        header = json.loads(text)
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise ValueError(f"{path}: the header is not a JSON object; not a safetensors file")
     header.pop("__metadata__", None)
     places = {name: _place(path, name, entry) for name, entry in header.items()}
-    body = memoryview(data)[8 + n_header :]
-    _check_places(path, places, len(body))
-    return {name: _tensor(place, body) for name, place in places.items()}
+    _check_places(path, places, n_bytes - 8 - n_header)
+    return length + text, places
 
 
 def check_fit(where: str | Path, of: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

@@ -406,6 +406,15 @@ def test_failure_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str], mo
         main(["config", "--config", "demo"])
 
 
+def test_a_lack_of_memory_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ssl_eo.config.load", fail)
+    assert _status(["config", "--config", "demo"]) == 1
+    assert _error(capsys) == "ssl-eo: out of memory (set SSL_EO_TRACEBACK=1 for the traceback)"
+
+
 @pytest.mark.parametrize(
     ("package", "extra", "arguments"),
     [

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from doc_commands import check_command, commands_of, known_options, make_targets, our_commands
@@ -138,6 +139,25 @@ def test_a_component_of_a_users_own_trains(name: str) -> None:
     assert config is not None
     assert main(["train", "--config", config, *SHORT]) == 0
     assert Path("runs", load(config).run.name, "checkpoints", "step_00000002").is_dir()
+
+
+@pytest.mark.usefixtures("_in_workspace")
+def test_a_decoder_of_a_users_own_makes_maps() -> None:
+    """By the study and the command of the page; its Python code runs with the model that is beside it."""
+    rasterio = pytest.importorskip("rasterio")
+    page = ROOT / "docs" / "adaptation.md"
+    command = next(w for b in _blocks(page) if b.kind == "bash" for w in commands_of(b.text) if "--decoder" in w)
+    short = ("trainings.default.n_steps=4", "trainings.default.lrs=[0.001]", "n_resamples=0", "device=cpu")
+    assert main(["study", "own_decoder.yaml", "--out", "studies/own", *short]) == 0
+    with rasterio.open(command[2], "w", driver="GTiff", count=12, height=40, width=50, dtype="uint16") as file:
+        file.write(np.random.default_rng(0).integers(1, 5000, (12, 40, 50)).astype("uint16"))
+    assert main(command[1:]) == 0
+    with rasterio.open(command[-1]) as file:
+        assert file.shape == (40, 50)
+    (code,) = (b.text for b in _blocks(page) if b.kind == "python" and "load_model(" in b.text)
+    namespace: dict[str, Any] = {}
+    exec(re.sub('"studies/.*"', '"studies/own/models/cover-mine-frozen-linear-default-0"', code), namespace)
+    assert namespace["logits"].shape == (2, len(namespace["saved"].classes), 120, 120)
 
 
 @pytest.mark.usefixtures("_in_workspace")

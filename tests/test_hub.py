@@ -120,6 +120,14 @@ def test_a_page_without_end_is_not_read(tmp_path: Path, monkeypatch: pytest.Monk
         load_bundle(tmp_path)
 
 
+def test_a_file_of_more_than_its_header_states_is_not_read(tmp_path: Path) -> None:
+    """A terabyte that takes no place on the disk would take all memory."""
+    _write(tmp_path)
+    os.truncate(tmp_path / "encoder.safetensors", 1 << 40)
+    with pytest.raises(ValueError, match=r"the tensors have \d+ bytes, the body of the file 10995"):
+        load_bundle(tmp_path)
+
+
 def test_what_is_no_folder_holds_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "in" / "it"):

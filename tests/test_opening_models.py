@@ -159,6 +159,7 @@ def test_random_weights_are_opened_where_they_are_of_use() -> None:
     ("text", "message"),
     [
         ("{tmp}/min", "{tmp}/min: no such path; did you mean 'mine'?"),
+        ("{tmp}/mae_vitt8_s2l2a", "{tmp}/mae_vitt8_s2l2a: no such path; a run of this recipe comes of: ssl-eo train"),
         ("new={tmp}/min", "new={tmp}/min: no such path; did you mean 'mine'?"),
         (
             "dinov2_vits14",

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.training import TrainingConfig, autocast
-from ssl_eo.components import import_extra
+from ssl_eo.components import import_extra, suggest
 from ssl_eo.models.vit import EncoderInput
 from ssl_eo.train.tracing import Ledger
 
-__all__ = ["Energy", "StepCost", "energy_of", "samples_per_second", "step_cost"]
+__all__ = ["Energy", "StepCost", "check_country", "energy_of", "samples_per_second", "step_cost"]
 
 _N_PASSES = 3
+_ENERGY = "study.country (energy and CO2)"
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,18 @@ def samples_per_second(model: TaskModel, inputs: EncoderInput, size: tuple[int, 
     return len(inputs.pixels) / min(times[1:])
 
 
+def check_country(country: str | None) -> None:
+    """Raise `ValueError` for a country that codecarbon does not know: it would take the mean of the world for it."""
+    if country is None:
+        return
+    known = import_extra("energy", "codecarbon.input", _ENERGY).DataSource().get_global_energy_mix_data()
+    if country not in known:
+        raise ValueError(
+            f"country: codecarbon knows none that is called {country!r}{suggest(country, list(known))}; give the three"
+            " letters of ISO 3166, such as DEU"
+        )
+
+
 @contextmanager
 def energy_of(country: str | None) -> Iterator[Energy]:
     """Measure what runs inside by codecarbon, at the carbon intensity of `country`; nothing where that is None.
@@ -102,7 +115,7 @@ def energy_of(country: str | None) -> Iterator[Energy]:
     if country is None:
         yield found
         return
-    codecarbon: Any = import_extra("energy", "codecarbon", "study.country (energy and CO2)")
+    codecarbon: Any = import_extra("energy", "codecarbon", _ENERGY)
     logging.getLogger("codecarbon").setLevel(logging.ERROR)  # which tells of itself before it reads log_level
     options = {"save_to_file": False, "log_level": "error", "allow_multiple_runs": True}
     tracker = codecarbon.OfflineEmissionsTracker(country_iso_code=country, **options)

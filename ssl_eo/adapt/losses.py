@@ -121,6 +121,12 @@ class LossConfig:
                 raise ValueError(f"{key} must be finite and not negative, got {getattr(self, key)}")
 
 
+def check_loss(name: LossName, kind: Kind) -> None:
+    """Raise `ValueError` unless the loss `name` is for labels of `kind`."""
+    if name not in _OF_KIND[kind]:
+        raise ValueError(f"loss {name} is not for {kind}; for {kind} there are {', '.join(_OF_KIND[kind])}")
+
+
 def build_loss(
     cfg: LossConfig, kind: Kind, n_classes: int, class_counts: Tensor | None = None, ignore: int | None = None
 ) -> nn.Module:
@@ -130,8 +136,7 @@ def build_loss(
     Rules of weights and `logit_adjusted` need `class_counts`, those of `sampling.class_counts` on training labels.
     Raises `ValueError` for a loss that is not for `kind`, and for weights or pixels to ignore where there can be none.
     """
-    if cfg.name not in _OF_KIND[kind]:
-        raise ValueError(f"loss {cfg.name} is not for {kind}; for {kind} there are {', '.join(_OF_KIND[kind])}")
+    check_loss(cfg.name, kind)
     if ignore is not None and kind != "segmentation":
         raise ValueError(f"ignore is of segmentation, got {ignore} with {kind}")
     if kind == "regression":

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssl_eo.components import told_of
+from ssl_eo.eval.kinds import Kind
 from ssl_eo.eval.probes.base import held_out
 from ssl_eo.eval.tasks import Task
 from ssl_eo.seeding import derive_seed, torch_generator
 
-__all__ = ["SampleRows", "SamplesConfig", "choose_rows", "long_tail_rows", "stratified_rows"]
+__all__ = ["SampleRows", "SamplesConfig", "check_samples", "choose_rows", "long_tail_rows", "stratified_rows"]
 
 
 @dataclass
@@ -46,16 +48,20 @@ class SamplesConfig:
 SampleRows = dict[str, tuple[str, Tensor]]
 
 
+def check_samples(cfg: SamplesConfig, task: str, kind: Kind) -> None:
+    """Raise `ValueError` where `cfg` asks for classes of samples, and `task` of `kind` has none."""
+    if (cfg.stratified is not None or cfg.long_tail_ratio is not None) and kind != "classification":
+        raise ValueError(
+            f"task {task}: samples.stratified and samples.long_tail_ratio are for classification, and it is {kind}"
+        )
+
+
 def choose_rows(task: Task, cfg: SamplesConfig) -> SampleRows:
     """The samples of `task` as `cfg` has them. Raises `ValueError` where it asks for classes, and there are none."""
-    changes = cfg.stratified is not None or cfg.long_tail_ratio is not None
-    if changes and task.cfg.kind != "classification":
-        raise ValueError(
-            f"task {task.name}: samples.stratified and samples.long_tail_ratio are for classification, and it is"
-            f" {task.cfg.kind}"
-        )
+    check_samples(cfg, task.name, task.cfg.kind)
     if cfg.stratified is not None:
-        train, val, test = stratified_rows(task.train.labels, cfg.stratified, cfg.seed)
+        with told_of(f"task {task.name}"):
+            train, val, test = stratified_rows(task.train.labels, cfg.stratified, cfg.seed, task.class_names)
         rows = {"train": ("train", train), "val": ("train", val), "test": ("train", test)}
     elif task.val is None:
         train, val = _held_out(task, cfg.seed)
@@ -66,16 +72,23 @@ def choose_rows(task: Task, cfg: SamplesConfig) -> SampleRows:
     return rows if cfg.long_tail_ratio is None else _thinned(task, rows, cfg)
 
 
-def stratified_rows(labels: Tensor, parts: Sequence[float], seed: int = 0) -> list[Tensor]:
+def stratified_rows(
+    labels: Tensor, parts: Sequence[float], seed: int = 0, names: Sequence[str] | None = None
+) -> list[Tensor]:
     """Rows of `labels [N]` in `parts`, of every class in these parts, and of every class at least one in each.
 
-    Raises `ValueError` for a class with fewer samples than there are parts.
+    Raises `ValueError` for a class with fewer samples than there are parts, by its name in `names [K]`.
     """
     found: list[list[Tensor]] = [[] for _ in parts]
     for c in sorted(set(labels.tolist())):
         rows = (labels == c).nonzero()[:, 0]
         if len(rows) < len(parts):
-            raise ValueError(f"class {c} has {len(rows)} samples, too few for {len(parts)} splits")
+            who = f"class {c}" if names is None else f"class {names[c]} ({c})"
+            raise ValueError(
+                f"samples.stratified: {who} has {len(rows)} {'sample' if len(rows) == 1 else 'samples'} in train, too"
+                f" few for {len(parts)} parts; what helps is a task whose train is all samples (a YAML of your own,"
+                " with split: all where its source has that), or data without this class"
+            )
         rows = rows[torch.randperm(len(rows), generator=torch_generator(seed, "stratified", c))]
         for of_part, some in zip(found, torch.split(rows, _counts(len(rows), parts)), strict=True):
             of_part.append(some)

@@ -39,14 +39,19 @@ def class_counts(labels: Tensor, kind: Kind, n_classes: int, ignore: int | None 
     return torch.bincount(known.long(), minlength=n_classes)
 
 
+def check_balanced(kind: Kind) -> None:
+    """Raise `ValueError` unless labels of `kind` have classes of which one can be drawn for each sample."""
+    if kind not in ("classification", "segmentation"):
+        raise ValueError(f"balanced sampling is for classification and segmentation, got {kind}")
+
+
 def drawn_classes(labels: Tensor, kind: Kind, n_classes: int, ignore: int | None = None) -> Tensor:
     """The class that a balanced epoch shows each sample for, `[N]` int64; -1 for a sample without any label.
 
     Of `classification` the label `[N]`; of `segmentation` the rarest class, by pixels of all `labels [N, H, W]`, among
     those of the sample. Raises `ValueError` as `class_counts` does, and for other kinds.
     """
-    if kind not in ("classification", "segmentation"):
-        raise ValueError(f"balanced sampling is for classification and segmentation, got {kind}")
+    check_balanced(kind)
     counts = class_counts(labels, kind, n_classes, ignore)
     if kind == "classification":
         return labels.long() if ignore is None else torch.where(labels == ignore, -1, labels).long()

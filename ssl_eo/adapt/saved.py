@@ -117,12 +117,13 @@ def save_model(folder: Path, model: TaskModel, task: Task, facts: Mapping[str, A
     atomic_write(folder / PAGE, json.dumps(page, indent=1))
 
 
-def load_model(folder: Path, decoder: str | None = None) -> SavedModel:
-    """What `save_model` wrote.
+def load_model(folder: str | Path, decoder: str | None = None) -> SavedModel:
+    """What `save_model` wrote to `folder`.
 
     A decoder of your own, a module of a dotted name, is imported only if it is given as `decoder`: the folder may be of
     somebody else. Raises `ValueError` for anything that is not a whole model.
     """
+    folder = Path(folder)
     page = read_facts(folder)
     _check_decoder(folder, page["decoder"], decoder)
     _check_encoder(folder, page["sha256"])
@@ -199,7 +200,8 @@ def _check_encoder(folder: Path, expected: Mapping[str, Any]) -> None:
     path = folder / ENCODER
     try:
         check_regular(path)
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()  # however long the file is
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     if found != expected[ENCODER]:

@@ -18,7 +18,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -77,8 +77,10 @@ def predict_scene(
     run: SceneRun,
     probabilities: Path | None = None,
     tags: Mapping[str, str] | None = None,
-) -> None:
+) -> list[int]:
     """Write the GeoTIFF `out` with the class of each pixel of `scene`, and with `probabilities` one of a band a class.
+
+    Returns how many pixels are of each class, `[K + 1]`: the last number is that of pixels without one.
 
     `model` makes logits `[B, K, s, s]` of stored values `[B, C, s, s]`, NaN where nothing was measured (as
     `BundleEncoder.prepare` takes them); their softmax is blended. Pixels of which no band was measured have no class.
@@ -87,10 +89,17 @@ def predict_scene(
     for path in (out, *([] if probabilities is None else [probabilities])):
         if path.suffix not in _RASTERS:
             raise ValueError(f"{path}: maps are written to a .tif file")
-    outputs: list[Output] = [class_map(out, class_names, tags or {})]
+    counts = np.zeros(1 << 16, np.int64)  # of each value that is stored, uint8 or uint16
+
+    def count(stored: NDArray[Any]) -> None:
+        counts[:] += np.bincount(stored.reshape(-1), minlength=len(counts))
+
+    classes = class_map(out, class_names, tags or {}, count)
+    outputs: list[Output] = [classes]
     if probabilities is not None:
         outputs.append(value_map(probabilities, len(class_names), "float32", class_names, tags or {}))
     map_scene(scene, Windowed(model, len(class_names), tiling, softmax=True), outputs, run)
+    return [*counts[: len(class_names)].tolist(), int(counts[int(classes.no_data)])]
 
 
 def embed_scene(
@@ -123,9 +132,9 @@ def map_scene(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: 
 
     Raises `ValueError` for paths that are taken, a model that gives something else, too little memory, and panels of a
     killed run with another scene, model, tiling or memory, a folder of panels that holds something else, or a scene
-    that is changed meanwhile, of which nothing is kept; `OSError`
-    for a scene that cannot be read and a disk that is full. Finished panels stay then, and the same call goes on with
-    them. Warns where nothing of the scene was measured.
+    that is changed meanwhile, of which nothing is kept; `OSError` for a scene that cannot be read and a disk that is
+    full. Finished panels stay then, and the same call goes on with them; whatever stops it, an interrupt too, has a
+    note of how many there are. Warns where nothing of the scene was measured.
     """
     _check_paths(scene.path, [output.path for output in outputs], run.overwrite)
     tiling = windowed.tiling
@@ -137,21 +146,34 @@ def map_scene(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: 
         try:
             stamp = scene.stamp()
             token = kept.begin(_inputs(scene, windowed, outputs, run, side))
-            _make_panels(kept, scene, windowed, outputs, run)
-            if scene.stamp() != stamp:
-                kept.remove()
-                raise ValueError(f"{scene.path} was changed while it was read, so the map would be of two: run again")
-            if not any(outputs[0].has_values(stored) for _, stored in kept.load(0)):
-                warnings.warn(
-                    f"{scene.path}: nothing of it was measured, so there are no values to write", stacklevel=3
-                )
-            _write_outputs(kept, scene, outputs, tiling, side, run.overwrite, token)
+            with _left_noted(kept, len(outputs)):
+                _make_panels(kept, scene, windowed, outputs, run)
+                if scene.stamp() != stamp:
+                    kept.remove()
+                    raise ValueError(
+                        f"{scene.path} was changed while it was read, so the map would be of two: run again"
+                    )
+                if not any(outputs[0].has_values(stored) for _, stored in kept.load(0)):
+                    warnings.warn(
+                        f"{scene.path}: nothing of it was measured, so there are no values to write", stacklevel=3
+                    )
+                _write_outputs(kept, scene, outputs, tiling, side, run.overwrite, token)
         except BaseException:
             if not kept.has_any:
                 with suppress(OSError):  # what went wrong before says more
                     kept.remove()
             raise
         kept.remove()
+
+
+@contextmanager
+def _left_noted(kept: _Panels, n_outputs: int) -> Iterator[None]:
+    """Whatever stops a run, an interrupt too, gets a note of what is left of it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(kept.left(n_outputs))
+        raise
 
 
 def _make_panels(kept: _Panels, scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: SceneRun) -> None:
@@ -279,6 +301,13 @@ class _Panels:
 
     def has(self, i: int, n_outputs: int) -> bool:
         return all(self._path(o, i).exists() for o in range(n_outputs))
+
+    def left(self, n_outputs: int) -> str:
+        """What a run that is stopped leaves to the next one, in words."""
+        n, n_finished = len(self.boxes), sum(self.has(i, n_outputs) for i in range(len(self.boxes)))
+        if n_finished == 0:
+            return f"nothing is kept, as none of {n} panels was finished; the same command begins anew"
+        return f"{n_finished} of {n} panels are kept in {self._folder}; the same command goes on"
 
     def save(self, output: int, i: int, values: NDArray[Any]) -> None:
         values = np.ascontiguousarray(values)

@@ -75,6 +75,7 @@ class RasterOutput:
     descriptions: tuple[str, ...] = ()  # of each band
     tags: Mapping[str, str] = field(default_factory=dict)
     colours: Mapping[int, Colour] = field(default_factory=dict)  # of stored values of the first band; none: no table
+    told: Callable[[NDArray[Any]], None] | None = None  # gets each panel that is written, once
 
     def __post_init__(self) -> None:
         check_utf8(self.path)
@@ -102,6 +103,8 @@ class RasterOutput:
                 file.write_colormap(1, dict(self.colours))
             for box, stored in panels():
                 file.write(stored.astype(file.dtypes[0], copy=False), window=_window(box))
+                if self.told is not None:
+                    self.told(stored)
         self._check(path, panels)
 
     def _profile(self, grid: Grid, side: int) -> dict[str, Any]:
@@ -138,10 +141,16 @@ class RasterOutput:
             raise OSError(f"{self.path} could not be written: it does not hold what was written; is the disk full?")
 
 
-def class_map(path: Path, class_names: Sequence[str], tags: Mapping[str, str]) -> RasterOutput:
+def class_map(
+    path: Path,
+    class_names: Sequence[str],
+    tags: Mapping[str, str],
+    told: Callable[[NDArray[Any]], None] | None = None,
+) -> RasterOutput:
     """The class of each cell, the one of the highest value: uint8, or uint16 above 255 classes; the highest is no-data.
 
-    The names of classes are tags `CLASS_0`, ...; maps of uint8 have a table of colours.
+    The names of classes are tags `CLASS_0`, ...; maps of uint8 have a table of colours. `told` gets each panel that is
+    written.
     """
     n = len(class_names)
     dtype: Dtype = "uint8" if n <= 255 else "uint16"
@@ -150,7 +159,7 @@ def class_map(path: Path, class_names: Sequence[str], tags: Mapping[str, str]) -
     named = {f"CLASS_{i}": name for i, name in enumerate(class_names)}
     no_data = int(np.iinfo(dtype).max)
     colours = {**{i: _colour(i) for i in range(n)}, no_data: _UNSEEN} if dtype == "uint8" else {}
-    return RasterOutput(path, 1, dtype, float(no_data), _highest, ("class",), {**tags, **named}, colours)
+    return RasterOutput(path, 1, dtype, float(no_data), _highest, ("class",), {**tags, **named}, colours, told)
 
 
 def _colour(i: int) -> Colour:
@@ -240,7 +249,8 @@ def _write_errors(path: Path) -> Iterator[None]:
             raise
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error  # rasterio says little itself
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else one_line(cause)
-        raise OSError(error.errno, f"{path} could not be written: {reason}; is the disk full?") from None
+        text = f"{path} could not be written: {reason}; is the disk full?"
+        raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from None
 
 
 @contextmanager

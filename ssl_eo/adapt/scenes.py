@@ -34,7 +34,7 @@ _NOWHERE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)  # the transform of pixels that lie no
 
 
 class NoBandError(ValueError):
-    """A scene lacks a band; `held` are the names of those it has."""
+    """A scene lacks a band; `held` are the names of those it has, none where it does not say them."""
 
     def __init__(self, message: str, held: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -254,9 +254,10 @@ def _channel(path: Path, band: str | int, names: tuple[str, ...], count: int, se
             raise ValueError(f"{path} has no band {band}: it holds bands 1 to {count}")
         return band - 1
     if not names:
-        raise ValueError(
-            f"{path} holds {count} bands and does not say which; give the numbers of the model's, in its order, in"
-            f" bands (--bands; in Python, file_bands may name them all instead) (needed is {band!r})"
+        raise NoBandError(
+            f"{path} holds {count} bands and does not name them, so none is {band!r}: give their numbers, from 1, in"
+            " bands (--bands; in Python, file_bands may name them all instead)",
+            names,
         )
     if band not in names:
         shown = ", ".join(names[:16]) + (f", ... {count} in all" if count > 16 else "")

@@ -80,7 +80,7 @@ class Specialist:
         if not _NAME.fullmatch(self.name):
             raise ValueError(
                 f"a specialist is named by up to 100 letters, digits, - and _, beginning with none of these two; got"
-                f" {self.name!r}"
+                f" {self.name!r:.80}"
             )
 
     @property
@@ -233,10 +233,11 @@ def _check_names(names: Sequence[Any]) -> None:
     """Names become files, so none may lead out of the folder, and none may come twice on a disk without cases."""
     for name in names:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a specialist: up to 100 letters, digits, - and _")
-    folded = [name.lower() for name in names]
+            raise ValueError(f"{name!r:.80} is no name of a specialist: up to 100 letters, digits, - and _")
     if not names:
         raise ValueError("an ensemble needs one specialist at least")
-    for i, name in enumerate(folded):
-        if name in folded[:i]:
-            raise ValueError(f"two specialists are called {names[i]}: give each a name of its own")
+    taken: set[str] = set()
+    for name in names:
+        if name.lower() in taken:
+            raise ValueError(f"two specialists are called {name}: give each a name of its own")
+        taken.add(name.lower())

@@ -11,9 +11,9 @@ from ssl_eo.adapt.backbone import check_rising_taps
 from ssl_eo.adapt.ensemble import Adaptation, Norm
 from ssl_eo.adapt.lora import LoraConfig
 from ssl_eo.adapt.protocols import check_protocol
-from ssl_eo.adapt.samples import SamplesConfig
+from ssl_eo.adapt.samples import SamplesConfig, check_samples
 from ssl_eo.adapt.training import TrainingConfig
-from ssl_eo.components import check_names, suggest
+from ssl_eo.components import check_names, suggest, told_of
 from ssl_eo.eval.decoders import decoder_config, kinds_of
 from ssl_eo.eval.tasks import TaskConfig
 
@@ -90,15 +90,10 @@ class StudyConfig:
         check_names("seeds", [str(seed) for seed in self.seeds])
         for protocol in self.protocols:
             check_protocol(protocol)
-        for task in self.tasks:
-            if not any(task.kind in kinds_of(decoder) for decoder in self.decoders):
-                raise ValueError(f"decoders: none of {', '.join(self.decoders)} is for {task.kind}, as {task.name} is")
         for decoder, options in self.decoders.items():
-            decoder_config(decoder, options)
-        kinds = {task.kind for task in self.tasks}
-        for decoder in self.decoders:
-            if not kinds & set(kinds_of(decoder)):
-                raise ValueError(f"decoders: {decoder} is for {', '.join(kinds_of(decoder))}, and no task is of these")
+            with told_of(f"decoders.{decoder}"):
+                decoder_config(decoder, options)
+        self._check_kinds()
         if UNET in self.encoders:
             raise ValueError(f"encoders: {UNET!r} is the name of the control; give another")
         if not 0 <= self.n_resamples <= _MAX_RESAMPLES:
@@ -107,6 +102,21 @@ class StudyConfig:
             raise ValueError(f"lora.rank must be at most {_MAX_RANK:,}: no encoder is wider, got {self.lora.rank}")
         if self.country is not None and (len(self.country) != 3 or not self.country.isalpha()):
             raise ValueError(f"country takes three letters, such as FRA, got {self.country!r}")
+        self.country = self.country and self.country.upper()
+
+    def _check_kinds(self) -> None:
+        """Raise `ValueError` for decoders, losses and choices of samples that are not for labels as tasks have them."""
+        for task in self.tasks:
+            if not any(task.kind in kinds_of(decoder) for decoder in self.decoders):
+                raise ValueError(f"decoders: none of {', '.join(self.decoders)} is for {task.kind}, as {task.name} is")
+            check_samples(self.samples, task.name, task.kind)
+            for name, training in self.trainings.items():
+                with told_of(f"trainings.{name}, task {task.name}"):
+                    training.check_kind(task.kind)
+        kinds = {task.kind for task in self.tasks}
+        for decoder in self.decoders:
+            if not kinds & set(kinds_of(decoder)):
+                raise ValueError(f"decoders: {decoder} is for {', '.join(kinds_of(decoder))}, and no task is of these")
 
     def cells(self) -> Iterator[Cell]:
         """All cells, in an order in which neighbours share most."""

@@ -14,8 +14,8 @@ __all__ = ["study_code", "study_files"]
 _PACKAGE = Path(ssl_eo.__file__).parent
 # Evaluations run the transformers and never the pyramids of ensembles, so these are named here.
 _PARTS = ("adapt/*.py", "eval/decoders/*.py", "models/convnext.py", "train/optim.py", "schedules.py")
-# Ensembles of others, which code counts, tables, which lines are records.
-_OF_OTHERS = ("eos_fm", "study_code", "study_page", "study_records")
+# Ensembles of others, which code counts, the page and its tables, which lines are records.
+_OF_OTHERS = ("eos_fm", "study_code", "study_page", "study_records", "study_tables")
 # What becomes of a model once it is trained.
 _OF_TRAINED = ("saved", "saved_page", "scene_maps", "scene_outputs", "scenes", "study_models", "tiling")
 _TELLS_NOTHING = frozenset(f"adapt/{name}.py" for name in (*_OF_OTHERS, *_OF_TRAINED))  # no score comes of it

@@ -1,122 +1,45 @@
-"""What a study found, as tables and as a page: scores, metrics side by side, classes, and what models cost.
+"""What a study found, in a terminal and as a page: tables, charts of scores and costs, confusions of classes.
 
-S seeds, R resamples of the test samples, K classes.
+K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from ssl_eo.adapt.protocols import draws_encoder
 from ssl_eo.adapt.study import UNET
-from ssl_eo.adapt.study_records import class_measure
-from ssl_eo.eval.bootstrap import FEWEST_GROUPS, Interval, interval_of
-from ssl_eo.eval.metrics import HIGHER_IS_BETTER, best_of, has_intervals, in_unit, metric_text, number_text
+from ssl_eo.adapt.study_tables import INTERVAL, Model, counted, counts_of_classes, few, models_of, study_tables
+from ssl_eo.eval.bootstrap import FEWEST_GROUPS
+from ssl_eo.eval.metrics import HIGHER_IS_BETTER, in_unit, metric_text
 from ssl_eo.eval.page import render
-from ssl_eo.eval.records import unpacked
 from ssl_eo.eval.result_figures import Bar, Point, draw_bars, draw_confusion, draw_points
-from ssl_eo.eval.result_tables import Cell, Row, Table, as_latex, as_markdown, with_numbers
+from ssl_eo.eval.result_tables import as_latex, as_markdown
 from ssl_eo.files import atomic_write
 
-__all__ = ["Model", "check_pages", "models_of", "print_study", "study_tables", "write_study_page"]
+__all__ = ["check_pages", "print_study", "write_study_page"]
 
 Record = Mapping[str, Any]
 
-_SIDE_BY_SIDE = {
-    "classification": ("accuracy", "macro_accuracy", "macro_f1", "worst_class_recall", "ece"),
-    "multilabel": ("f1_micro", "f1_macro", "map_micro", "map_macro", "subset_accuracy"),
-    "segmentation": ("miou_present", "miou_all", "accuracy", "macro_accuracy", "macro_f1", "fwiou"),
-    "regression": ("rmse", "mae", "r2"),
-}
-_COSTS: dict[str, Callable[[Record], float | None]] = {
-    "trained, M": lambda r: r["n_trained"] / 1e6,
-    "of M": lambda r: r["n_parameters"] / 1e6,
-    "GFLOP a sample": lambda r: r["forward_gflop"],
-    "memory, GB": lambda r: r["memory_gb"],
-    "training, s": lambda r: r["seconds_train"],
-    "samples/s": lambda r: r["samples_per_s"],
-    "Wh": lambda r: None if r["energy_kwh"] is None else 1000 * r["energy_kwh"],
-    "g CO2": lambda r: None if r["co2_kg"] is None else 1000 * r["co2_kg"],
-}
 _PAGES = ("study.html", "study.md", "study.tex")
 _MAX_CONFUSIONS = 4
 _CLOSE_ACROSS, _CLOSE_UP = 0.08, 0.07  # shares of the width and height of a chart, within which labels would overlap
+_LEAKS = {"n_leaked": "training", "n_leaked_val": "validation"}  # keys of records, and what they count copies of
+_LACKING = {"train": "no model can learn these", "val": "they have no say in what is chosen"}
 
 
 @dataclass(frozen=True)
-class Model:
-    """One way to make a model, on one task; `records` are those of its seeds."""
+class _Charts:
+    """What is drawn of a task, and what a reader must know of it."""
 
-    task: str
-    encoder: str
-    protocol: str
-    decoder: str
-    training: str
-    records: Sequence[Record]
-
-    @property
-    def metric(self) -> str:
-        return str(self.records[0]["metric"])
-
-    @property
-    def is_unet(self) -> bool:
-        return self.encoder == UNET
-
-    @property
-    def row(self) -> str:
-        """All but the decoder."""
-        return "UNet from scratch" if self.is_unet else f"{self.encoder}, {self.protocol}"
-
-    def mean(self, metric: str) -> float | None:
-        """Over seeds; None where a seed does not define it."""
-        found = [r["scores"].get(metric) for r in self.records]
-        return None if None in found else float(np.mean(found))
-
-    @cached_property
-    def interval(self) -> Interval | None:
-        """Of the mean over seeds, over the test samples; None where it was not asked for, or their places are few."""
-        texts = [r["resampled"] for r in self.records]
-        if not all(texts) or self.records[0]["n_groups"] < FEWEST_GROUPS or not has_intervals(self.metric):
-            return None
-        return interval_of(np.mean([unpacked(text) for text in texts], axis=0))
-
-    @property
-    def on_validation(self) -> float:
-        """The headline by which its weights were chosen, mean over seeds."""
-        best = []
-        for r in self.records:
-            scores = [s for curve in r["curves"] for s in curve["scores"] if s is not None]
-            best.append(best_of(self.metric, scores, float))
-        return float(np.mean(best))
-
-
-def models_of(records: Iterable[Record]) -> list[Model]:
-    """The models of `records` of results, seeds together, in order of appearance."""
-    found: dict[tuple[str, str, str, str, str], list[Record]] = {}
-    for record in records:
-        if record["kind"] == "result":
-            cell = record["cell"]
-            key = (cell["task"], cell["encoder"], cell["protocol"], cell["decoder"], cell["training"])
-            found.setdefault(key, []).append(record)
-    return [Model(*key, of_seeds) for key, of_seeds in found.items()]
-
-
-def study_tables(models: Sequence[Model], task: str) -> list[Table]:
-    """Scores by decoder, metrics side by side, classes, specialists of ensembles, how the models of a task were
-    trained, and their costs.
-    """
-    own = [m for m in models if m.task == task]
-    trainings = list(dict.fromkeys(m.training for m in own))
-    tables = [_scores(task, [m for m in own if m.training == t], t if len(trainings) > 1 else "") for t in trainings]
-    of_ensembles = [m for m in own if m.records[0]["specialists"] is not None]
-    found = [_specialists(task, of_ensembles)] if of_ensembles else []
-    return [*tables, _side_by_side(task, own), _classes(task, own), *found, _trainings(task, own), _costs(task, own)]
+    scores: Sequence[str]
+    about_scores: str
+    confusions: Sequence[str]
+    about_confusions: str
 
 
 def print_study(records: Sequence[Record], stream: TextIO) -> None:
@@ -172,124 +95,60 @@ def _flags(models: Sequence[Model]) -> list[str]:
     """What a reader must know of a task before its scores are believed."""
     records = [r for m in models for r in m.records]
     found = [flag for r in records for flag in r["asked"]["task"].get("flags", [])]
-    for key, split in {"n_leaked": "training", "n_leaked_val": "validation"}.items():
+    for key, split in _LEAKS.items():
         n, n_test = max((r.get(key, 0), r["n_samples"]["test"]) for r in records)
         if n:
-            found.append(f"{n} of {n_test:,} test samples have the content of a {split} sample")
+            has = "has" if n == 1 else "have"
+            found.append(f"{n} of {n_test:,} test samples {has} the content of a {split} sample")
     if n := max(r.get("n_shared_groups", 0) for r in records):
-        found.append(f"{n} places of test samples are places of training or validation samples too")
+        are = "place of test samples is a place" if n == 1 else "places of test samples are places"
+        found.append(f"{n} {are} of training or validation samples too")
     if (n_groups := min(r["n_groups"] for r in records)) < FEWEST_GROUPS and any(r["resampled"] for r in records):
-        found.append(f"no intervals: test samples are of {n_groups} places, fewer than {FEWEST_GROUPS}")
-    return list(dict.fromkeys(found))
+        places = "one place" if n_groups == 1 else f"{n_groups} places"
+        found.append(f"no intervals: test samples are of {places}, fewer than {FEWEST_GROUPS}")
+    return list(dict.fromkeys([*found, *_lacking(models)]))
 
 
-def _scores(task: str, models: Sequence[Model], training: str) -> Table:
-    """Rows are encoders and protocols, columns decoders; the UNet has one of both for itself."""
-    metric = models[0].metric
-    decoders = list(dict.fromkeys(m.decoder for m in sorted(models, key=lambda m: m.is_unet)))
-    best = best_of(metric, models, lambda m: _known(m.mean(metric)))
-    by_row: dict[str, dict[str, Model]] = {}
-    for m in models:
-        by_row.setdefault(m.row, {})[m.decoder] = m
-    rows = [
-        Row(title, "", [_score_cell(of[d], of[d] is best) if d in of else Cell() for d in decoders])
-        for title, of in by_row.items()
+def _lacking(models: Sequence[Model]) -> list[str]:
+    """Which classes do not occur in training or validation."""
+    record, counts = models[0].records[0], counts_of_classes(models)
+    what, found = counted(record["asked"]["task"]["kind"]), []
+    for split, so in _LACKING.items():
+        if split not in counts:  # the record is of before they were counted
+            continue
+        names = [name for name, n in zip(record["classes"], counts[split], strict=True) if n == 0]
+        if names:
+            found.append(f"{split} has no {what} of {few(names, '; ')}: {so}")
+    return found
+
+
+def _charts(models: Sequence[Model], name: str) -> _Charts:
+    said = [
+        "The number behind a name is that of its point in the chart of costs; points that lie close share a label.",
+        *([f"Lines over bars: the {INTERVAL}."] if any(m.interval for m in models) else []),
     ]
-    about = f", trained with {training}" if training else ""
-    return Table(f"{task}: {metric_text(metric)}{about}", "encoder", decoders, rows)
-
-
-def _score_cell(model: Model, is_best: bool) -> Cell:
-    value, bounds = _known(model.mean(model.metric)), model.interval
-    ends = [] if bounds is None else [number_text(model.metric, end) for end in (bounds.low, bounds.high)]
-    note = f"[{', '.join(ends)}]" if ends else ""
-    return Cell(number_text(model.metric, value), note, is_best)
-
-
-def _side_by_side(task: str, models: Sequence[Model]) -> Table:
-    found = {metric for m in models for metric in m.records[0]["scores"]}
-    kind = str(models[0].records[0]["asked"]["task"]["kind"])
-    metrics = [metric for metric in _SIDE_BY_SIDE[kind] if metric in found]
-    rows = []
-    for m in models:
-        values = [m.mean(metric) for metric in metrics]
-        cells = [Cell() if v is None else Cell(number_text(k, v)) for k, v in zip(metrics, values, strict=True)]
-        rows.append(Row(_title(m), "", cells))
-    return Table(f"{task}: metrics side by side", "model", [metric_text(metric) for metric in metrics], rows)
-
-
-def _classes(task: str, models: Sequence[Model]) -> Table:
-    record = models[0].records[0]
-    measure = class_measure(record["asked"]["task"]["kind"])
-    columns = [
-        f"{name} ({n:,})" for name, n in zip(record["classes"], record["per_class"].get("support", []), strict=False)
+    shown, about = _confused(models)
+    confusions = [
+        draw_confusion(
+            m.title,
+            np.sum([r["confusion"] for r in m.records], axis=0),
+            m.records[0]["classes"],
+            f"{name}-confusion{i}",
+        )
+        for i, m in enumerate(shown)
     ]
-    rows = []
-    for m in models if columns else ():
-        of_seeds = [r["per_class"][measure] for r in m.records]
-        cells = []
-        for of_class in zip(*of_seeds, strict=True):
-            known = [v for v in of_class if v is not None]
-            cells.append(Cell(f"{100 * float(np.mean(known)):.1f}" if known else ""))
-        rows.append(Row(_title(m), "", cells))
-    return Table(
-        f"{task}: {measure} of classes, % (test {'pixels' if measure == 'iou' else 'samples'})", "model", columns, rows
-    )
+    return _Charts(_score_charts(models, name), " ".join(said), confusions, about)
 
 
-def _specialists(task: str, models: Sequence[Model]) -> Table:
-    """Which are run of how many, and how they were chosen; where seeds differ, each choice once."""
-    rows = []
-    for m in models:
-        found = [r["specialists"] for r in m.records]
-        choices = dict.fromkeys(", ".join(f["run"]) for f in found)
-        seconds = float(np.mean([f["seconds"] for f in found]))
-        texts = [str(len(found[0]["run"])), str(len(found[0]["of"])), "; ".join(choices), found[0]["by"] or "given"]
-        rows.append(Row(_title(m), "", [Cell(text) for text in (*texts, f"{seconds:.3g}")]))
-    columns = ["run", "of", "which", "chosen by", "choosing, s"]
-    return Table(f"{task}: specialists", "model", columns, rows)
-
-
-def _trainings(task: str, models: Sequence[Model]) -> Table:
-    """Of how many samples, what was chosen on validation, which weights it began with, which bands were not there.
-
-    Where seeds differ, each once.
-    """
-    rows = []
-    for m in models:
-        sizes = [_each(f"{r['n_samples'][split]:,}" for r in m.records) for split in ("train", "val", "test")]
-        chosen = [_each(f"{r['lr']:g}" for r in m.records), _each(f"{r['step']:,}" for r in m.records)]
-        missing = _each(", ".join(r["missing_bands"]) or "none" for r in m.records)
-        is_random = m.is_unet or draws_encoder(m.protocol)
-        weights = "random" if is_random else _each(r["asked"].get("weights", "")[:12] for r in m.records)
-        rows.append(Row(_title(m), "", [Cell(text) for text in (*sizes, *chosen, weights, missing)]))
-    columns = ["train", "val", "test samples", "learning rate", "step", "weights", "bands it knows that are missing"]
-    return Table(f"{task}: training", "model", columns, rows)
-
-
-def _each(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(texts))
-
-
-def _costs(task: str, models: Sequence[Model]) -> Table:
-    """Means over seeds; columns that nobody measured are left out."""
-    rows = []
-    for m in models:
-        measured = ([value for r in m.records if (value := of(r)) is not None] for of in _COSTS.values())
-        rows.append(Row(_title(m), "", [Cell(f"{float(np.mean(v)):.3g}" if v else "") for v in measured]))
-    (table,) = with_numbers([Table(f"{task}: cost", "model", list(_COSTS), rows)])
-    return table
-
-
-def _charts(models: Sequence[Model], name: str) -> list[str]:
+def _score_charts(models: Sequence[Model], name: str) -> list[str]:
+    """Scores as bars, from the best on, and over costs."""
     metric = models[0].metric
     encoders = list(dict.fromkeys(m.encoder for m in models))
     series = {encoder: None if encoder == UNET else i % 6 for i, encoder in enumerate(encoders)}
-    higher_is_better = HIGHER_IS_BETTER[metric]
-    ranked = sorted(models, key=lambda m: _known(m.mean(metric)), reverse=higher_is_better)
-    scores = [in_unit(metric, _known(m.mean(metric))) for m in ranked]
+    ranked = sorted(models, key=lambda m: m.score, reverse=HIGHER_IS_BETTER[metric])
+    scores = [in_unit(metric, m.score) for m in ranked]
     bars = [
-        Bar(f"{_title(m)}  {i}", score, _bounds(m), series[m.encoder])
+        Bar(f"{m.title}  {i}", score, _bounds(m), series[m.encoder])
         for i, (m, score) in enumerate(zip(ranked, scores, strict=True), start=1)
     ]
     places = [(float(m.records[0]["forward_gflop"]), score) for m, score in zip(ranked, scores, strict=True)]
@@ -297,19 +156,34 @@ def _charts(models: Sequence[Model], name: str) -> list[str]:
         Point(label, *place, series[m.encoder])
         for m, place, label in zip(ranked, places, _point_labels(places), strict=True)
     ]
-    drawn = [
+    title = f"{metric_text(metric)} over cost, numbered as in the bars"
+    return [
         draw_bars(metric_text(metric), bars, f"{name}-bars"),
-        draw_points(
-            f"{metric_text(metric)} over cost, by number", points, [], "GFLOP a sample, forward", f"{name}-cost"
-        ),
+        draw_points(title, points, [], "GFLOP a sample, forward", f"{name}-cost"),
     ]
-    # Those that were best on validation: what is shown is not picked by its score on the test.
-    chosen = [m for m in models if m.records[0]["confusion"] is not None]
-    chosen.sort(key=lambda m: m.on_validation, reverse=higher_is_better)
-    for i, m in enumerate(chosen[:_MAX_CONFUSIONS]):
-        confusion = np.sum([r["confusion"] for r in m.records], axis=0)
-        drawn.append(draw_confusion(_title(m), confusion, m.records[0]["classes"], f"{name}-confusion{i}"))
-    return drawn
+
+
+def _confused(models: Sequence[Model]) -> tuple[list[Model], str]:
+    """Whose confusions are drawn, in the order of the tables, and what must be said of these.
+
+    They are those that were best on validation: what is shown is not picked by its score on the test.
+    """
+    whole = [m for m in models if m.records[0]["confusion"] is not None]
+    if not whole:
+        return [], ""
+    metric = whole[0].metric
+    ranked = sorted(range(len(whole)), key=lambda i: whole[i].on_validation, reverse=HIGHER_IS_BETTER[metric])
+    shown = [whole[i] for i in sorted(ranked[:_MAX_CONFUSIONS])]
+    is_all = len(shown) == len(whole)
+    which = "All models" if is_all else f"The {len(shown)} of {len(whole)} models that were best on validation"
+    what = counted(whole[0].records[0]["asked"]["task"]["kind"])
+    seeds = ", of all seeds together" if max(len(m.records) for m in shown) > 1 else ""
+    about = (
+        f"{which}, in the order of the tables. A row has the test {what}s of one class{seeds}, as"
+        " shares in percent that sum to 100: the darker, the more are taken for the class of the column. A row is empty"
+        " where test has none of the class."
+    )
+    return shown, about
 
 
 def _point_labels(places: Sequence[tuple[float, float]]) -> list[str]:
@@ -333,16 +207,6 @@ def _bounds(model: Model) -> tuple[float, float] | None:
     return None if bounds is None else (in_unit(model.metric, bounds.low), in_unit(model.metric, bounds.high))
 
 
-def _title(model: Model) -> str:
-    parts = [model.row] if model.is_unet else [model.encoder, model.protocol, model.decoder]
-    return ", ".join(parts if model.training == "default" else [*parts, model.training])
-
-
 def _problems(records: Sequence[Record]) -> list[str]:
     failed = [record for record in records if record["kind"] == "error"]
     return [f"{', '.join(str(value) for value in r['cell'].values())}: {r['error']}" for r in failed]
-
-
-def _known(value: float | None) -> float:
-    assert value is not None, "the headline of a result is defined"
-    return value

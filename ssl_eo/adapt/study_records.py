@@ -46,6 +46,8 @@ def _is_whole(result: Mapping[str, Any]) -> bool:
         return False
     if not all(is_count(result.get(key, 0)) for key in _LEAKS):
         return False
+    if "n_of_class" in result and not _are_counts(result["n_of_class"], len(result["classes"])):
+        return False  # older records have none
     measure = class_measure(asked["task"]["kind"])
     if columns and not (measure in columns and list_of(is_count)(columns.get("support"))):
         return False
@@ -91,6 +93,13 @@ def _is_specialists(value: Any) -> bool:
 
 def _is_samples(value: Any) -> bool:
     return isinstance(value, dict) and all(is_count(value.get(split)) for split in _SPLITS)
+
+
+def _are_counts(value: Any, n_classes: int) -> bool:
+    """How often each class occurs in train and in val."""
+    if not isinstance(value, dict) or value.keys() != {"train", "val"}:
+        return False
+    return all(list_of(is_count)(of) and len(of) == n_classes for of in value.values())
 
 
 def _n_packed(text: str) -> float:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from torch import Tensor
 
 import ssl_eo
 from ssl_eo.adapt.backbone import DEFAULT_TAPS
-from ssl_eo.adapt.cost import energy_of, samples_per_second, step_cost
+from ssl_eo.adapt.cost import check_country, energy_of, samples_per_second, step_cost
 from ssl_eo.adapt.opened_task import OpenedTask
+from ssl_eo.adapt.sampling import class_counts
 from ssl_eo.adapt.study import UNET, Cell, StudyConfig
 from ssl_eo.adapt.study_code import study_code
 from ssl_eo.adapt.study_models import StudyModels
 from ssl_eo.adapt.study_records import is_of_study
-from ssl_eo.adapt.training import Fitted, fit, predict
+from ssl_eo.adapt.training import Fitted, fit, loss_for, predict
 from ssl_eo.adapt.workbench import Workbench
-from ssl_eo.components import one_line
+from ssl_eo.components import import_extra, one_line
 from ssl_eo.eval.bootstrap import interval_of, resampled_scores
 from ssl_eo.eval.claims import Claim, work_through
 from ssl_eo.eval.failures import failure
@@ -47,6 +49,7 @@ __all__ = ["RECORDS", "read_study", "run_study"]
 logger = logging.getLogger(__name__)
 
 RECORDS = "study.jsonl"
+_MOST_COUNTED = 64  # samples whose labels are counted at a time
 _MAX_DEATHS = 2  # of processes at one cell, after which it counts as failed
 
 
@@ -59,6 +62,9 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
     and none can be, before anything is trained.
     """
     _check_device(cfg.device)
+    check_country(cfg.country)
+    if "lora" in cfg.protocols:
+        import_extra("lora", "peft", "protocol lora")
     runner = _Runner(cfg, out)
     cells = {f"{cell.name}-{runner.key_of(cell)}": cell for cell in cfg.cells()}  # opens encoders
     _check_writable(out)
@@ -94,7 +100,7 @@ def _records_of(out: Path, runner: _Runner, cells: Iterable[Cell]) -> list[dict[
 
 def _check_device(name: str | None) -> None:
     try:
-        torch.empty(0, device=name)
+        torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device: {name!r} cannot be used ({one_line(error)}); give cpu or cuda:0") from None
 
@@ -137,6 +143,10 @@ class _Results:
             self._keys.update(found for line in whole.splitlines() if (found := _key_of_result(line)))
         return key in self._keys
 
+    def n_others(self, keys: Iterable[str]) -> int:
+        """How many results were found so far that are of none of `keys`."""
+        return len(self._keys.difference(keys))
+
 
 def _key_of_result(line: bytes) -> str | None:
     """The key of the result in a line of the file; None for anything else, of which `read_study` tells."""
@@ -172,6 +182,11 @@ class _Runner:
         n_unets = sum(cell.encoder == UNET for cell in self._places)
         unets = f"; {n_unets} of them {_are(n_unets)} a UNet from scratch (unet=false leaves it out)" if n_unets else ""
         say(f"{n} {'models' if n > 1 else 'model'} to train{done}{unets}")
+        for trouble in self._troubles():
+            say(f"some will fail: {trouble}")
+        if n_others := self._results.n_others(self.key_of(cell) for cell in self._places):
+            what = "other results" if n_others > 1 else "other result"
+            say(f"{n_others} {what} in {self._out} {_are(n_others)} of other options or code, and not shown")
         if not self._cfg.save_models:
             return
         kinds = {name: self._bench.is_ensemble(name) for name in self._cfg.encoders}
@@ -184,6 +199,17 @@ class _Runner:
             say(f"save_models: models of {', '.join(unsaved)} are not saved; those of single encoders are")
         if again := sum(self._is_trained_again(cell) for cell in self._places):
             say(f"save_models: {again} of those that are trained already were not saved, and are trained again")
+
+    def _troubles(self) -> Iterator[str]:
+        """Why cells cannot be trained, as far as it is known before any is."""
+        for name in self._tasks:
+            if error := self._bench.trouble_of(name):
+                yield f"task {name}: {one_line(error)}"
+        for encoder, protocol in product(self._cfg.encoders, self._cfg.protocols):
+            try:
+                self._bench.check_protocol(encoder, protocol)
+            except ValueError as error:
+                yield str(error)
 
     def unsaved(self, cell: Cell, record: Mapping[str, Any]) -> dict[str, str]:
         """`unsaved`, the folder of the model of a result, if it was to be saved and is not there; else nothing."""
@@ -254,6 +280,7 @@ class _Runner:
         bench, training = self._bench, self._cfg.trainings[cell.training]
         opened = bench.task(cell.task)
         opened.check_labelled()
+        loss_for(opened.labels, opened.splits["train"], training)  # a wrong number of weights, before features
         leaks = opened.leaks  # splits that share samples are refused before anything is trained
         make_model = bench.maker_of(cell)
         samples = bench.samples_of(cell, make_model, training)
@@ -275,6 +302,7 @@ class _Runner:
             "specialists": None if chosen is None else chosen.facts,
             **leaks,
             "n_samples": {name: len(split) for name, split in opened.splits.items()},
+            "n_of_class": _n_of_class(opened),
             "device": bench.device.type,
         }
 
@@ -311,6 +339,21 @@ class _Runner:
 
 def _are(n: int) -> str:
     return "is" if n == 1 else "are"
+
+
+def _n_of_class(opened: OpenedTask) -> dict[str, list[int]]:
+    """How many samples of `train` and `val` each class has, or pixels; nothing where there are no classes."""
+    shown = opened.labels.shown
+    if shown.kind == "regression":
+        return {"train": [], "val": []}
+    found = {}
+    for name in ("train", "val"):
+        # A few at a time: all pixels as whole numbers of 64 bits would take much more memory than the labels.
+        parts = torch.split(opened.splits[name].labels, _MOST_COUNTED)
+        counts = sum(class_counts(part, shown.kind, shown.n_classes, shown.ignore) for part in parts)
+        assert isinstance(counts, Tensor), "a split that is trained on has samples"
+        found[name] = (counts[1] if shown.kind == "multilabel" else counts).tolist()
+    return found
 
 
 def _trained(fitted: Fitted) -> dict[str, Any]:

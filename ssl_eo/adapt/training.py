@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ssl_eo.adapt.examples import Examples, Features
-from ssl_eo.adapt.losses import LossConfig, LossName, build_loss
+from ssl_eo.adapt.losses import LossConfig, LossName, build_loss, check_loss
 from ssl_eo.adapt.model import TaskModel
-from ssl_eo.adapt.sampling import balanced_rows, class_counts, drawn_classes
+from ssl_eo.adapt.sampling import balanced_rows, check_balanced, class_counts, drawn_classes
 from ssl_eo.adapt.scoring import Scorer
 from ssl_eo.adapt.selection import GATE_LR_RATIO, GatedDecoder
 from ssl_eo.eval.decoders import TapMaps
@@ -29,7 +29,7 @@ from ssl_eo.schedules import WarmupCosine
 from ssl_eo.seeding import derive_seed, torch_generator
 from ssl_eo.train.optim import OptimConfig, param_groups, set_hyper_parameters
 
-__all__ = ["Fitted", "Labels", "Samples", "TrainingConfig", "autocast", "check_labelled", "fit", "predict"]
+__all__ = ["Fitted", "Labels", "Samples", "TrainingConfig", "autocast", "check_labelled", "fit", "loss_for", "predict"]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,13 @@ class TrainingConfig:
             )
         if self.clip_grad_norm is not None and self.clip_grad_norm <= 0:
             raise ValueError(f"clip_grad_norm must be positive or null, got {self.clip_grad_norm}")
+
+    def check_kind(self, kind: Kind) -> None:
+        """Raise `ValueError` unless labels of `kind` can be learned so."""
+        if self.loss is not None:
+            check_loss(self.loss.name, kind)
+        if self.sampling == "balanced":
+            check_balanced(kind)
 
 
 @dataclass(frozen=True)
@@ -213,6 +220,16 @@ def check_labelled(labels: Labels, split: str, examples: Examples) -> None:
         raise ValueError(f"task {shown.task}: no {what} of {split} has a label{of}; look at the labels of {split}")
 
 
+def loss_for(labels: Labels, train: Examples, cfg: TrainingConfig) -> nn.Module:
+    """The loss on `train`, on its device. Raises `ValueError` for one that its labels cannot have."""
+    shown, truth = labels.shown, train.labels
+    counts = None
+    if shown.kind != "regression":
+        counts = class_counts(truth, shown.kind, shown.n_classes, shown.ignore)
+    loss = LossConfig(_USUAL_LOSS[shown.kind]) if cfg.loss is None else cfg.loss
+    return build_loss(loss, shown.kind, labels.n_outputs, counts, shown.ignore).to(truth.device)
+
+
 def _advance(tell: Callable[[int, int], None] | None, n_before: int, n_all: int) -> Callable[[int], None]:
     def advance(step: int) -> None:
         if tell is not None:
@@ -236,7 +253,9 @@ class _Trial:
         cfg, labels, device = self.cfg, self.labels, self.train.examples.device
         optimizer, parameters = _optimizer(model, cfg)
         schedule = WarmupCosine(lr, 0.0, cfg.n_steps, round(_WARMUP_RATIO * cfg.n_steps))
-        loss_of = self._loss(model).to(device)
+        if labels.shown.kind == "regression":
+            model.measure_outputs(self.train.examples.labels)
+        loss_of = loss_for(labels, self.train.examples, cfg)
         due = {round(cfg.n_steps * (i + 1) / cfg.n_evaluations) for i in range(cfg.n_evaluations)}
         is_finite = torch.ones((), device=device, dtype=torch.bool)
         model.train()
@@ -259,17 +278,6 @@ class _Trial:
                     return
                 yield step, predict(model, labels, self.val, cfg).scores().get(labels.headline, math.nan)
                 model.train()
-
-    def _loss(self, model: TaskModel) -> nn.Module:
-        """The loss on the training labels, whose spread `model` is told where they are numbers."""
-        shown, truth = self.labels.shown, self.train.examples.labels
-        counts = None
-        if shown.kind == "regression":
-            model.measure_outputs(truth)
-        else:
-            counts = class_counts(truth, shown.kind, shown.n_classes, shown.ignore)
-        loss = LossConfig(_USUAL_LOSS[shown.kind]) if self.cfg.loss is None else self.cfg.loss
-        return build_loss(loss, shown.kind, self.labels.n_outputs, counts, shown.ignore)
 
     def _symmetries(self, n: int, step: int) -> Tensor | None:
         """Of the samples of a step, the same at every learning rate."""

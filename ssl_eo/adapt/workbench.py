@@ -39,6 +39,7 @@ from ssl_eo.opening import OpenedEncoder, open_model
 
 __all__ = ["Workbench"]
 
+_NO_WEIGHTS = "none"  # in keys of models, where else there is a digest
 Opened = OpenedEncoder | list[Specialist]  # an encoder, or those of an ensemble
 
 
@@ -71,7 +72,7 @@ class Workbench:
         if encoder not in self._facts:
             asked, model = self._cfg.encoders[encoder], self.model(encoder)
             if isinstance(model, OpenedEncoder):
-                weights = digest_of_tensors(model.encoder.state_dict()) if model.is_trained else "none"
+                weights = digest_of_tensors(model.encoder.state_dict()) if model.is_trained else _NO_WEIGHTS
                 found = {
                     "weights": weights,
                     "encoder": asdict(model.encoder.cfg),
@@ -111,6 +112,25 @@ class Workbench:
                 self._model = asked.model, _open(asked.model)
             _check_asked(asked, self._model[1])
         return self._model[1]
+
+    def trouble_of(self, task: str) -> Exception | None:
+        """Why the sources of a task cannot be opened; None where they can."""
+        found = self._sources_of(task)
+        return found if isinstance(found, Exception) else None
+
+    def check_protocol(self, encoder: str, protocol: str) -> None:
+        """Raise `ValueError` where the encoder that the study calls so is an ensemble or has no weights, and the
+        protocol is not for such.
+        """
+        with told_of(f"encoders.{encoder}"):
+            if self.is_ensemble(encoder):
+                check_for_ensemble(protocol)
+            elif self.facts_of(encoder)["weights"] == _NO_WEIGHTS and not draws_encoder(protocol):
+                name = self._cfg.encoders[encoder].model
+                raise ValueError(
+                    f"{name} has no weights for protocol {protocol}; write {name}=FILE, or take random_frozen or"
+                    " random_trained"
+                )
 
     def task(self, name: str) -> OpenedTask:
         """The task with the samples that the study chooses of it. Raises what opening its sources raised."""
@@ -189,19 +209,13 @@ class Workbench:
     def _backbone(self, cell: Cell, opened: OpenedTask) -> Backbone:
         if cell.encoder == UNET:
             return PixelBackbone(len(opened.task.bands))
-        if self.is_ensemble(cell.encoder):
-            check_for_ensemble(cell.protocol)  # before anything is computed to choose of it
+        self.check_protocol(cell.encoder, cell.protocol)  # before anything is computed to choose of an ensemble
         if (chosen := self.chosen(cell)) is not None:
             ensemble = copy.deepcopy(chosen.ensemble) if trains_encoder(cell.protocol) else chosen.ensemble
             apply_protocol(ensemble, cell.protocol, self._cfg.lora, cell.seed)
             return ensemble
         model = self.model(cell.encoder)
         assert isinstance(model, OpenedEncoder)
-        if not model.is_trained and not draws_encoder(cell.protocol):
-            raise ValueError(
-                f"encoders.{cell.encoder}: {model.name} has no weights for protocol {cell.protocol}; write"
-                f" {model.name}=FILE, or take random_frozen or random_trained"
-            )
         backbone = EncoderBackbone(
             copy.deepcopy(model.encoder),
             self._cfg.encoders[cell.encoder].taps or DEFAULT_TAPS,

@@ -35,7 +35,8 @@ class Row:
 class Table:
     """Rows of cells under `columns`; `corner` is the title of their first column.
 
-    `caption` says in one paragraph what a reader needs who sees the table alone; without one it is the title.
+    `caption` says in one paragraph what a reader needs who sees the table alone; without one it is the title. `note`
+    stands with the table in every form.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Row]
     caption: str = ""
+    note: str = ""
 
 
 def with_numbers(tables: Iterable[Table]) -> list[Table]:
@@ -60,7 +62,9 @@ def as_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Pipe tables under headings, then what must be said of them."""
     parts = []
     for table in tables:
-        lines = [f"## {_of_markdown(table.title)}", "", _pipes(map(_of_markdown, [table.corner, *table.columns]))]
+        lines = [f"## {_of_markdown(table.title)}", ""]
+        lines += [_of_markdown(_one_line(table.note)), ""] if table.note else []
+        lines.append(_pipes(map(_of_markdown, [table.corner, *table.columns])))
         lines.append("|" + "|".join([" --- ", *(" ---: " for _ in table.columns)]) + "|")
         for row in table.rows:
             lines.append(_pipes([_of_markdown(_titled(row)), *map(_markdown_cell, row.cells)]))
@@ -80,7 +84,8 @@ def as_latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
         labels.append(_label(table.title))
         times = labels.count(labels[-1])
         label = labels[-1] if times == 1 else f"{labels[-1]}-{times}"
-        caption = rf"\caption{{{_of_latex(_one_line(table.caption or table.title))}}}"
+        said = [table.caption or table.title, table.note]
+        caption = rf"\caption{{{_of_latex(_one_line('. '.join(filter(None, said))))}}}"
         lines = [r"\begin{table}", r"\centering", caption, rf"\label{{tab:{label}}}"]
         lines += [r"\resizebox{\linewidth}{!}{%", rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
         lines.append(" & ".join(map(_of_latex, [table.corner, *table.columns])) + r" \\")

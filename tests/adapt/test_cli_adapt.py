@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from toy_study import SENSOR, bundle, source, task
+from toy_study import SENSOR, bundle, encoder, opened_task, source, task
 
-from ssl_eo.adapt.saved import load_model
+from ssl_eo.adapt.backbone import EncoderBackbone
+from ssl_eo.adapt.model import TaskModel
+from ssl_eo.adapt.saved import SavedModel, load_model, save_model
 from ssl_eo.adapt.specialists import load_ensemble
 from ssl_eo.cli import main
+from ssl_eo.cli_adapt import _shares
 from ssl_eo.config import build
 from ssl_eo.data.opening import SourceConfig, open_source
+from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.train.export import load_encoder
 
 pytest.importorskip("rasterio")
@@ -87,9 +92,8 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path, capsys: pytest.Cap
     out, likely = tmp_path / "classes.tif", tmp_path / "likely.tif"
     command = ["predict", str(tmp_path / "scene.tif"), "--model", str(model), "--out", str(out), *names]
     assert main([*command, "--probabilities", str(likely), "--window", "44", "--overlap", "0"]) == 0
-    n, what = len(load_model(model).classes), ", ".join(load_model(model).classes)
-    of = f"{n} classes of 41 x 41 pixels ({what}; windows of 44 pixels)"
-    assert capsys.readouterr().out == f"wrote {out}, {likely}: {of}\n"
+    wrote, shares = capsys.readouterr().out.splitlines()
+    assert wrote == f"wrote {out}, {likely}: 41 x 41 pixels (windows of 44 pixels)"
     with rasterio.open(out) as file, rasterio.open(likely) as other:
         assert (file.tags()["model"], file.tags()["sensor"]) == (model.name, SENSOR)
         assert file.tags()["bands"].split() == names[1:]
@@ -101,6 +105,10 @@ def test_a_scene_becomes_a_map(studied: Path, tmp_path: Path, capsys: pytest.Cap
         assert file.crs.to_epsg() == 32632
         assert file.transform == rasterio.transform.from_origin(6e5, 5e6, 10, 10)
         assert (classes[:3, :5] == file.nodata).all()
+        (most, n_most) = Counter(classes[classes != file.nodata].tolist()).most_common(1)[0]
+        share = f"{100 * n_most / 41**2:.1f} %"
+    assert shares.startswith(f"{load_model(model).classes[most]} {share}")
+    assert shares.endswith(f"; no data {100 * 15 / 41**2:.1f} %")
     assert classes.shape == stored.shape[1:] == (41, 41)
     np.testing.assert_allclose(probabilities[:, 3:].sum(0), 1.0, atol=1e-5)
     saved = load_model(model)
@@ -333,3 +341,96 @@ def test_numbers_of_another_kind_are_warned_of(
     command[1] = str(tmp_path / "right.tif")
     assert main([*command, "--overwrite", "--bands", "4", "3", "2", "1"]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([612, 201, 13, 70, 60, 17, 7, 0, 20], "a 61.2 %, b 20.1 %, d 7.0 %, e 6.0 %, f 1.7 %, 2 more; no data 2.0 %"),
+        ([0, 0, 8, 0, 0, 0, 0, 0, 0], "c 100 %; no data 0 %"),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 9], "no class; no data 100 %"),
+        ([1, 0, 10**6, 0, 0, 0, 0, 0, 1], "c 99.9 %, a 0.1 %; no data 0.1 %"),  # neither all nor none
+    ],
+)
+def test_what_a_map_holds_is_told(counts: list[int], expected: str) -> None:
+    assert _shares("abcdefgh", counts) == expected
+
+
+def test_a_scene_that_does_not_name_its_bands(
+    studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error has the model's bands in order, and what to give."""
+    import rasterio
+
+    path = tmp_path / "scene.tif"
+    with rasterio.open(path, "w", driver="GTiff", count=5, height=8, width=8, dtype="float32") as file:
+        file.write(np.ones((5, 8, 8), np.float32))
+    model = studied / "out" / "models" / "scenes-tiny-frozen-linear-default-0"
+    bands = load_model(model).input.bands
+    command = ["predict", str(path), "--model", str(model), "--out", str(tmp_path / "o.tif")]
+    takes = f"; the model takes {' '.join(bands)}: --bands 1 2 3 4 if the file has them in this order"
+    for given, first in (([], bands[0]), (["--bands", "red", "green", "blue", "nir"], "red")):
+        assert main([*command, *given]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+        assert line.startswith(f"ssl-eo: {path} holds 5 bands and does not name them, so none is '{first}': give")
+        assert line.endswith(takes)
+
+
+def test_a_model_of_images_makes_no_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = EncoderBackbone(encoder(), [0.34, 1.0])
+    of_images = opened_task("classification", n=4)
+    model = TaskModel(backbone, build_decoder("identity", {}, backbone.shape, of_images.n_classes))
+    save_model(tmp_path / "model", model, of_images, {"decoder": "identity", "options": {}, "taps": [0.34, 1.0]})
+    scene(tmp_path / "scene.tif")
+    command = ["predict", str(tmp_path / "scene.tif"), "--model", f"{tmp_path}/model", "--out", f"{tmp_path}/o.tif"]
+    assert main(command) == 2
+    assert capsys.readouterr().err == (
+        f"ssl-eo: --model: {tmp_path}/model was trained on classification, and a map needs segmentation; in Python it"
+        f" takes images: ssl_eo.adapt.saved.load_model('{tmp_path}/model').logits(images)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "last"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 75, "stopped on request; the same command goes on"),
+    ],
+)
+def test_whoever_stops_a_map_is_told_what_is_kept(
+    name: signal.Signals,
+    status: int,
+    last: str,
+    studied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the first panel nothing, in the second one the first, with which the same command goes on."""
+    monkeypatch.setattr("ssl_eo.adapt.tiling._PANEL_PX", 32)
+    scene(tmp_path / "scene.tif")
+    model, out = studied / "out" / "models" / "scenes-tiny-frozen-linear-default-0", tmp_path / "o.tif"
+    command = ["predict", str(tmp_path / "scene.tif"), "--model", str(model), "--out", str(out), "--window", "16"]
+    command += ["--overlap", "0", "--bands", *load_model(model).input.bands, "--batch-size", "1"]
+    looked = SavedModel.logits
+    for n_windows, kept in (
+        (9, "nothing is kept, as none of 4 panels was finished; the same command begins anew"),
+        (10, f"1 of 4 panels are kept in {out}.panels; the same command goes on"),
+    ):
+        seen: list[int] = []
+
+        def stopped(
+            saved: SavedModel, images: torch.Tensor, n: int = n_windows, seen: list[int] = seen
+        ) -> torch.Tensor:
+            seen.append(len(images))
+            if len(seen) == n:
+                os.kill(os.getpid(), name)
+            return looked(saved, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SavedModel, "logits", stopped)
+            assert main(command) == status
+        assert capsys.readouterr().err.splitlines() == [f"ssl-eo: {kept}", f"ssl-eo: {last}"]
+        assert not out.exists()
+    assert main(command) == 0
+    assert out.exists()

@@ -211,7 +211,8 @@ def test_changed_weights_are_one_clear_line(tmp_path: Path, change: Any, message
         page = json.loads((tmp_path / "ensemble.json").read_text())
         page["specialists"][0]["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
         (tmp_path / "ensemble.json").write_text(json.dumps(page))
-    with pytest.raises(ValueError, match=message if is_known else "its SHA-256 is not that of the JSON file") as error:
+    is_whole = callable(change)  # what is none is not read to its end, for a digest
+    with pytest.raises(ValueError, match="its SHA-256 is not that" if is_whole and not is_known else message) as error:
         load_ensemble(tmp_path)
     assert str(weights) in one_line(error)
     assert not ran.exists()

@@ -23,8 +23,17 @@ def test_every_class_is_in_every_part_and_no_sample_in_two(sizes: list[int], see
 
 
 def test_a_class_of_two_samples_cannot_be_in_three_parts() -> None:
-    with pytest.raises(ValueError, match="class 1 has 2 samples, too few for 3 splits"):
-        stratified_rows(torch.tensor([0, 0, 0, 1, 1]), [0.6, 0.2, 0.2])
+    """The class is called by its name, and what helps is said."""
+    parts = [0.6, 0.2, 0.2]
+    with pytest.raises(ValueError, match=r"^samples\.stratified: class 1 has 2 samples in train, too few for 3 parts"):
+        stratified_rows(torch.tensor([0, 0, 0, 1, 1]), parts)
+    task = opened_task("classification", 30)
+    counts = torch.bincount(task.train.labels).tolist()
+    rare, n = next((c, n) for c, n in enumerate(counts) if 0 < n < 3)
+    what = rf"class {task.class_names[rare]} \({rare}\) has {n} samples? in train"
+    message = rf"^task scenes: samples\.stratified: {what}, too few for 3 parts; .*split: all"
+    with pytest.raises(ValueError, match=message):
+        choose_rows(task, SamplesConfig(stratified=parts))
 
 
 @given(st.floats(1.0, 100.0), st.integers(1, 5))

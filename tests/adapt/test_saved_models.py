@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +156,34 @@ def test_a_folder_that_is_no_model_says_where_one_is(task: Task, tmp_path: Path)
         ValueError, match=r"sha256 must be an object with those of encoder\.json and decoder\.safetensors, got 'ab'"
     ):
         load_model(models[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder", "size"), [("segmentation", "linear", (9, 13)), ("classification", "identity", ())]
+)
+def test_logits_are_those_of_stored_values(kind: str, decoder: str, size: tuple[int, ...], tmp_path: Path) -> None:
+    """Of every pixel, of images of any size, or of the image; what was not measured is the mean of its band."""
+    labelled = opened_task(kind, n=4)
+    saved = load_model(str(save(tmp_path / "model", labelled, decoder)))
+    images = torch.randn(2, len(saved.input.bands), 9, 13)
+    logits = saved.logits(images)
+    assert logits.shape == (2, len(saved.classes), *size)
+    images[1, 0, 2, 3] = torch.nan
+    holed = saved.logits(images)
+    assert holed.isfinite().all()
+    assert not torch.equal(holed[1], logits[1])
+    images[1, 0, 2, 3] = saved.input.mean[0]
+    torch.testing.assert_close(saved.logits(images), holed)
+
+
+def test_an_encoder_page_of_any_length_takes_no_memory(task: Task, tmp_path: Path) -> None:
+    """A sparse file of 256 MB, of which a piece at a time is looked at."""
+    folder = save(tmp_path / "model", task)
+    os.truncate(folder / "encoder.json", 256 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"encoder\.json: its SHA-256 is not that in task\.json"):
+            load_model(folder)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,17 @@ from toy_study import bundle, encoder, opened_task, study, task
 
 from ssl_eo.adapt.backbone import EncoderBackbone, FixedBands
 from ssl_eo.adapt.examples import Examples
+from ssl_eo.adapt.losses import LossConfig
 from ssl_eo.adapt.model import TaskModel
 from ssl_eo.adapt.opened_task import OpenedTask
 from ssl_eo.adapt.saved import load_model, save_model
-from ssl_eo.adapt.study_page import (
-    _charts,
-    _point_labels,
-    check_pages,
-    models_of,
-    print_study,
-    study_tables,
-    write_study_page,
-)
+from ssl_eo.adapt.study_page import _point_labels, _score_charts, check_pages, print_study, write_study_page
 from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.study_run import RECORDS, _Results, read_study, run_study
+from ssl_eo.adapt.study_tables import models_of, study_tables
 from ssl_eo.adapt.workbench import Workbench
 from ssl_eo.bundles import BundleEncoder
+from ssl_eo.components import MissingExtraError
 from ssl_eo.data.opening import open_source
 from ssl_eo.eval.decoders import build_decoder
 from ssl_eo.hub import load_bundle
@@ -170,15 +166,16 @@ def test_pages_and_tables_hold_every_model(
     records = done[2]
     models = models_of(records)
     assert Counter(len(m.records) for m in models) == {2: 9}
-    scores, side, classes, training, costs = study_tables(models, "scenes")
+    scores, side, *classes, training, costs = study_tables(models, "scenes")
     assert [row.title for row in scores.rows][-1] == "UNet from scratch"
     assert scores.columns[-1] == "unet"
     assert [bool(row.cells[-1].text) for row in scores.rows] == [*[False] * (len(scores.rows) - 1), True]
     assert not any(cell.text for cell in scores.rows[-1].cells[:-1])
     assert sum(cell.is_best for row in scores.rows for cell in row.cells) == 1
-    assert len(side.rows) == len(classes.rows) == len(training.rows) == len(costs.rows) == 9
+    assert len(side.rows) == len(training.rows) == len(costs.rows) == 9
+    assert [title for table in classes for title in table.columns] == [model.title for model in models]
     for row in training.rows:
-        assert [cell.text for cell in row.cells[:4]] == ["12", "12", "12", "0.01"]
+        assert [cell.text for cell in row.cells[:2]] == ["12 / 12 / 12", "0.01"]
         assert row.cells[-1].text == "none"
         is_random = "random" in row.title or "UNet" in row.title
         assert row.cells[-2].text == ("random" if is_random else records[0]["asked"]["weights"][:12])
@@ -190,7 +187,7 @@ def test_pages_and_tables_hold_every_model(
     assert "src=" not in text
     assert "tiny, finetune, fcn" in text
     assert text.count("UNet from scratch  ") == 1  # in the bars; points have its number alone
-    assert markdown.read_text().count("\n## ") == 4
+    assert markdown.read_text().count("\n## ") == 5
     assert r"\toprule" in latex.read_text()
     print_study(records, sys.stdout)
     assert "UNet from scratch" in capsys.readouterr().out
@@ -204,8 +201,9 @@ def test_what_fails_is_a_record_and_is_tried_again(tiny: Path, tmp_path: Path, c
     records = run_study(cfg, tmp_path)
     assert [r["kind"] for r in records] == ["error", "result"]
     assert "gone" in records[0]["error"]
-    first, *told = capsys.readouterr().err.splitlines()
+    first, second, *told = capsys.readouterr().err.splitlines()
     assert first == "2 models to train"
+    assert second.startswith("some will fail: task gone: ")
     told = [line for line in told if re.match(r"\d/", line)]
     assert [line.split("-")[0] for line in told] == ["1/2 gone", "1/2 gone", "2/2 scenes", "2/2 scenes"]
     ends = [re.sub(r"\d+ s$", "N s", line.split("-0")[1]) for line in told]
@@ -264,14 +262,16 @@ def test_a_study_says_what_there_is_to_do(
 ) -> None:
     cfg, out, records = done
     run_study(cfg, out)
-    first, second = capsys.readouterr().err.splitlines()
+    first, *_, last = capsys.readouterr().err.splitlines()
     n_unets = sum(record["cell"]["encoder"] == "unet" for record in records)
     of_unet = f"{n_unets} of them are a UNet from scratch (unet=false leaves it out)"
     assert first == f"{len(records)} models to train, of which {len(records)} are trained already; {of_unet}"
-    assert second == "save_models: models of the UNet are not saved; those of single encoders are"
+    assert last == "save_models: models of the UNet are not saved; those of single encoders are"
 
 
-def test_an_architecture_without_weights_is_for_random_protocols(tmp_path: Path) -> None:
+def test_an_architecture_without_weights_is_for_random_protocols(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cfg = study(
         tmp_path,
         encoders={"bare": {"model": "dinov2_vits14"}},
@@ -280,7 +280,9 @@ def test_an_architecture_without_weights_is_for_random_protocols(tmp_path: Path)
     )
     (record,) = run_study(cfg, tmp_path / "out")
     assert record["kind"] == "error"
-    assert "dinov2_vits14 has no weights for protocol frozen; write dinov2_vits14=FILE" in record["error"]
+    message = "encoders.bare: dinov2_vits14 has no weights for protocol frozen; write dinov2_vits14=FILE"
+    assert message in record["error"]
+    assert f"some will fail: {message}" in capsys.readouterr().err.splitlines()[1]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,13 @@ def test_an_architecture_without_weights_is_for_random_protocols(tmp_path: Path)
     [
         ({"decoders": {"identity": {}}}, "none of identity is for segmentation"),
         ({"decoders": {"linear": {}, "mlp": {}}}, "mlp is for classification.* and no task is of these"),
-        ({"decoders": {"lineer": {}}}, "did you mean 'linear'"),
+        ({"decoders": {"lineer": {}}}, r"^decoders\.lineer: .*did you mean 'linear'"),
+        ({"decoders": {"linear": {"dropout_prob": 9}}}, r"^decoders\.linear: dropout_prob must be in \[0, 1\), got 9"),
+        (
+            {"trainings": {"a": {"loss": {"name": "bce"}}}},
+            "^trainings.a, task scenes: loss bce is not for segmentation",
+        ),
+        ({"samples": {"long_tail_ratio": 5}}, "task scenes: samples.stratified and .* are for classification"),
         ({"decoders": {"linear": {"dropout": 0.5}}}, "no option 'dropout'; did you mean 'dropout_prob'"),
         ({"protocols": ["frozn"]}, "no protocol 'frozn'; did you mean 'frozen'"),
         ({"encoders": {"unet": {"model": "x"}}}, "is the name of the control"),
@@ -333,9 +341,41 @@ def test_what_cannot_be_written_or_used_is_refused_before_anything_is_trained(
         ("file", {}, r"file: no folder can be made here \(File exists\); give another"),
         ("folder", {}, r"study\.jsonl: cannot be written \(Is a directory\)"),
         ("new", {"device": "x"}, "^device: 'x' cannot be used"),
+        ("new", {"device": "meta"}, "^device: 'meta' cannot be used"),
+        ("new", {"country": "GER"}, "^country: codecarbon knows none that is called 'GER'; .* such as DEU"),
     ):
         with pytest.raises(ValueError, match=message):
             run_study(study(tiny, **changes), tmp_path / out)
+
+
+def test_a_missing_extra_is_found_before_anything_is_trained(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MissingExtraError, match=r"protocol lora needs the package peft: pip install 'ssl_eo\[lora\]'"):
+        run_study(study(tiny, protocols=["frozen", "lora"]), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_wrong_number_of_weights_is_found_before_features_are_computed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*_: Any) -> None:
+        raise AssertionError("features were computed")
+
+    monkeypatch.setattr(Workbench, "samples_of", computed)
+    plain = study(tiny).trainings["default"]
+    weighted = replace(plain, loss=LossConfig(class_weights=[1.0, 2.0]))
+    (record,) = run_study(study(tiny, trainings={"a": asdict(weighted)}), tmp_path)
+    assert "class_weights" in record["error"]
+
+
+def test_results_of_other_options_are_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_study(study(tiny, seeds=[0, 1]), tmp_path)
+    capsys.readouterr()
+    run_study(study(tiny, seeds=[1]), tmp_path)
+    told = capsys.readouterr().err.splitlines()
+    assert f"1 other result in {tmp_path} is of other options or code, and not shown" in told
 
 
 def test_each_line_of_the_records_is_read_once(
@@ -471,7 +511,7 @@ def test_the_best_is_first_whichever_way_is_better(done: tuple[Any, Path, list[d
         {**of_regression, "scores": {"rmse": rmse}, "cell": {**of_regression["cell"], "encoder": name}}
         for name, rmse in (("good", 1.0), ("bad", 3.0), ("fair", 2.0))
     ]
-    bars, _ = _charts(models_of(records), "x")
+    bars, _ = _score_charts(models_of(records), "x")
     for i, name in enumerate(("good", "fair", "bad"), start=1):
         assert f"{name}, frozen, linear  {i}" in bars
 

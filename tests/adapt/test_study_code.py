@@ -20,8 +20,8 @@ SCORES = (
     "train/optim.py",
 )
 OTHERS = (
-    *("adapt/study_code.py", "adapt/study_page.py", "adapt/study_records.py", "adapt/tiling.py"),
-    *("cli_adapt.py", "train/trainer.py"),
+    *("adapt/study_code.py", "adapt/study_page.py", "adapt/study_records.py", "adapt/study_tables.py"),
+    *("adapt/saved_page.py", "adapt/tiling.py", "cli_adapt.py", "train/trainer.py"),
 )
 
 

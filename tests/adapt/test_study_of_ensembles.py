@@ -14,8 +14,8 @@ from toy_study import bundle, study, task
 
 from ssl_eo.adapt.ensemble import Ensemble
 from ssl_eo.adapt.specialists import write_ensemble
-from ssl_eo.adapt.study_page import models_of, study_tables
 from ssl_eo.adapt.study_run import read_study, run_study
+from ssl_eo.adapt.study_tables import models_of, study_tables
 from ssl_eo.adapt.workbench import Workbench
 from ssl_eo.cli import main
 
@@ -104,10 +104,16 @@ def test_cost_falls_with_the_number_that_is_run(done: tuple[Any, Path, list[dict
 
 def test_the_page_says_who_was_chosen(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
     tables = {table.title: table for table in study_tables(models_of(done[2]), "scenes")}
-    rows = {row.title: [cell.text for cell in row.cells] for row in tables["scenes: specialists"].rows}
-    assert rows["all, frozen, identity"][:4] == ["4", "4", "rgb, blue, green, infrared", "given"]
-    assert rows["gate, frozen, identity"][:2] == ["2", "4"]
-    assert rows["gate, frozen, identity"][3] == "gate"
+    rows = {row.title: row for row in tables["scenes: specialists"].rows}
+    texts = {title: [cell.text for cell in row.cells[:3]] for title, row in rows.items()}
+    assert texts["all, frozen, identity"] == ["4", "4", "given"]
+    assert rows["all, frozen, identity"].note == "rgb, blue, green, infrared"
+    assert texts["gate, frozen, identity"] == ["2", "4", "gate"]
+    training = tables["scenes: training"]
+    weights = [row.cells[training.columns.index("weights")] for row in training.rows]
+    assert len({cell.text for cell in weights}) == 1
+    assert [cell.note for cell in weights] == [",\n".join(record["specialists"]["run"]) for record in done[2]]
+    assert "one hash of all its specialists" in training.note
 
 
 def test_the_same_command_finds_nothing_to_do(done: tuple[Any, Path, list[dict[str, Any]]]) -> None:
