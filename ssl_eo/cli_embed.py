@@ -57,6 +57,12 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> int:
+    from ssl_eo.cli_stopping import until_stopped
+
+    return until_stopped(lambda: _embed_scene(arguments))
+
+
+def _embed_scene(arguments: argparse.Namespace) -> int:
     import torch
 
     from ssl_eo.adapt.scene_maps import SceneRun, embed_scene

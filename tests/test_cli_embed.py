@@ -383,6 +383,28 @@ def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     assert not list(tmp_path.glob("*.panels"))
 
 
+def test_a_run_that_is_asked_to_stop_says_what_is_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ssl_eo.adapt import scene_maps
+
+    scene, out = write(tmp_path / "scene.tif", values_of(8, 4200)), tmp_path / "out.tif"
+    options = ("--window", "8", "--overlap", "0", "--batch-size", "64")
+    save = scene_maps._Panels.save
+
+    def save_and_stop(*arguments: Any) -> None:
+        save(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scene_maps._Panels, "save", save_and_stop)
+        assert embed(scene, tiny, out, *options) == 75
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "ssl-eo: stopped on request; the same command goes on"
+    assert any(line.endswith(f"1 of 3 panels are kept in {out}.panels; the same command goes on") for line in told)
+    assert embed(scene, tiny, out, *options) == 0
+
+
 def test_a_real_scene_of_sentinel2(
     real_samples: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,16 @@ def test_a_decoder_of_a_users_own_makes_maps() -> None:
     assert namespace["logits"].shape == (2, len(namespace["saved"].classes), 120, 120)
 
 
+def test_folders_of_studies_and_ensembles_stay_out_of_git() -> None:
+    """Those that commands of the pages write, in a checkout."""
+    commands = [words for block in BLOCKS if block.kind == "bash" for words in commands_of(block.text)]
+    written = {
+        w[w.index("--out") + 1] for w in commands if w[:2] in (["ssl-eo", "study"], ["ssl-eo", "export-ensemble"])
+    }
+    assert written
+    assert {f"{path.partition('/')[0]}/" for path in written} <= set((ROOT / ".gitignore").read_text().splitlines())
+
+
 @pytest.mark.usefixtures("_in_workspace")
 @_of("bash")
 def test_commands_parse(block: Block) -> None:

@@ -177,9 +177,9 @@ def test_logits_are_those_of_stored_values(kind: str, decoder: str, size: tuple[
 
 
 def test_an_encoder_page_of_any_length_takes_no_memory(task: Task, tmp_path: Path) -> None:
-    """A sparse file of 256 MB, of which a piece at a time is looked at."""
+    """A sparse file of 64 MB, of which a piece at a time is looked at."""
     folder = save(tmp_path / "model", task)
-    os.truncate(folder / "encoder.json", 256 << 20)
+    os.truncate(folder / "encoder.json", 64 << 20)
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=r"encoder\.json: its SHA-256 is not that in task\.json"):
