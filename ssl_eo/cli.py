@@ -54,7 +54,8 @@ def _main(argv: Sequence[str] | None) -> int:
         if os.environ.get("SSL_EO_TRACEBACK") or (isinstance(error, BrokenPipeError) and _is_unread()):
             raise
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        message = f"{str(error) or 'out of memory'}{notes} (set SSL_EO_TRACEBACK=1 for the traceback)"
+        text = str(error) or ("out of memory" if isinstance(error, MemoryError) else type(error).__name__)
+        message = f"{text}{notes} (set SSL_EO_TRACEBACK=1 for the traceback)"
         return _fail(message, EXIT_FAILURE, _is_told_elsewhere(error))
     except StoppedEarlyError:
         return _fail("stopped on request before training began; the same command goes on", STOPPED_EARLY)

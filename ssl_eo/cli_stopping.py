@@ -1,4 +1,4 @@
-"""How `ssl-eo eval` and `ssl-eo study` end when they are told to: what they had claimed is free for others."""
+"""How `ssl-eo eval`, `study`, `predict` and `embed` end when they are told to: what they hold is free for others."""
 
 from __future__ import annotations
 

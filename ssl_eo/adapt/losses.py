@@ -33,7 +33,7 @@ from ssl_eo.adapt.class_weights import (
 from ssl_eo.components import suggest
 from ssl_eo.eval.kinds import Kind
 
-__all__ = ["LossConfig", "LossName", "build_loss", "cross_entropy", "dice"]
+__all__ = ["LossConfig", "LossName", "build_loss", "check_loss", "cross_entropy", "dice"]
 
 LossName = Literal["ce", "focal", "logit_adjusted", "dice", "ce_dice", "bce", "mse", "l1", "smooth_l1"]
 

@@ -69,6 +69,8 @@ def apply_protocol(backbone: Backbone, protocol: str, lora: LoraConfig | None = 
     elif protocol == "retrain_input":
         encoder.patch_embed.requires_grad_(True)
     else:
+        device = next(encoder.parameters()).device
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(seed, "init"))  # that of a GPU stays as it is
-            encoder.init_weights()
+            torch.default_generator.manual_seed(derive_seed(seed, "init"))
+            encoder.cpu().init_weights()  # a GPU has a generator of its own, which draws others
+        encoder.to(device)

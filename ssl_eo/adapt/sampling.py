@@ -12,8 +12,9 @@ from ssl_eo.eval._confusion import check_classes
 from ssl_eo.eval.kinds import Kind
 from ssl_eo.seeding import torch_generator
 
-__all__ = ["balanced_rows", "class_counts", "drawn_classes"]
+__all__ = ["balanced_rows", "check_balanced", "class_counts", "drawn_classes"]
 
+_MOST_COUNTED = 1 << 22  # labels at a time: as numbers of 64 bits, all would take many times the memory of the labels
 _SHAPES: dict[Kind, tuple[int, str]] = {
     "classification": (1, "[N]"),
     "segmentation": (3, "[N, H, W]"),
@@ -34,9 +35,12 @@ def class_counts(labels: Tensor, kind: Kind, n_classes: int, ignore: int | None 
             raise ValueError(f"labels must be [N, {n_classes}], got {list(labels.shape)}")
         with_class = labels.long().sum(0)
         return torch.stack([len(labels) - with_class, with_class])
-    known = labels.flatten() if ignore is None else labels[labels != ignore]
-    check_classes("labels", known, n_classes)
-    return torch.bincount(known.long(), minlength=n_classes)
+    counts = torch.zeros(n_classes, dtype=torch.int64, device=labels.device)
+    for part in torch.split(labels.flatten(), _MOST_COUNTED):
+        known = part if ignore is None else part[part != ignore]
+        check_classes("labels", known, n_classes)
+        counts += torch.bincount(known.long(), minlength=n_classes)
+    return counts
 
 
 def check_balanced(kind: Kind) -> None:

@@ -28,6 +28,10 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _is_size(value: Any) -> bool:
+    return is_count(value) and value > 0
+
+
 def _are_digests(value: Any) -> bool:
     return (
         _is_object(value)
@@ -41,8 +45,8 @@ _KEYS: Mapping[str, tuple[Check, str]] = {
     "kind": (lambda value: value in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
     "classes": (list_of(is_text), "a list of names"),
     "bands": (list_of(is_text), "a list of names"),
-    "size_px": (lambda value: is_count(value) and value > 0, "a whole number and at least 1"),
-    "n_outputs": (lambda value: is_count(value) and value > 0, "a whole number and at least 1"),
+    "size_px": (_is_size, "a whole number and at least 1"),
+    "n_outputs": (_is_size, "a whole number and at least 1"),
     "decoder": (is_text, "a name"),
     "options": (_is_object, "an object"),
     "taps": (lambda value: list_of(is_number)(value) and len(value) <= _MAX_TAPS, f"at most {_MAX_TAPS} numbers"),

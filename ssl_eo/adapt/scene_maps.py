@@ -148,11 +148,10 @@ def map_scene(scene: Scene, windowed: Windowed, outputs: Sequence[Output], run: 
             token = kept.begin(_inputs(scene, windowed, outputs, run, side))
             with _left_noted(kept, len(outputs)):
                 _make_panels(kept, scene, windowed, outputs, run)
-                if scene.stamp() != stamp:
-                    kept.remove()
-                    raise ValueError(
-                        f"{scene.path} was changed while it was read, so the map would be of two: run again"
-                    )
+            if scene.stamp() != stamp:
+                kept.remove()
+                raise ValueError(f"{scene.path} was changed while it was read, so the map would be of two: run again")
+            with _left_noted(kept, len(outputs)):
                 if not any(outputs[0].has_values(stored) for _, stored in kept.load(0)):
                     warnings.warn(
                         f"{scene.path}: nothing of it was measured, so there are no values to write", stacklevel=3
@@ -306,7 +305,7 @@ class _Panels:
         """What a run that is stopped leaves to the next one, in words."""
         n, n_finished = len(self.boxes), sum(self.has(i, n_outputs) for i in range(len(self.boxes)))
         if n_finished == 0:
-            return f"nothing is kept, as none of {n} panels was finished; the same command begins anew"
+            return f"no panel of {n} is finished, so the same command begins with the first"
         return f"{n_finished} of {n} panels are kept in {self._folder}; the same command goes on"
 
     def save(self, output: int, i: int, values: NDArray[Any]) -> None:

@@ -112,13 +112,14 @@ def _flags(models: Sequence[Model]) -> list[str]:
 def _lacking(models: Sequence[Model]) -> list[str]:
     """Which classes do not occur in training or validation."""
     record, counts = models[0].records[0], counts_of_classes(models)
-    what, found = counted(record["asked"]["task"]["kind"]), []
+    asked, found = record["asked"]["task"], []
     for split, so in _LACKING.items():
         if split not in counts:  # the record is of before they were counted
             continue
-        names = [name for name, n in zip(record["classes"], counts[split], strict=True) if n == 0]
+        numbered = enumerate(zip(record["classes"], counts[split], strict=True))
+        names = [name for i, (name, n) in numbered if n == 0 and i != asked.get("ignore")]  # which is never counted
         if names:
-            found.append(f"{split} has no {what} of {few(names, '; ')}: {so}")
+            found.append(f"{split} has no {counted(asked['kind'])} of {few(names, '; ')}: {so}")
     return found
 
 

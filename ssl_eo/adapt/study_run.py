@@ -49,7 +49,6 @@ __all__ = ["RECORDS", "read_study", "run_study"]
 logger = logging.getLogger(__name__)
 
 RECORDS = "study.jsonl"
-_MOST_COUNTED = 64  # samples whose labels are counted at a time
 _MAX_DEATHS = 2  # of processes at one cell, after which it counts as failed
 
 
@@ -58,8 +57,9 @@ def run_study(cfg: StudyConfig, out: Path) -> list[dict[str, Any]]:
 
     Returns the records of all its cells, in their order. What fails is a record, and the rest goes on; the next call
     tries it again. Of results whose model was to be saved and is not there, `unsaved` holds the folder. Raises
-    `ValueError` where an encoder cannot be opened, `out` not be written, the device is none, or models are to be saved
-    and none can be, before anything is trained.
+    `ValueError` where an encoder cannot be opened, `out` not be written, the device is none, nobody knows the country,
+    or models are to be saved and none can be, and `MissingExtraError` for LoRA or energy without its package, before
+    anything is trained.
     """
     _check_device(cfg.device)
     check_country(cfg.country)
@@ -348,10 +348,7 @@ def _n_of_class(opened: OpenedTask) -> dict[str, list[int]]:
         return {"train": [], "val": []}
     found = {}
     for name in ("train", "val"):
-        # A few at a time: all pixels as whole numbers of 64 bits would take much more memory than the labels.
-        parts = torch.split(opened.splits[name].labels, _MOST_COUNTED)
-        counts = sum(class_counts(part, shown.kind, shown.n_classes, shown.ignore) for part in parts)
-        assert isinstance(counts, Tensor), "a split that is trained on has samples"
+        counts = class_counts(opened.splits[name].labels, shown.kind, shown.n_classes, shown.ignore)
         found[name] = (counts[1] if shown.kind == "multilabel" else counts).tolist()
     return found
 

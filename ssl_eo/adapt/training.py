@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -255,7 +256,6 @@ class _Trial:
         schedule = WarmupCosine(lr, 0.0, cfg.n_steps, round(_WARMUP_RATIO * cfg.n_steps))
         if labels.shown.kind == "regression":
             model.measure_outputs(self.train.examples.labels)
-        loss_of = loss_for(labels, self.train.examples, cfg)
         due = {round(cfg.n_steps * (i + 1) / cfg.n_evaluations) for i in range(cfg.n_evaluations)}
         is_finite = torch.ones((), device=device, dtype=torch.bool)
         model.train()
@@ -263,7 +263,7 @@ class _Trial:
             set_hyper_parameters(optimizer, schedule(step - 1), cfg.weight_decay, step)
             with autocast(device, cfg):
                 logits, some = self.train.logits(model, rows, self._symmetries(len(rows), step))
-            value = loss_of(logits.float(), model.targets(some))
+            value = self._loss_of(logits.float(), model.targets(some))
             is_finite &= value.isfinite()
             value.backward()
             if cfg.clip_grad_norm is not None:
@@ -278,6 +278,10 @@ class _Trial:
                     return
                 yield step, predict(model, labels, self.val, cfg).scores().get(labels.headline, math.nan)
                 model.train()
+
+    @cached_property
+    def _loss_of(self) -> nn.Module:
+        return loss_for(self.labels, self.train.examples, self.cfg)
 
     def _symmetries(self, n: int, step: int) -> Tensor | None:
         """Of the samples of a step, the same at every learning rate."""

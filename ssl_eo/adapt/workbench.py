@@ -1,4 +1,7 @@
-"""What the cells of a study share while they are worked on: tasks, encoders, features of frozen ones. One of each."""
+"""What the cells of a study share while they are worked on: tasks, encoders, features of frozen ones.
+
+One of each is kept, but of sources, which are opened once.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +24,7 @@ from ssl_eo.adapt.backbone import (
     clip_of,
     fixed_bands,
 )
+from ssl_eo.adapt.band_matching import AmbiguousBandError
 from ssl_eo.adapt.ensemble_bench import Chosen, EnsembleBench
 from ssl_eo.adapt.examples import Examples
 from ssl_eo.adapt.model import TaskModel
@@ -50,6 +55,13 @@ class _Sources(NamedTuple):
     content: dict[str, str]
 
 
+class _Trouble(NamedTuple):
+    """What opening the sources of a task raised, and where: each cell that raises it again would add to that."""
+
+    error: Exception
+    trace: TracebackType | None
+
+
 class Workbench:
     """Opens what cells need, and keeps what the next one may need too: cells are to come in the order of the study."""
 
@@ -62,7 +74,7 @@ class Workbench:
         self._samples: tuple[tuple[Any, ...], dict[str, Samples]] | None = None
         self._ensembles = EnsembleBench(cfg, self.device)
         self._facts: dict[str, dict[str, Any]] = {}
-        self._sources: dict[str, _Sources | Exception] = {}
+        self._sources: dict[str, _Sources | _Trouble] = {}
 
     def facts_of(self, encoder: str) -> dict[str, Any]:
         """What is asked of an encoder: its weights, none where only its architecture is known, and how it is read.
@@ -101,7 +113,7 @@ class Workbench:
     def content_of(self, task: str) -> dict[str, str] | None:
         """What the sources of a task hold, by split, wherever they lie; None where `task` raises why it cannot say."""
         found = self._sources_of(task)
-        return None if isinstance(found, Exception) else found.content
+        return None if isinstance(found, _Trouble) else found.content
 
     def model(self, encoder: str) -> Opened:
         """The encoder that the study calls so, or the ensemble. Raises `ValueError` where there is none."""
@@ -116,7 +128,7 @@ class Workbench:
     def trouble_of(self, task: str) -> Exception | None:
         """Why the sources of a task cannot be opened; None where they can."""
         found = self._sources_of(task)
-        return found if isinstance(found, Exception) else None
+        return found.error if isinstance(found, _Trouble) else None
 
     def check_protocol(self, encoder: str, protocol: str) -> None:
         """Raise `ValueError` where the encoder that the study calls so is an ensemble or has no weights, and the
@@ -179,7 +191,7 @@ class Workbench:
         self._samples = None
         return self._ensembles.chosen(cell, model, self.task(cell.task))
 
-    def _sources_of(self, task: str) -> _Sources | Exception:
+    def _sources_of(self, task: str) -> _Sources | _Trouble:
         """The sources of a task, opened once, or why they cannot be: a result is of the content that its key names."""
         if task not in self._sources:
             try:
@@ -187,13 +199,13 @@ class Workbench:
                 content = {name: source.fingerprint() for name, source in opened.items()}
                 self._sources[task] = _Sources(opened, content)
             except Exception as error:  # of any kind: each cell of this task records it, and those of others go on
-                self._sources[task] = error
+                self._sources[task] = _Trouble(error, error.__traceback__)
         return self._sources[task]
 
     def _open(self, name: str) -> OpenedTask:
         cfg, found = self._tasks[name], self._sources_of(name)
-        if isinstance(found, Exception):
-            raise found
+        if isinstance(found, _Trouble):
+            raise found.error.with_traceback(found.trace)
         # All are held in memory, as every epoch takes them in another order.
         limits = [sys.maxsize if n is None else n for n in (cfg.max_train, cfg.max_val, cfg.max_test)]
         task = Task(replace(cfg, max_train=limits[0], max_val=limits[1], max_test=limits[2]), sources=found.opened)
@@ -248,8 +260,16 @@ def _bands_of(model: OpenedEncoder, opened: OpenedTask) -> FixedBands | None:
     if encoder.n_channels is None or not model.inputs:
         return None
     channels = opened.task.schema.sensor.channel_meta(opened.task.bands)
-    found = [fixed_bands(known, channels) for known in model.inputs.values() if len(known.bands) == encoder.n_channels]
+    found, doubts = [], []
+    for known in model.inputs.values():
+        if len(known.bands) == encoder.n_channels:
+            try:
+                found.append(fixed_bands(known, channels))
+            except AmbiguousBandError as error:
+                doubts.append(error)
     best = min(found, key=lambda bands: len(bands.missing), default=None)
+    if doubts and (best is None or best.missing):
+        raise doubts[0]
     if best is not None and len(best.missing) == encoder.n_channels:
         raise ValueError(f"{model.name}: no band of task {opened.task.name} is like one of {', '.join(best.names)}")
     return best

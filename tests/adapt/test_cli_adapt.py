@@ -414,7 +414,7 @@ def test_whoever_stops_a_map_is_told_what_is_kept(
     command += ["--overlap", "0", "--bands", *load_model(model).input.bands, "--batch-size", "1"]
     looked = SavedModel.logits
     for n_windows, kept in (
-        (9, "nothing is kept, as none of 4 panels was finished; the same command begins anew"),
+        (9, "no panel of 4 is finished, so the same command begins with the first"),
         (10, f"1 of 4 panels are kept in {out}.panels; the same command goes on"),
     ):
         seen: list[int] = []

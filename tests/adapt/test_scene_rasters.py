@@ -621,8 +621,10 @@ def test_a_scene_that_is_changed_meanwhile_gives_no_map(tmp_path: Path, changed:
     with Scene(path) as scene:
         run = small_panels(scene, PATCHES, 6)
         model, _ = counting(patch_means, 3, write_more)
-        with pytest.raises(ValueError, match=r"scene\.tif was changed while it was read, so .* of two: run again"):
+        message = r"scene\.tif was changed while it was read, so .* of two: run again"
+        with pytest.raises(ValueError, match=message) as caught:
             embed_scene(scene, model, 6, tmp_path / "o.tif", PATCHES, run)
+    assert not hasattr(caught.value, "__notes__")  # that nothing was finished would be wrong
     assert {entry.name for entry in tmp_path.iterdir()} == {"scene.tif", changed}
 
 
@@ -806,7 +808,7 @@ def test_no_room_for_a_panel(tmp_path: Path, limit: int) -> None:
         ):
             embed_scene(scene, patch_means, 6, tmp_path / "o.tif", PATCHES, RUN)
         assert "\n" not in str(caught.value)
-        nothing = "nothing is kept, as none of 1 panels was finished; the same command begins anew"
+        nothing = "no panel of 1 is finished, so the same command begins with the first"
         is_begun = limit > 150  # else not even that could be written down
         assert getattr(caught.value, "__notes__", []) == ([nothing] if is_begun else [])
         assert [p.name for p in tmp_path.iterdir()] == ["scene.tif"]

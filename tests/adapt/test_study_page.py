@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from toy_study import bundle, study, task
 
-from ssl_eo.adapt.study_page import _charts, _confused, write_study_page
+from ssl_eo.adapt.study_page import _charts, _confused, _flags, write_study_page
 from ssl_eo.adapt.study_records import is_of_study
 from ssl_eo.adapt.study_run import _n_of_class, run_study
 from ssl_eo.adapt.study_tables import few, models_of, study_tables
@@ -197,3 +197,11 @@ def test_numbers_have_no_classes(records: dict[str, Record], tmp_path: Path) -> 
     text = write_study_page([record], tmp_path, "a study", "x")[0].read_text()
     assert "confusion" not in text
     assert "has no sample of" not in text
+
+
+def test_a_class_that_is_ignored_is_not_called_lacking(records: dict[str, Record]) -> None:
+    """It is never counted, and none is to learn it."""
+    record = with_classes(records["segmentation"], 3)
+    ignored = {**record, "asked": {**record["asked"], "task": {**record["asked"]["task"], "ignore": 0}}}
+    for some, n in ((record, 2), (ignored, 0)):
+        assert sum("class 0" in flag for flag in _flags(models_of([some]))) == n
