@@ -207,8 +207,17 @@ def to_yaml(config: Config) -> str:
         """Quotes what OmegaConf takes for a number and YAML 1.1 does not, such as the string 1e5."""
 
     Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+.0-9][-+.0-9eE_]*$"), list("-+.0123456789"))
-    text: str = yaml.dump(to_dict(config), Dumper=Dumper, sort_keys=False)
+    text: str = yaml.dump(_uninterpolated(to_dict(config)), Dumper=Dumper, sort_keys=False)
     return text
+
+
+def _uninterpolated(value: Any) -> Any:
+    """`value`, whose strings OmegaConf is to take as they stand: `${` with a backslash, those before it doubled."""
+    if isinstance(value, dict):
+        return {key: _uninterpolated(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_uninterpolated(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def difference(saved: Config, current: Config) -> list[str]:

@@ -172,6 +172,9 @@ def test_difference_lists_only_keys_that_bind(tmp_path: Path) -> None:
 @example(name="on")
 @example(name="0x1F")
 @example(name="1_000.5")
+@example(name="a${b{c")
+@example(name="${oc.env:HOME}")
+@example(name="\\${a}\\\\${b}\\")
 @settings(max_examples=50, deadline=None)
 def test_strings_that_look_like_something_else_stay_strings(name: str) -> None:
     config = build(Config, {**MINIMAL, "run": {"name": name}}, "")
